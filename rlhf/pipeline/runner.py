@@ -27,6 +27,7 @@ from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
 from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.forecast import Forecast
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.made_rows import data_of, made_roles, prepare_rows, preparing, roles_read
@@ -80,11 +81,8 @@ class Pipeline:
         self.store = Store(Path(settings.store_dir))
         self.base: Artifact | None = None
         """The base model in the store, if it had to be made."""
-        self.results = Run(
-            Path(settings.runs_dir) / run_name,
-            writes=compute.is_main,
-            chain=experiment.stages,
-        )
+        directory = Path(settings.runs_dir) / run_name
+        self.results = Run(directory, writes=compute.is_main, chain=experiment.stages)
         self.made: set[str] = set()
         """Stages that this run has run. `force=` does not run them again."""
         self.needs_weights = any(stage.reads_weights for stage in stages)
@@ -92,7 +90,8 @@ class Pipeline:
         self.expected = Expected()
         """What the preflight found."""
         self._has_begun = False
-        self.position = Position(self.results.directory, writes=compute.is_main)
+        self.position = Position(directory, writes=compute.is_main)
+        self.forecast = Forecast({}, self.position.tell, self.log)
 
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
             identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
@@ -196,9 +195,7 @@ class Pipeline:
         settings, run = self.experiment.settings, self.results
         tracker = Tracker(None, [])
         if self.compute.is_main:
-            tracker = make_tracker(
-                settings.tracker, run.directory.name, run.directory, self.experiment.resolved
-            )
+            tracker = make_tracker(settings.tracker, run.directory, self.experiment.resolved)
         try:
             base = base_files(settings.model, self.model_identity, self.keep_base)
             self.experiment, line = without_auto_generation(self.experiment, base, self.compute)
@@ -283,7 +280,8 @@ class Pipeline:
         if damage is not None:
             raise UnsoundInputError(damage)
         self.compute.main_only(lambda: self.check_external(stage, base))
-        progress = Progress(self.console, self.position.tell, partial(held_bytes, self.compute))
+        progress = Progress(self.console, self.forecast.hear, partial(held_bytes, self.compute))
+        self.forecast.begin(name)
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
         tracker.begin(scratch)
         chain, rows = self.experiment.stages, scratch.with_name(f"{scratch.name}.rows")
@@ -360,6 +358,7 @@ class Pipeline:
         run.record(name, "ran", key, artifact, seconds)
         cost = job.checkpoints.cost()
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
+        self.forecast.end()
         if job.ending is not None:
             raise job.ending
         return artifact
@@ -460,6 +459,7 @@ class Pipeline:
         if self.vllm is not None:
             self.vllm.longest = self.expected.longest
         self.position.tell(expected=self.expected.seconds, now=True)
+        self.forecast = Forecast(self.expected.seconds, self.position.tell, self.log)
         if self.needs_weights:
             fetch_weights(settings.model)
             check_weights(base.directory, settings.model.said)

@@ -114,7 +114,8 @@ class PolicyTrainer:
         self.prompts = prompts
         num_prompts = config.batch_episodes // config.group_size
         batches = prompt_batches(prompts, num_prompts, config.steps, self.job.seed)
-        with self.job.progress.task(f"{self.job.stage}: steps", config.steps) as task, checkpoints.training():
+        steps = self.job.progress.task(f"{self.job.stage}: steps", config.steps, is_main=True)
+        with steps as task, checkpoints.training():
             task.skip(self.done)
             self.evaluate_if_due(held_out)  # it may be what stopped the run before
             for step, asked in enumerate(batches, 1):

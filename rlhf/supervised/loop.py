@@ -41,7 +41,8 @@ def train_batches(
         Stopped: a signal came; a checkpoint is written.
     """
     skipped_in_a_row = 0
-    with job.progress.task(f"{job.stage}: training", len(batches)) as task, job.checkpoints.training():
+    steps = job.progress.task(f"{job.stage}: training", len(batches), is_main=True)
+    with steps as task, job.checkpoints.training():
         task.skip(done)
         for index in range(done, len(batches)):
             job.compute.position["step"] = index + 1

@@ -36,9 +36,9 @@ def clock(seconds: float) -> str:
 class Task:
     """Counts the progress of one loop."""
 
-    def __init__(self, progress: Progress, label: str, total: int | None) -> None:
+    def __init__(self, progress: Progress, label: str, total: int | None, *, is_main: bool) -> None:
         self._progress, self._label, self._total, self._done = progress, label, total, 0
-        self._earlier = 0
+        self._earlier, self._is_main = 0, is_main
         self._start = self._last_line = time.monotonic()
         self._bar = None
         if progress.live is not None:
@@ -57,7 +57,9 @@ class Task:
         now, left = time.monotonic(), None
         if self._total is not None and self._done > self._earlier:
             left = (now - self._start) / (self._done - self._earlier) * (self._total - self._done)
-        self._progress.tell(task=self._label, done=self._done, total=self._total, left=left)
+        self._progress.tell(
+            task=self._label, done=self._done, total=self._total, left=left, is_main=self._is_main
+        )
         if self._progress.live and self._bar is not None:
             self._progress.live.update(self._bar, advance=count)
             return
@@ -117,7 +119,7 @@ class Progress:
     ) -> None:
         """
         Args:
-            tell: hears of every task how far it is: see rlhf/tracking/position.py.
+            tell: hears of every task how far it is: see rlhf/pipeline/forecast.py.
             memory: bytes that this rank holds now; None does not show them.
         """
         self.console, self.tell, self._memory = console, tell, memory
@@ -143,9 +145,13 @@ class Progress:
                 self.live = None
 
     @contextmanager
-    def task(self, label: str, total: int | None) -> Iterator[Task]:
-        """A counted task, removed when the block ends. Without a total nobody knows how much there is."""
-        task = Task(self, label, total)
+    def task(self, label: str, total: int | None, *, is_main: bool = False) -> Iterator[Task]:
+        """A counted task, removed when the block ends. Without a total nobody knows how much there is.
+
+        Args:
+            is_main: it is most of its stage's work, which ends soon after it.
+        """
+        task = Task(self, label, total, is_main=is_main)
         try:
             yield task
         finally:

@@ -99,9 +99,7 @@ class WandbSink:
     known lines.
     """
 
-    def __init__(
-        self, config: TrackerConfig, run_name: str, directory: Path, resolved: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, config: TrackerConfig, directory: Path, resolved: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError:
@@ -117,7 +115,7 @@ class WandbSink:
         self._teardown = wandb.teardown
         try:
             self._run = wandb.init(
-                project=redacted(config.project), name=run_name, dir=str(directory), mode=config.mode,
+                project=redacted(config.project), name=directory.name, dir=str(directory), mode=config.mode,
                 config=redacted(resolved), id=self._id, resume="allow",
                 settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, **SILENT),
             )  # fmt: skip
@@ -317,13 +315,11 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def make_tracker(
-    config: TrackerConfig, run_name: str, run_directory: Path, resolved: Mapping[str, Any]
-) -> Tracker:
+def make_tracker(config: TrackerConfig, run_directory: Path, resolved: Mapping[str, Any]) -> Tracker:
     """The files, and the tracker that `tracker=` chose."""
     sinks: list[Sink] = []
     if config.kind == "wandb":
-        sinks.append(WandbSink(config, run_name, run_directory, resolved))
+        sinks.append(WandbSink(config, run_directory, resolved))
     elif config.kind == "tensorboard":
         sinks.append(TensorboardSink(run_directory, resolved))
     return Tracker(run_directory, sinks)

@@ -28,6 +28,7 @@ from helpers.experiments import build
 from helpers.jobs import on_cpu
 from helpers.models import tiny_family
 from rlhf.config import ConfigError
+from rlhf.costs.hardware import Speed
 from rlhf.costs.memory import VLLM_GRAPHS, MemoryPhase
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext
@@ -258,6 +259,16 @@ def test_the_chain_says_what_is_to_come(finished_chain: tuple[Chain, Outcome]) -
         line,
     )
     assert out.index(line) < out.index("sft runs")
+
+
+def test_a_chain_that_is_faster_than_predicted_says_so_after_a_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.pipeline.preflight.quick_speed", lambda compute: Speed(1e-3, 1e-4))
+    lines = [line for line in Chain(tmp_path).run("stage=reward").out.splitlines() if " to go" in line]
+    first, again = lines
+    assert re.search(r"About \d\d:\d\d to go: sft", first), first
+    assert re.search(r"About \d:\d\d to go, by what it took so far: reward \d:\d\d\.", again), again
 
 
 def test_a_model_too_large_is_refused_before_it_is_read(

@@ -47,7 +47,7 @@ def test_a_reused_artifact_tells_the_run_its_story(tmp_path: Path) -> None:
 def test_wandb_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    tracker = make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": 0})
+    tracker = make_tracker(TrackerConfig(kind="wandb"), tmp_path, {"seed": 0})
     tracker.log("ppo", {"kl": 0.5}, 1)
     tracker.log("ppo", {"kl": 0.6}, 2)
     tracker.summarize("ppo", {"kl": 0.5})
@@ -108,7 +108,7 @@ ASKED = [{"role": "user", "content": "Hi"}]
 def test_wandb_gets_the_config_and_a_table_of_samples_once(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for told in (2, 2, 3):  # the second run has nothing new to say
-        tracker = make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"sft": {"lr": 0.5}})
+        tracker = make_tracker(TrackerConfig(kind="wandb"), tmp_path, {"sft": {"lr": 0.5}})
         tracker.log("ppo", {"kl": 0.5}, 1)
         for number in range(told):
             tracker.sample("ppo", {"prompt": ASKED, "response": f"answer \x1b {number}", "score": number / 2})
@@ -132,7 +132,7 @@ def test_a_resumed_run_is_the_same_wandb_run_and_says_nothing_twice(tmp_path: Pa
     # a second line of the same step is no repetition; the next time the story is told from the beginning
     story = [("kl", 1), ("score", 1), ("kl", 2), ("score", 2), ("kl", 3), ("score", 3)]
     for told in (3, 6):  # the first ends between two lines of a step
-        tracker = make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": 0})
+        tracker = make_tracker(TrackerConfig(kind="wandb"), tmp_path, {"seed": 0})
         for name, step in story[:told]:
             tracker.log("ppo", {name: 0.5}, step)
         tracker.close()
@@ -144,7 +144,7 @@ def test_a_resumed_run_is_the_same_wandb_run_and_says_nothing_twice(tmp_path: Pa
 def test_another_config_under_the_same_name_is_another_wandb_run(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for seed in (0, 1):
-        tracker = make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": seed})
+        tracker = make_tracker(TrackerConfig(kind="wandb"), tmp_path, {"seed": seed})
         tracker.log("ppo", {"kl": 0.5}, 1)
         tracker.close()
     assert len(ids_of((tmp_path / "wandb").glob("offline-run-*"))) == 2
@@ -155,7 +155,7 @@ def test_tensorboard_has_curves_config_and_samples_once_also_after_a_second_star
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for _ in range(2):
-        tracker = make_tracker(TrackerConfig(kind="tensorboard"), "name", tmp_path, {"sft": {"lr": 0.5}})
+        tracker = make_tracker(TrackerConfig(kind="tensorboard"), tmp_path, {"sft": {"lr": 0.5}})
         tracker.log("ppo", {"kl": 0.5}, 1)
         tracker.sample("ppo", {"prompt": ASKED, "response": "one | two\nthree", "score": 1.5})
         tracker.close()
@@ -179,7 +179,7 @@ def test_a_reused_artifact_tells_its_samples_too(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    again = make_tracker(TrackerConfig(kind="tensorboard"), "name", tmp_path / "second", {})
+    again = make_tracker(TrackerConfig(kind="tensorboard"), tmp_path / "second", {})
     again.replay(tmp_path / "artifact")
     again.close()
     events = EventAccumulator(str(tmp_path / "second" / "tensorboard"))

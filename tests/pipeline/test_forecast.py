@@ -1,0 +1,77 @@
+"""The time left is said again when steps take longer or shorter than was predicted."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import rlhf.pipeline.forecast
+from rlhf.pipeline.forecast import Forecast
+
+
+class Watched:
+    """A forecast of a run whose clock the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **expected: float) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(rlhf.pipeline.forecast, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.said: list[str] = []
+        self.told: dict[str, Any] = {}
+        self.forecast = Forecast(expected, lambda **said: self.told.update(said), self.said.append)
+
+    def stage(self, name: str, steps: int, each: float, *, is_main: bool = True) -> None:
+        """A stage of so many steps, each of so many seconds."""
+        self.forecast.begin(name)
+        for done in range(1, steps + 1):
+            self.now += each
+            self.forecast.hear(task=name, done=done, left=each * (steps - done), is_main=is_main)
+        self.forecast.end()
+
+
+def test_what_goes_as_predicted_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Watched(monkeypatch, sft=100.0, ppo=400.0)
+    run.stage("sft", 10, 12.0)
+    run.stage("ppo", 10, 40.0)
+    assert run.said == []
+
+
+def test_a_few_steps_correct_what_was_predicted_of_them_and_of_later_stages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Watched(monkeypatch, sft=100.0, ppo=400.0)
+    run.stage("sft", 10, 40.0)
+    # after three of ten steps: 30 s count as predicted, so (30 + 400) / (30 + 100) = 3.3 times as long
+    assert run.said == ["About 26:43 to go, by what it took so far: sft 4:40, ppo 22:03."]
+    assert run.told["expected"]["ppo"] == pytest.approx(400 * 430 / 130)
+    run.stage("ppo", 10, 130.0)
+    assert len(run.said) == 1, run.said  # as was said then
+
+
+def test_a_run_that_is_faster_than_predicted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Watched(monkeypatch, sft=2000.0, ppo=4000.0)
+    run.stage("sft", 10, 20.0)
+    assert run.said == ["About 9:53 to go, by what it took so far: sft 2:20, ppo 7:33."]
+
+
+def test_a_stage_with_tasks_that_say_little_of_it_counts_when_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Watched(monkeypatch, generate=100.0, ppo=400.0)
+    run.stage("generate", 10, 40.0, is_main=False)
+    assert run.said == ["About 22:03 to go, by what it took so far: ppo 22:03."]
+
+
+def test_seconds_of_loading_say_nothing_of_a_stage_of_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Watched(monkeypatch, sft=1.0, ppo=400.0)
+    run.stage("sft", 3, 4.0)
+    assert run.said == []
+
+
+def test_stages_of_which_nothing_is_predicted_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Watched(monkeypatch, label=0.0, ppo=400.0)
+    run.stage("prepare", 3, 50.0)
+    run.stage("label", 3, 5000.0)
+    assert run.said == []
+    assert "expected" not in run.told
