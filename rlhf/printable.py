@@ -16,15 +16,20 @@ def printable(text: str) -> str:
 
 def duration(seconds: float) -> str:
     """`350 ms`, `1.2 s`, `12 min`, `3.2 h`, `5.1 days`: a time that nobody has measured to the second."""
-    for unit, size, most in (("ms", 1e-3, 1), ("s", 1, 100), ("min", 60, 5400), ("h", 3600, 172_800)):
+    for unit, size, most in (("ms", 1e-3, 0.9995), ("s", 1, 100), ("min", 60, 5400), ("h", 3600, 172_800)):
         if 0 < seconds < most:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86_400:.3g} days" if seconds else "0 s"
+            return f"{_short(seconds / size)} {unit}"
+    return f"{_short(seconds / 86_400)} days" if seconds else "0 s"
 
 
 def quantity(count: float) -> str:
     """`850`, `32.8 thousand`, `1.2 million`, `70.6 billion`, `140 trillion`."""
     for word, size in ((" trillion", 1e12), (" billion", 1e9), (" million", 1e6), (" thousand", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{word}"
-    return f"{count:.3g}"
+        if count >= 0.9995 * size:  # which three digits round up
+            return f"{_short(count / size)}{word}"
+    return _short(count)
+
+
+def _short(value: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

@@ -194,7 +194,7 @@ class CompareStage(Stage):
         are asked one at a time, so a single rank answers."""
         assert self._sizes is not None, "check_data comes first"
         alone = replace(on, machine=replace(on.machine, ranks=1))
-        cost = self.cost_on(alone)
+        cost = replace(self.cost_on(alone), sampled=0)  # examples and passages fill what the model can read
         return replace(cost, phases=self.cost_on(on).phases) if on.shards_weights else cost
 
     def cost_on(self, on: CostContext) -> StageCost:
@@ -207,7 +207,7 @@ class CompareStage(Stage):
             known = joined(asked, self._sizes.references).cut(on.shape.context)
             costs.append(sampling_cost(
                 on, asked, samples=1, new_tokens=self.max_new_tokens, batch_rows=1,
-                micro_batch_tokens=self.micro_batch_tokens, policies=1,
+                micro_batch_tokens=self.micro_batch_tokens, policies=1, rollouts=asked.rows,
                 readings=models, measures=0, models=max(1, models), others=[known],
             ))  # fmt: skip
         return one_after_the_other(costs)

@@ -95,8 +95,12 @@ class GenerateStage(Stage):
         return (
             "responses", "stop_rate", "echo_rate", "length_mean", "distinct_2", "score_mean",
             "score_deviation", "score_mean/*", "score_deviation/*", "within_prompt_share",
-            "score_reliability", "judge_*", "unscored", "best_of_n_mean", "pairs",
+            "score_reliability", "judge_*", "unscored", "raised", "best_of_n_mean", "pairs",
         )  # fmt: skip
+
+    def suffices(self, metrics: Mapping[str, float]) -> bool:
+        """The reward raised for no more answers than is allowed now."""
+        return metrics.get("raised", 0.0) <= int(self.max_unscored * metrics["responses"])
 
     def not_checked(self) -> dict[str, str]:
         """Without a reward there are no scores, and one answer to a prompt differs from no other."""
@@ -203,8 +207,11 @@ class GenerateStage(Stage):
                 repeated, texts, rollout.stopped, rollout.response_ids, strict=True
             )
         ]
+        reliability: Sampled | None = None
         try:
             found = self.score(job, answered, texts)
+            if found is not None and not models_of(self.reward):  # which score one answer by itself
+                reliability = self.reliability(job, answered, texts, found.score_B)
         except ConfigError as error:
             path = job.run_directory / f"{self.name}.unscored.jsonl"
             lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
@@ -234,8 +241,8 @@ class GenerateStage(Stage):
             metrics |= self.write_ranked(job, rows, texts, scores)
         if found is not None:
             metrics |= found.metrics()
-            if not models_of(self.reward):  # which score one answer by itself
-                metrics |= self.reliability(job, answered, texts, found.score_B).metrics("score_reliability")
+        if reliability is not None:
+            metrics |= reliability.metrics("score_reliability")
         job.publish(metrics)
 
     def reliability(
@@ -264,24 +271,28 @@ class GenerateStage(Stage):
             is_again: what raises was told the first time.
 
         Raises:
-            ConfigError: a score is infinite, or no response has one.
+            ConfigError: a score is infinite, no response has one, or a function raises for too many.
         """
-        import torch
-
         from rlhf.rewards.combined import usable_scores
-        from rlhf.rewards.function import Tolerance
+        from rlhf.rewards.function import FunctionRaisedError, Tolerance
 
         if self.reward is None:
             return None
-        tolerance = Tolerance(self.max_unscored)
+        compute, tolerance = job.compute, Tolerance(int(self.max_unscored * len(texts)))
         reward = job.reward(self.reward, self.micro_batch_tokens, tolerance=tolerance)
         found = usable_scores(reward, rows, texts, f"{self.name}.reward={self.reward}")
-        raised = int(job.compute.global_sum(torch.tensor([float(len(tolerance.raised))])))
+        each = compute.collect_taken({compute.rank: tolerance.raised}, compute.world_size)
+        raised = [line for lines in each for line in lines]
+        if len(raised) > tolerance.most:
+            raise FunctionRaisedError(
+                f"The reward raised for {len(raised)} answers of {len(texts)}, the first one: {raised[0]}"
+            )
         if raised and not is_again:
-            first = tolerance.raised[0] if tolerance.raised else "on another rank"
-            line = f"{self.name}: the reward raised for {raised} answers, which have no score: {first}"
+            line = (
+                f"{self.name}: the reward raised for {len(raised)} answers, which have no score: {raised[0]}"
+            )
             job.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        return found
+        return found._replace(usage=found.usage | {"raised": float(len(raised))})
 
     def write_ranked(
         self, job: Job, rows: list[PromptRow], texts: list[str], scores: list[float]

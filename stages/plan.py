@@ -108,8 +108,8 @@ class PlanStage(Stage):
     answer_tokens: PositiveInt | None
     """Mean answer tokens of a row and of PPO's answers; null as of `prompt_tokens`."""
     longest_answer: PositiveInt | None
-    """Tokens of PPO's longest answers; null takes twice `answer_tokens`. Read where that is given or `gpus`
-    is."""
+    """Tokens of PPO's longest answers; null takes twice `answer_tokens`. Read with `gpus`, where the lengths
+    are given or assumed."""
     gpus: PositiveInt | None
     """GPUs of each node, which need not be here; null plans for this machine."""
     nodes: PositiveInt
@@ -152,6 +152,16 @@ class PlanStage(Stage):
             )
         if self.nodes > 1 and self.gpus is None:
             raise ValueError(f"KEY.nodes={self.nodes} needs KEY.gpus, the GPUs of each node. Set it")
+        if self.longest_answer is not None and not self.plans_answers:
+            raise ValueError(
+                f"KEY.longest_answer={self.longest_answer} is read only with KEY.gpus and lengths that are "
+                "not measured. Leave it out"
+            )
+        if self.longest_answer is not None and self.longest_answer < (mean := self.lengths["answer_tokens"]):
+            raise ValueError(
+                f"KEY.longest_answer={self.longest_answer} is less than the mean, KEY.answer_tokens={mean}. "
+                f"Use {mean} or more, or lower KEY.answer_tokens"
+            )
         return self
 
     @property

@@ -31,6 +31,7 @@ def sampling_cost(
     models: int,
     others: Sequence[LengthStats] = (),
     added: int = 0,
+    rollouts: float | None = None,
 ) -> StageCost:
     """The policies answer every prompt one after the other, and each answer is read again.
 
@@ -41,6 +42,7 @@ def sampling_cost(
         models: in memory while answers are scored.
         others: texts whose log-probabilities each policy gives.
         added: virtual tokens before every sequence.
+        rollouts: how often vLLM is handed a policy; None for once each.
     """
     answers = prompts.rows * samples
     of_others = prompts.mean - prompts.shared_prefix
@@ -66,7 +68,7 @@ def sampling_cost(
     work = [
         worker.load(policies + readings, what="models"),
         *worker.decode(answered, batch_rows, repeated, exactly(new_tokens), what="answers"),
-        *worker.rollouts(policies, answered, what="answers"),
+        *worker.rollouts(policies if rollouts is None else rollouts, answered, what="answers"),
         *worker.gathering(policies * on.gathers_a_rollout(new_tokens), [], what="weights to sample from"),
         worker.read(
             measures * computed, length.mean, predicted=measures * answered * new_tokens,

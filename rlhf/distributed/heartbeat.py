@@ -93,6 +93,12 @@ class Heartbeat:
                 found += missing or [f"rank {rank} (in {at.get('stage')}, step {at.get('step')})"]
         return ", ".join(found)
 
+    def _is_missing(self) -> bool:
+        """Whether a rank is silent; no, if that cannot be read now."""
+        with suppress(OSError, ValueError):  # as in `progress`; the next beat looks again
+            return bool(self._silent())
+        return False
+
     def _silent(self) -> list[str]:
         """Ranks whose last sign of life is much older than this one's."""
         now = self._file(self._compute.rank).stat().st_mtime
@@ -134,7 +140,7 @@ class Heartbeat:
             now = at.get("moves", 0) if is_limited or by_nccl else None
             quiet, moves = (0, now) if now is None or now != moves else (quiet + 1, moves)
             is_over = quiet * INTERVAL_SECONDS >= (BEFORE_NCCL * limit if by_nccl else limit)
-            if is_over and not self._told and (is_limited or self._silent()):
+            if is_over and not self._told and (is_limited or self._is_missing()):
                 self._told = True
                 threading.Thread(target=lambda: self._hung(self.explain()), daemon=True).start()
 

@@ -150,8 +150,7 @@ def misfits(
         return
     start = BaseModelFiles(directory, "", base.config)
     tokenizer, context = start.load_tokenizer(), start.context_length
-    is_alike = tokenizer_digest(tokenizer) == tokenizer_digest(base.load_tokenizer())
-    if is_alike and context >= base.context_length:
+    if counts_alike(tokenizer, base) and context >= base.context_length:
         return
     try:
         lengths = array("i", chain.from_iterable(on_all_cores(partial(_longest, tokenizer), in_pieces(rows))))
@@ -165,6 +164,11 @@ def misfits(
             f"have up to {max(too_long)} of its tokens, and its context of {context} has room for "
             f"{max(0, context - beside)}. {mend}"
         )
+
+
+def counts_alike(tokenizer: PreTrainedTokenizerBase, base: BaseModelFiles) -> bool:
+    """Whether rows have as many tokens with this tokenizer as `prepare` counted."""
+    return tokenizer_digest(tokenizer) == tokenizer_digest(base.load_tokenizer())
 
 
 def _longest(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[int]:

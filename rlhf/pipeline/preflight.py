@@ -21,11 +21,13 @@ from rlhf.costs.setup import CostContext, LocalSampling, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
-from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
+from rlhf.models.base import BaseModelFiles, UnknownShapeError, load_tokenizer, skeleton
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import rehearse
+from rlhf.models.start import counts_alike, directory_of
 from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.forecast import Prediction
 from rlhf.pipeline.made_rows import context_of
 from rlhf.pipeline.stage import Stage
 from rlhf.tracking.progress import clock
@@ -48,8 +50,8 @@ class Expected(NamedTuple):
     ways: Mapping[str, LocalSampling] = {}
     """Stage -> how it samples from sharded weights by the local engine; where it is not named, by layers. All
     ranks have the same."""
-    seconds: Mapping[str, float] = {}
-    """Stage -> how long it takes."""
+    stages: Mapping[str, Prediction] = {}
+    """How long each takes."""
     longest: int | None = None
     """As of `longest_sampled`, of all stages of the run."""
 
@@ -118,7 +120,11 @@ def check_before_loading(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     store = Path(settings.store_dir)
     disk = Disk(store, shutil.disk_usage(store).free)
-    checked = preflight(stages, experiment.stages, on, disk, settings.checkpoint, begun=pending, ways=ways)
+    needed = [experiment.stages[name] for name in experiment.needed()]
+    longest = None if on.vllm is None else longest_sampled(needed, experiment.stages, on, base)
+    checked = preflight(
+        stages, experiment.stages, on, disk, settings.checkpoint, begun=pending, ways=ways, longest=longest
+    )
     lines = [*padding_notes(stages, settings.model.attention), *checked.warned, *checked.refused]
     refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
     if refused and settings.preflight == "enforce":
@@ -128,9 +134,7 @@ def check_before_loading(
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
     if any(cost.phases for cost in checked.costs.values()):
         console.print(expectations(checked.costs, on, pending), highlight=False)
-    needed = [experiment.stages[name] for name in experiment.needed()]
-    longest = None if on.vllm is None else longest_sampled(needed, experiment.stages, on)
-    return Expected(ways, seconds_left(checked.costs, pending), longest)
+    return Expected(ways, predictions(checked.costs, pending), longest)
 
 
 def chooses(stage: Stage, on: CostContext) -> bool:
@@ -267,12 +271,14 @@ def preflight(
     checkpoints: CheckpointConfig,
     begun: Mapping[str, Begun],
     ways: Mapping[str, LocalSampling] | None = None,
+    longest: int | None = None,
 ) -> Checked:
     """Compare what these stages need with what this machine has. No model is loaded.
 
     Args:
         begun: what an earlier attempt left of each stage.
         ways: how stages sample from sharded weights by the local engine, where that is decided.
+        longest: as of `longest_sampled`, of all stages of the run; None for these stages' own.
     """
     costs: dict[str, StageCost] = {}
     refused: list[str] = []
@@ -293,8 +299,9 @@ def preflight(
             warned.append(f"{said(stage, cost, on)}{spare}")
         on = replace(on, has_sampled=on.has_sampled or stage.samples)
     refused += disk_complaints(costs, disk, checkpoints, begun)
+    sampled = longest or max((cost.sampled for cost in costs.values()), default=0)
     too_long = context_complaints(stages, costs, chain, on)
-    return Checked(costs, [*too_long, *refused], warned)
+    return Checked(costs, [*cache_complaints(sampled, on), *too_long, *refused], warned)
 
 
 def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None, float]:
@@ -438,7 +445,6 @@ def context_complaints(
     """A sequence that is longer than the model, or vLLM where that samples it, can read: for each key that
     the user would lower, what the stage says that has the longest."""
     limit = None if on.vllm is None else on.vllm.max_model_len
-    yield from cache_complaints(max((cost.sampled for cost in costs.values()), default=0), on)
     excess: dict[str, float] = {}
     complaints: dict[str, str] = {}
     for stage in stages:
@@ -482,11 +488,18 @@ def cache_complaints(sampled: int, on: CostContext) -> Iterator[str]:
         )
 
 
-def longest_sampled(stages: Iterable[Stage], chain: Mapping[str, Stage], on: CostContext) -> int | None:
-    """Tokens of the longest prompt with its answer that these stages sample; None if that is not known. So
-    long are the rows that vLLM is built for, where `vllm.max_model_len` is null."""
-    costs = [stage.cost(context_of(stage, chain, on), chain) for stage in stages if stage.samples]
-    if not costs or any(not cost.sampled for cost in costs):  # an outsider's stage need not say
+def longest_sampled(
+    stages: Iterable[Stage], chain: Mapping[str, Stage], on: CostContext, base: BaseModelFiles
+) -> int | None:
+    """Tokens of the longest prompt with its answer that these stages sample; None if that is not known: a
+    stage does not say, or a model of the user's own counts tokens in another way than `prepare` did. So long
+    are the rows that vLLM is built for, where `vllm.max_model_len` is null."""
+    sampling = [stage for stage in stages if stage.samples]
+    costs = [stage.cost(context_of(stage, chain, on), chain) for stage in sampling]
+    if not costs or any(not cost.sampled for cost in costs):
+        return None
+    own = {directory_of(init) for stage in sampling for _, init in stage.answering(chain)} - {None}
+    if any(not counts_alike(load_tokenizer(each, base.config), base) for each in own if each):
         return None
     return round(max(min(cost.sampled, cost.context, on.shape.context) for cost in costs))
 
@@ -536,14 +549,14 @@ def checkpoint_bytes(cost: StageCost, config: CheckpointConfig) -> float:
     return (config.keep + 1) * cost.checkpoint if is_written else 0.0
 
 
-def seconds_left(costs: Mapping[str, StageCost], begun: Mapping[str, Begun]) -> dict[str, float]:
-    """How long each stage will take from its newest checkpoint on."""
-    return {name: max(0.0, cost.seconds - begun[name].seconds) for name, cost in costs.items()}
+def predictions(costs: Mapping[str, StageCost], begun: Mapping[str, Begun]) -> dict[str, Prediction]:
+    """How long each stage takes, and what its newest checkpoint holds of that."""
+    return {name: Prediction(cost.seconds, begun[name].seconds) for name, cost in costs.items()}
 
 
 def expectations(costs: Mapping[str, StageCost], on: CostContext, begun: Mapping[str, Begun]) -> str:
     """`About 5:10 to go: sft 2:00, 3.1 GiB; ...`, from where each stage's newest checkpoint is."""
-    left = seconds_left(costs, begun)
+    left = {name: each.left() for name, each in predictions(costs, begun).items()}
     parts = [
         f"{name} {clock(left[name])} ({most(cost, on)[1] / GIB:.1f} GiB{saving(cost, on)})"
         for name, cost in costs.items()

@@ -244,6 +244,7 @@ class Pipeline:
                 if found is None:
                     reason = damage and "what was there is damaged"
                     return self.make(stage, recipe, artifacts, base, tracker, forced=forced, reason=reason)
+        self.forecast.skip(name)
         tracker.replay(found.path)
         run.record(name, "reused", key, found, 0.0)
         why = f": every knob and input equals {found.path}" if self.experiment.settings.why else ""
@@ -458,8 +459,7 @@ class Pipeline:
         self.expected = check_before_loading(self.experiment, pending, base, *args)
         if self.vllm is not None:
             self.vllm.longest = self.expected.longest
-        self.position.tell(expected=self.expected.seconds, now=True)
-        self.forecast = Forecast(self.expected.seconds, self.position.tell, self.log)
+        self.forecast = Forecast(self.expected.stages, self.position.tell, self.log)
         if self.needs_weights:
             fetch_weights(settings.model)
             check_weights(base.directory, settings.model.said)

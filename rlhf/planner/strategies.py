@@ -313,7 +313,7 @@ def with_cache(found: Attempt, given: Experiment, use: Use) -> Attempt:
     left = (FITS * on.machine.memory - on.machine.used - held) / GIB
     rows = vllm.max_num_seqs * (use.prompt + use.answer) * on.dtype_bytes * on.shape.kv_elements
     wanted = rows / min(vllm.tensor_parallel, on.shape.kv_heads) / GIB
-    longest = math.ceil(vllm_row(on, vllm, found.cost.sampled) / GIB)
+    longest = math.ceil(vllm_row(on, vllm, vllm.max_model_len or found.cost.sampled) / GIB)
     size = max(vllm.kv_cache_gib, float(longest), math.floor(min(wanted + 1, vllm.kv_cache_gib + left)))
     larger = replace(on, vllm=vllm.model_copy(update={"kv_cache_gib": size}))
     return attempted(found.stages, given, larger)

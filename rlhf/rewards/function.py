@@ -103,10 +103,11 @@ def called(source: str, function: Function, *, as_messages: bool = False) -> Fun
 class Tolerance:
     """How often a function may raise, and when it did."""
 
-    share: float
-    """Of the answers of a call: those for which it raises have no score. One more is an error."""
+    most: int
+    """Answers of all ranks for which it may raise: they have no score. One more, on one rank alone, is an
+    error; over all ranks the caller counts."""
     raised: list[str] = field(default_factory=list)
-    """What it raised, and for which answer."""
+    """What it raised on this rank, and for which answer."""
 
 
 class FunctionRaisedError(RewardError):
@@ -127,7 +128,7 @@ class FunctionReward:
         try:
             return self._scores(prompts, completions)
         except FunctionRaisedError as error:
-            if self.tolerance is None or len(completions) < 2:
+            if self.tolerance is None or self.tolerance.most == 0:
                 raise
             return self._one_by_one(prompts, completions, self.tolerance, error)
 
@@ -170,16 +171,18 @@ class FunctionReward:
                 sound.append(place)
             except FunctionRaisedError as error:
                 asked = reprlib.repr(last_messages([row])[0])
-                raised.append(f"answer {place + 1}, {reprlib.repr(text)} to {asked}: {error}")
-                if len(raised) > tolerance.share * len(completions):
+                raised.append(f"the answer {reprlib.repr(text)} to {asked}: {error}")
+                if len(raised) > tolerance.most:
                     raise FunctionRaisedError(
-                        f"{raised[0]} It raised for {len(raised)} of the first {place + 1} answers."
+                        f"{of_all} By itself it raised for {len(raised)} answers of the {place + 1} that "
+                        f"were tried, the first one: {raised[0]}"
                     ) from error
         if not raised:
             raise of_all
-        scores[sound] = self._scores(
-            [prompts[place] for place in sound], [completions[place] for place in sound]
-        )
+        if sound:
+            scores[sound] = self._scores(
+                [prompts[place] for place in sound], [completions[place] for place in sound]
+            )
         tolerance.raised += raised
         return scores
 

@@ -1,4 +1,4 @@
-"""The functions of `trl.rewards`: `trl:accuracy_reward`. TRL is optional, and pinned to a minor version."""
+"""The functions of `trl.rewards`: `trl:accuracy_reward`. TRL is optional."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from transformers import (
 from helpers.chains import Chain, Outcome
 from helpers.costs import EIGHT, GIB, LARGE, NO_CHECKPOINTS, check, gpus
 from helpers.experiments import build
-from helpers.jobs import on_cpu
+from helpers.jobs import on_cpu, tiny_base
 from helpers.models import tiny_family
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import Speed
@@ -104,22 +104,40 @@ def test_a_cache_without_room_for_a_row_is_told_before_anything_is_trained(tmp_p
     assert line.endswith("Use 6 or more or lower vllm.max_model_len.")
 
 
-def test_vllm_is_built_for_the_longest_row_that_the_run_samples() -> None:
+def test_vllm_is_built_for_the_longest_row_that_the_run_samples(tiny_model: Path, tmp_path: Path) -> None:
+    base = tiny_base(tiny_model)
     stages = build("stage=evaluate", "ppo.max_new_tokens=40", "evaluate.max_new_tokens=70").stages
     needed = [stages[name] for name in ("sft", "generate", "ppo", "evaluate")]
     on = gpus(80)
-    assert longest_sampled(needed, stages, on) == 900 + 70
-    assert longest_sampled(needed[:3], stages, on) == 900 + 40
-    assert longest_sampled(needed[:1], stages, on) is None
+    assert longest_sampled(needed, stages, on, base) == 900 + 70
+    assert longest_sampled(needed[:3], stages, on, base) == 900 + 40
+    assert longest_sampled(needed[:1], stages, on, base) is None
     short = replace(on, shape=replace(on.shape, context=950))
-    assert longest_sampled(needed, stages, short) == 950
+    assert longest_sampled(needed, stages, short, base) == 950
 
     class Own(type(stages["generate"])):  # type: ignore[misc]  # a class that a test chooses
         def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
             return StageCost()
 
     own = Own.model_construct(**dict(stages["generate"]))
-    assert longest_sampled([own, *needed], stages, on) is None  # it does not say: the model's context
+    assert longest_sampled([own, *needed], stages, on, base) is None  # it does not say: the model's context
+    shutil.copytree(tiny_model, tmp_path / "own")
+    mine = build("stage=generate", f"generate.policy={tmp_path / 'own'}").stages
+    assert longest_sampled([mine["generate"]], mine, on, base) == 900 + 40
+    (tmp_path / "own" / "chat_template.jinja").write_text("{{ messages }}")
+    assert longest_sampled([mine["generate"]], mine, on, base) is None  # other tokens than were counted
+
+
+def test_a_cache_without_room_for_a_row_of_a_finished_stage_is_told(tmp_path: Path) -> None:
+    vllm = VllmConfig(
+        tensor_parallel=1, kv_cache_gib=1.0, max_num_seqs=8, max_model_len=None, enforce_eager=True
+    )
+    on, disk = replace(gpus(80), vllm=vllm), Disk(tmp_path, 1e12)
+    stages = build("stage=generate").stages
+    pending, begun = [stages["generate"]], {"generate": Begun()}
+    assert not preflight(pending, stages, on, disk, NO_CHECKPOINTS, begun).refused
+    (line,) = preflight(pending, stages, on, disk, NO_CHECKPOINTS, begun, longest=20_000).refused
+    assert "one row of 20000 tokens" in line
 
 
 def test_ranks_that_run_one_engine_together_share_its_weights(tmp_path: Path) -> None:

@@ -141,5 +141,10 @@ def test_one_answer_whose_reward_raises_does_not_end_generate(chain: Chain) -> N
     outcome = chain.run(*mine, *few, "generate.max_unscored=0.5")
     assert outcome.code == 0, outcome.err
     (line,) = [line for line in outcome.out.splitlines() if "the reward raised for " in line]
-    assert "answer 1, " in line and f"{__file__}, line " in line
-    assert outcome.summary["stages"]["generate"]["metrics"]["generate/unscored"] >= 1
+    assert "1 answers, " in line and f"{__file__}, line " in line
+    metrics = outcome.summary["stages"]["generate"]["metrics"]
+    assert metrics["generate/unscored"] >= metrics["generate/raised"] >= 1
+    again = chain.run(*mine, *few, "generate.max_unscored=0.5")
+    assert again.statuses["generate"] == "reused"
+    stricter = chain.run(*mine, *few, "generate.max_unscored=0")
+    assert stricter.code == 2 and "ZeroDivisionError" in stricter.err

@@ -114,19 +114,19 @@ def test_an_answer_for_which_it_raises_has_no_score_where_that_is_allowed() -> N
     reward = called("python:mine:picky", picky)
     with pytest.raises(RewardError, match="picky: ValueError: an empty answer"):
         reward(rows, said)
-    reward.tolerance = Tolerance(0.25)
+    reward.tolerance = Tolerance(1)
     scores = reward(rows, said)
     assert scores[:2].tolist() == [3.0, 4.0] and scores[2].isnan() and scores[3] == 6.0
     (raised,) = reward.tolerance.raised
     assert raised.startswith(
-        "answer 3, ' ' to 'Question 2': python:mine:picky: ValueError: an empty answer ("
+        "the answer ' ' to 'Question 2': python:mine:picky: ValueError: an empty answer ("
     )
     assert f"{__file__}, line " in raised and "in picky" in raised
-    with pytest.raises(RewardError, match=r"^answer 1, .* raised for 2 of the first 3 answers\.$"):
+    with pytest.raises(RewardError, match=r"By itself it raised for 2 answers of the 3 that were tried"):
         reward(rows, ["", "four", " ", "twelve"])
     assert len(reward.tolerance.raised) == 1
-    with pytest.raises(RewardError, match="an empty answer"):
-        reward(rows[:1], [""])
+    assert reward(rows[:1], [""]).isnan().tolist() == [True]  # a rank's only one; the caller counts over all
+    assert len(reward.tolerance.raised) == 2
 
 
 def test_the_other_answers_are_scored_together_as_always() -> None:
@@ -136,7 +136,7 @@ def test_the_other_answers_are_scored_together_as_always() -> None:
         return [float(sorted(responses).index(each)) for each in responses]
 
     reward = called("python:mine:ranks", ranks)
-    reward.tolerance = Tolerance(0.5)
+    reward.tolerance = Tolerance(1)
     scores = reward([PromptRow(user("?")) for _ in range(3)], ["b", "bad", "a"])
     assert scores[[0, 2]].tolist() == [1.0, 0.0] and scores[1].isnan()
 
@@ -148,13 +148,13 @@ def test_an_error_of_all_answers_together_is_no_error_of_one() -> None:
         return [1.0]
 
     reward = called("python:mine:lonely", lonely)
-    reward.tolerance = Tolerance(0.9)
+    reward.tolerance = Tolerance(2)
     with pytest.raises(RewardError, match="one at a time"):
         reward(TEXTS, SAID)
 
 
 def test_what_is_no_number_is_an_error_of_the_function_not_of_an_answer() -> None:
     reward = called("python:mine:words", lambda prompts, responses: ["good" for _ in responses])
-    reward.tolerance = Tolerance(0.9)
+    reward.tolerance = Tolerance(2)
     with pytest.raises(RewardError, match="which holds no numbers"):
         reward(TEXTS, SAID)

@@ -299,12 +299,17 @@ def test_another_runs_plan_is_left_as_it_is(chain: Chain, config_of_8b: Path) ->
     [
         ("plan.rows=5", "Give plan.rows, plan.prompt_tokens and plan.answer_tokens together"),
         ("plan.nodes=2", "plan.nodes=2 needs plan.gpus, the GPUs of each node. Set it"),
+        ("plan.longest_answer=600", "plan.longest_answer=600 is read only with plan.gpus and lengths that"),
+        (
+            "plan.gpus=8 plan.longest_answer=256",
+            "plan.longest_answer=256 is less than the mean, plan.answer_tokens=512. Use 512",
+        ),
         ("plan.gpu_memory=80apples", "plan.gpu_memory='80apples'"),
         ("plan.trains=[generate]", "plan.trains"),
     ],
 )
 def test_what_is_no_plan(chain: Chain, override: str, words: str) -> None:
-    outcome = chain.run("stage=plan", override)
+    outcome = chain.run("stage=plan", *override.split())
     assert outcome.code == 2 and words in outcome.err
 
 
