@@ -2,6 +2,7 @@
 
     python benchmarks/plan_accuracy.py              # measure what is not measured yet, then the table
     python benchmarks/plan_accuracy.py --table      # the table alone
+    python benchmarks/plan_accuracy.py --fp32       # the same in fp32
     python benchmarks/plan_accuracy.py --ranks      # the same of two and four ranks: memory alone
 
 Each case is `python -m rlhf` in a fresh process that has one stage to run: what it reads is in the store. Its
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +92,9 @@ CASES = (
          (*BASE, *FULL_REWARD, *FULL_PPO, "ppo.micro_batch_tokens=512")),
 )  # fmt: skip
 
-
+FP32 = tuple(
+    replace(case, name=f"{case.name}, fp32", overrides=(*case.overrides, "precision=fp32")) for case in CASES
+)
 RANKS = tuple(
     Case(f"{stage} full, {zero}, {ranks} ranks", stage,
          (*overrides, "model=local", "model.path=small", f"zero={zero}", f"launch.processes={ranks}"), ranks)
@@ -268,9 +272,9 @@ def predict(case: Case, compute: Compute, machine: Machine) -> tuple[float, floa
     return peak, cost.seconds, phase.name
 
 
-def table() -> str:
+def table(cases: Sequence[Case]) -> str:
     """Markdown: predicted and measured, case by case."""
-    compute, _ = make_compute("cpu", "bf16")
+    compute, _ = make_compute("cpu", "fp32" if cases is FP32 else "bf16")
     speed = calibrated_speed(compute, WORK / "store")
     machine = found_machine(compute, speed)
     lines = [
@@ -278,7 +282,7 @@ def table() -> str:
         "| stage | peak, predicted (phase) | measured | error | time, predicted | measured | error |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case in CASES:
+    for case in cases:
         if not result_file(case).exists():
             continue
         found = json.loads(result_file(case).read_text(encoding="utf-8"))
@@ -317,17 +321,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--table", action="store_true", help="measure nothing")
-    parser.add_argument("--ranks", action="store_true", help="the cases on several ranks")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--fp32", action="store_true", help="the cases in fp32")
+    which.add_argument("--ranks", action="store_true", help="the cases on several ranks")
     parser.add_argument("--most", type=int, default=len(CASES), help="measure so many cases at most")
     options = parser.parse_args()
     write_data(WORK)
     write_small(WORK / "small")
-    cases = RANKS if options.ranks else CASES
+    cases = RANKS if options.ranks else FP32 if options.fp32 else CASES
     missing = [case for case in cases if not result_file(case).exists()]
     for case in [] if options.table else missing[: options.most]:
         measure(case)
     if options.table or len(missing) <= options.most:
-        print(table_of_ranks() if options.ranks else table())
+        print(table_of_ranks() if options.ranks else table(cases))
 
 
 if __name__ == "__main__":

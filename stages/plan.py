@@ -284,7 +284,7 @@ class PlanStage(Stage):
 
     def setting(self, job: Job, experiment: Experiment, shape: ModelShape) -> CostContext:
         """The model on the hardware that is planned for."""
-        settings, share = experiment.settings, 1.0
+        settings = experiment.settings
         if self.gpus is None:
             speed = job.compute.main_only(lambda: calibrated_speed(job.compute, Path(settings.store_dir)))
             machine, dtype_bytes = found_machine(job.compute, speed), job.compute.dtype.itemsize
@@ -304,12 +304,11 @@ class PlanStage(Stage):
                 network=float(self.network),
             )
             dtype_bytes = 4 if settings.precision == "fp32" else 2
-        if self.plans_answers:
-            share = self.lengths["answer_tokens"] / self.longest
+        mean = float(self.lengths["answer_tokens"]) if self.plans_answers else None
         return CostContext(
             shape, dtype_bytes, settings.zero, machine, self.sizes(job),
             settings.vllm if settings.generation in (("vllm", "auto") if self.gpus else ("vllm",)) else None,
-            pads_rows(settings.model, shape), answer_share=share,
+            pads_rows(settings.model, shape), answer_tokens=mean,
         )  # fmt: skip
 
     def sizes(self, job: Job) -> Sizes:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rlhf.costs.memory import SAMPLING, MemoryPhase, beside_vllm, frozen_runs, logits, reading, sampling
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost, ThroughputModel, exactly, joined
+from rlhf.costs.stage_cost import StageCost, ThroughputModel, joined
 from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.config import PeftConfig
 
@@ -49,7 +49,8 @@ def sampling_cost(
     repeated = prompts._replace(
         shared_prefix=prompts.mean - of_others / samples
     )  # samples of a prompt share it
-    length = joined(repeated, exactly(new_tokens if prompts.rows else 0))
+    sampled = on.answers(new_tokens if prompts.rows else 0)
+    length = joined(repeated, sampled)
     shards = on.shards_weights
     running = frozen_runs(on, "policy")
     model = running[0]
@@ -67,11 +68,11 @@ def sampling_cost(
     computed = on.computed(answered * length.mean, length)
     work = [
         worker.load(policies + readings, what="models"),
-        *worker.decode(answered, batch_rows, repeated, exactly(new_tokens), what="answers"),
+        *worker.decode(answered, batch_rows, repeated, sampled, what="answers"),
         *worker.rollouts(policies if rollouts is None else rollouts, answered, what="answers"),
         *worker.gathering(policies * on.gathers_a_rollout(new_tokens), [], what="weights to sample from"),
         worker.read(
-            measures * computed, length.mean, predicted=measures * answered * new_tokens,
+            measures * computed, length.mean, predicted=measures * answered * sampled.mean,
             what="log-probabilities of answers",
         ),
         worker.read(readings * computed, length.mean, what="scores"),

@@ -50,8 +50,8 @@ class CostContext:
     """Rows are padded to the longest of a pass, not packed."""
     local_sampling: LocalSampling = "whole"
     """How the local engine samples from sharded weights. The preflight chooses."""
-    answer_share: float = 1.0
-    """Tokens of a mean answer over those of the longest that is allowed."""
+    answer_tokens: float | None = None
+    """Tokens of a mean sampled answer; None: each is as long as it may be."""
 
     @property
     def on_cpu(self) -> bool:
@@ -77,7 +77,7 @@ class CostContext:
 
     def answers(self, longest: int) -> LengthStats:
         """Sampled answers of at most so many tokens."""
-        mean = self.answer_share * longest
+        mean = min(float(longest), self.answer_tokens or longest)
         return LengthStats(0, mean, min(mean, longest - mean) / 2, longest)
 
     def gathers_a_rollout(self, new_tokens: int) -> int:

@@ -21,6 +21,8 @@ from rlhf.models.peft.methods import MethodName
 Activity = Literal["read", "train", "decode", "optimizer", "load", "network", "host", "checkpoint"]
 EFFICIENCY: dict[Activity, float] = {"read": 0.39, "train": 0.43, "decode": 0.4}
 """Share of the measured matmul speed that each activity reaches; fitted to the table of docs/planner.md."""
+FP32_EFFICIENCY: dict[Activity, float] = {"read": 0.72, "train": 0.65, "decode": 0.75}
+"""The same of fp32 on a CPU, whose matmuls are slower, so that the rest of the work is a smaller share."""
 OPTIMIZER_BYTES = 40
 """A trained parameter and step: gradients read twice; master, both moments and weight read and written."""
 PCIE_GBYTES = 25.0
@@ -118,6 +120,15 @@ class ThroughputModel:
         """Of one rank."""
         return self.on.machine.speed
 
+    def efficiency(self, activity: Activity) -> float:
+        """Share of the matmul speed that the activity reaches."""
+        is_fp32 = self.on.on_cpu and self.on.dtype_bytes == FP32
+        return (FP32_EFFICIENCY if is_fp32 else EFFICIENCY)[activity]
+
+    def rate(self, activity: Activity) -> float:
+        """Operations a second."""
+        return self.efficiency(activity) * self.speed.gflops * 1e9
+
     def forward(self, length: float) -> float:
         """Operations of a token that is one of so many: linear layers, and attention to all of them."""
         shape = self.on.shape
@@ -176,7 +187,7 @@ class ThroughputModel:
         mine = rows / self.on.ranks
         work = mine * new_tokens * (self.forward(prompts.mean + new_tokens / 2) + 2 * shape.head)
         seconds = steps * (weights / (self.speed.gbytes * 1e9) + shape.layers * LAYER_SECONDS)
-        seconds += work / (EFFICIENCY["decode"] * self.speed.gflops * 1e9)
+        seconds += work / self.rate("decode")
         how = f"{what}: {steps:.0f} times {weights:.3g} B of weights, and {work:.3g} operations"
         tokens = self.on.computed(rows * prompts.mean, prompts)
         read = self.read(tokens, prompts.mean, predicted=rows, what=f"{what}: prompts")
@@ -199,7 +210,7 @@ class ThroughputModel:
         read = (read + together * row_bytes * (prompts.mean + new_tokens / 2)) / group
         work = mine * new_tokens * (self.forward(prompts.mean + new_tokens / 2) + 2 * shape.head) / group
         seconds = steps * (read / (self.speed.gbytes * 1e9) + shape.layers * VLLM_LAYER_SECONDS)
-        seconds += work / (EFFICIENCY["decode"] * self.speed.gflops * 1e9)
+        seconds += work / self.rate("decode")
         how = f"{what}: {steps:.0f} times {read:.3g} B of weights and cache, {together:.0f} rows together"
         tokens = self.read(rows * prompts.mean, prompts.mean, predicted=rows, what=f"{what}: prompts")
         return [tokens, Task("decode", seconds, f"{how}, and {work:.3g} operations")]
@@ -268,9 +279,8 @@ class ThroughputModel:
         return [Task("network", seconds - hidden, how)]
 
     def _task(self, activity: Activity, operations: float, how: str) -> Task:
-        rate = EFFICIENCY[activity] * self.speed.gflops * 1e9
-        seconds = operations / self.on.ranks / rate
-        share = f"{EFFICIENCY[activity]:g} of {self.speed.gflops:.0f} GFLOP/s"
+        seconds = operations / self.on.ranks / self.rate(activity)
+        share = f"{self.efficiency(activity):g} of {self.speed.gflops:.0f} GFLOP/s"
         return Task(activity, seconds, f"({how}) / {self.on.ranks} ranks / {share}")
 
 
@@ -288,11 +298,6 @@ def joined(*parts: LengthStats) -> LengthStats:
         sum(part.longest for part in parts),
         sum(part.shared_prefix for part in parts),
     )
-
-
-def exactly(tokens: int) -> LengthStats:
-    """Answers that all have so many tokens: the most that are allowed."""
-    return LengthStats(0, float(tokens), 0.0, tokens)
 
 
 def one_after_the_other(costs: Sequence[StageCost]) -> StageCost:

@@ -174,6 +174,16 @@ class PreparedData:
             report["kept"][split], tokens["mean"], tokens["deviation"], tokens["max"], tokens["in_common"]
         )
 
+    def mean_answer(self, role: str) -> float | None:
+        """Tokens of a mean answer of the role's training rows; None if there is none."""
+        path = self.tokens_path(role, "train")
+        if not path.exists():
+            return None
+        import numpy
+
+        spans = TokenIds(path).spans
+        return float(numpy.diff(spans).mean()) if len(spans) else None
+
     def unlike(self) -> list[str]:
         """In what texts of roles are unlike those of others, as sentences: rlhf/data/unlike.py."""
         path = self.directory / UNLIKE

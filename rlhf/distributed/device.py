@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator
@@ -109,6 +110,10 @@ def room_in(group: Path) -> float:
     return float(int(most) - held)
 
 
+WARMING_SECONDS, MULTIPLYING_SECONDS = 0.05, 0.1
+"""Of a measurement of the speed."""
+
+
 def choose_precision(device: str) -> tuple[str, str]:
     """bf16 if it is faster than fp32 here.
 
@@ -133,16 +138,17 @@ def choose_precision(device: str) -> tuple[str, str]:
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """Best of a few square matrix products, in GFLOP/s; takes some ten milliseconds."""
+    """The median of square matrix products during a tenth of a second, in GFLOP/s. The first ones, in which
+    threads start and clocks rise, are left out."""
     import torch
 
     size = 768 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):  # the first one warms up
-        start = time.perf_counter()
+    begun, taken = time.perf_counter(), list[float]()
+    while (start := time.perf_counter()) < begun + WARMING_SECONDS + MULTIPLYING_SECONDS or not taken:
         left @ right
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+        if start >= begun + WARMING_SECONDS:
+            taken.append(time.perf_counter() - start)
+    return 2 * size**3 / median(taken) / 1e9

@@ -122,9 +122,11 @@ def check_before_loading(
     disk = Disk(store, shutil.disk_usage(store).free)
     needed = [experiment.stages[name] for name in experiment.needed()]
     longest = None if on.vllm is None else longest_sampled(needed, experiment.stages, on, base)
+    teaches = any("sft" in stage.datasets() for stage in needed)
     checked = preflight(
-        stages, experiment.stages, on, disk, settings.checkpoint, begun=pending, ways=ways, longest=longest
-    )
+        stages, experiment.stages, on, disk, settings.checkpoint, begun=pending, ways=ways, longest=longest,
+        answer_tokens=data.mean_answer("sft") if teaches else None,
+    )  # fmt: skip
     lines = [*padding_notes(stages, settings.model.attention), *checked.warned, *checked.refused]
     refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
     if refused and settings.preflight == "enforce":
@@ -272,6 +274,7 @@ def preflight(
     begun: Mapping[str, Begun],
     ways: Mapping[str, LocalSampling] | None = None,
     longest: int | None = None,
+    answer_tokens: float | None = None,
 ) -> Checked:
     """Compare what these stages need with what this machine has. No model is loaded.
 
@@ -279,6 +282,7 @@ def preflight(
         begun: what an earlier attempt left of each stage.
         ways: how stages sample from sharded weights by the local engine, where that is decided.
         longest: as of `longest_sampled`, of all stages of the run; None for these stages' own.
+        answer_tokens: of a mean sampled answer, for the time; None for the longest that is allowed.
     """
     costs: dict[str, StageCost] = {}
     refused: list[str] = []
@@ -286,9 +290,10 @@ def preflight(
     for stage in stages:
         way = (ways or {}).get(stage.name)
         there = chosen(stage, chain, on) if way is None else replace(on, local_sampling=way)
-        cost = costs[stage.name] = with_copy(
-            stage.cost(context_of(stage, chain, there), chain), there, checkpoints
-        )
+        there = context_of(stage, chain, there)
+        cost = stage.cost(there, chain)  # memory is for the longest answers, time for the usual ones
+        cost = replace(cost, work=stage.cost(replace(there, answer_tokens=answer_tokens), chain).work)
+        cost = costs[stage.name] = with_copy(cost, there, checkpoints)
         if not cost.phases:
             continue
         need = shortage(cost, on)

@@ -12,7 +12,7 @@ import yaml
 from rlhf.costs.hardware import GIB
 from rlhf.costs.memory import amount
 from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import EFFICIENCY, SLOW, Activity, StageCost
+from rlhf.costs.stage_cost import SLOW, Activity, StageCost, ThroughputModel
 from rlhf.pipeline.preflight import most
 from rlhf.printable import duration
 from rlhf.tracking.progress import clock
@@ -124,7 +124,8 @@ def assumptions(strategy: Strategy, lengths: str) -> Iterator[str]:
     if not strategy.costs:
         return
     machine, speed = strategy.on.machine, strategy.on.machine.speed
-    shares = ", ".join(f"{EFFICIENCY[activity]:g} {doing}" for activity, doing in DOING.items())
+    worker = ThroughputModel(strategy.on)
+    shares = ", ".join(f"{worker.efficiency(activity):g} {doing}" for activity, doing in DOING.items())
     network = ""
     if machine.network < math.inf:
         network = (

@@ -14,7 +14,7 @@ from rlhf.costs.hardware import GIB
 from rlhf.costs.memory import SAMPLING, MemoryPhase, frozen_weights, sampling, vllm_row
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext, LocalSampling
-from rlhf.costs.stage_cost import EFFICIENCY, LAYER_SECONDS, StageCost, ThroughputModel, one_after_the_other
+from rlhf.costs.stage_cost import LAYER_SECONDS, StageCost, ThroughputModel, one_after_the_other
 from rlhf.distributed.compute import Compute, Zero
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.peft.attach import check_attachable
@@ -451,8 +451,9 @@ def quality(peft: PeftConfig, on: CostContext, use: Use) -> tuple[int, str]:
 
 def prefill(on: CostContext, tokens: float) -> Figure:
     """Seconds to read so many more prompt tokens."""
-    each = ThroughputModel(on).forward(tokens)
-    seconds = tokens * each / (EFFICIENCY["read"] * on.machine.speed.gflops * 1e9)
+    worker = ThroughputModel(on)
+    each = worker.forward(tokens)
+    seconds = tokens * each / worker.rate("read")
     return Figure(seconds, f"{tokens:.0f} more prompt tokens x {each:.3g} operations")
 
 

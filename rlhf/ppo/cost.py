@@ -209,7 +209,7 @@ def policy_work(
     *,
     once: bool,
 ) -> list[Task]:
-    """The work of all steps, if each response is as long as it may be."""
+    """The work of all steps."""
     worker, answers = ThroughputModel(on), on.answers(config.max_new_tokens)
     new = answers.mean
     asked = on.sizes("ppo", "train")

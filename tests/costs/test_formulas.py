@@ -22,14 +22,16 @@ from rlhf.costs.stage_cost import (
     StageCost,
     Task,
     ThroughputModel,
-    exactly,
 )
+from rlhf.data.prepared import LengthStats
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import MethodName
 from rlhf.planner.report import explanation, phases, table
 from rlhf.planner.strategies import Figure, Strategy, Use, prefill, served
 from rlhf.training.trained import FILE_BYTES
+
+TEN, HUNDRED = LengthStats(0, 10.0, 0.0, 10), LengthStats(0, 100.0, 0.0, 100)
 
 
 @pytest.mark.parametrize(
@@ -202,9 +204,7 @@ def test_rows_that_ranks_decode_together_are_their_own() -> None:
     """64 rows at a time each: 8 ranks answer 512 in as many passes over the weights as one answers 64."""
 
     def passes(ranks: int, rows: int) -> str:
-        _, decoding = ThroughputModel(gpus(80, ranks=ranks)).decode(
-            rows, 64, exactly(10), exactly(100), what="answers"
-        )
+        _, decoding = ThroughputModel(gpus(80, ranks=ranks)).decode(rows, 64, TEN, HUNDRED, what="answers")
         return decoding.how.partition(" times")[0]
 
     assert passes(1, 64) == passes(8, 512) == "answers: 100"
@@ -216,12 +216,12 @@ def test_vllm_ends_with_the_longest_answer() -> None:
     vllm = VllmConfig(
         tensor_parallel=1, kv_cache_gib=1000.0, max_num_seqs=64, max_model_len=None, enforce_eager=False
     )
-    on = replace(gpus(80), vllm=vllm, answer_share=0.25)
+    on = replace(gpus(80), vllm=vllm, answer_tokens=100.0)
     answers = on.answers(400)
     assert (answers.mean, answers.longest, answers.deviation) == (100, 400, 50)
 
     def steps(rows: int) -> str:
-        _, decoding = ThroughputModel(on).decode(rows, 64, exactly(10), answers, what="answers")
+        _, decoding = ThroughputModel(on).decode(rows, 64, TEN, answers, what="answers")
         return decoding.how.partition(" times")[0]
 
     assert steps(8) == steps(64) == "answers: 400"

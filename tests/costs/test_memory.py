@@ -40,7 +40,7 @@ from rlhf.costs.memory import (
 )
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext, pads_rows
-from rlhf.costs.stage_cost import exactly, joined
+from rlhf.costs.stage_cost import joined
 from rlhf.data.prepared import LengthStats
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.distributed.compute import Zero
@@ -419,7 +419,7 @@ def test_rows_are_padded_behind_virtual_tokens_and_where_they_cannot_be_packed()
 
 
 def test_a_prompt_and_its_answer_stand_behind_each_other() -> None:
-    both = joined(LengthStats(9, 30.0, 3.0, 40), exactly(20))
+    both = joined(LengthStats(9, 30.0, 3.0, 40), LengthStats(0, 20.0, 0.0, 20))
     assert both == LengthStats(9, 50.0, 3.0, 60)
 
 

@@ -281,3 +281,12 @@ def test_one_row_is_enough_for_a_file(tmp_path: Path, tiny_model: Path) -> None:
     data.write("sft", "train", rows(1))
     assert [*data.rows("sft", "train")] == rows(1)
     assert len(ids_of(load_tokenizer(tiny_model, TINY), rows(1))) == 1
+
+
+def test_the_mean_answer_is_of_all_answers_of_training_rows(tiny_model: Path, tmp_path: Path) -> None:
+    data, tokenizer = PreparedData(tmp_path), load_tokenizer(tiny_model, TINY)
+    assert data.mean_answer("sft") is None
+    rows = [SftRow(user("How long?"), "a" * length) for length in (3, 5, 10)]
+    data.write("sft", "train", rows)
+    write_tokens(data.tokens_path("sft", "train"), tokenizer, rows)
+    assert data.mean_answer("sft") == 6 + 1  # a byte is a token, and one ends the turn

@@ -128,6 +128,18 @@ def test_vllm_is_built_for_the_longest_row_that_the_run_samples(tiny_model: Path
     assert longest_sampled([mine["generate"]], mine, on, base) is None  # other tokens than were counted
 
 
+def test_time_is_for_the_usual_answers_and_memory_for_the_longest(tmp_path: Path) -> None:
+    stages = build().stages
+    names = ("generate", "ppo", "evaluate")
+    pending, begun = [stages[name] for name in names], dict.fromkeys(names, Begun())
+    args = (pending, stages, gpus(80), Disk(tmp_path, 1e12), NO_CHECKPOINTS, begun)
+    longest, usual = preflight(*args), preflight(*args, answer_tokens=4.0)
+    above = preflight(*args, answer_tokens=4000.0)
+    for name in names:
+        assert usual.costs[name].phases == longest.costs[name].phases == above.costs[name].phases
+        assert usual.costs[name].seconds < longest.costs[name].seconds == above.costs[name].seconds
+
+
 def test_a_cache_without_room_for_a_row_of_a_finished_stage_is_told(tmp_path: Path) -> None:
     vllm = VllmConfig(
         tensor_parallel=1, kv_cache_gib=1.0, max_num_seqs=8, max_model_len=None, enforce_eager=True
