@@ -9,8 +9,8 @@ ranks under fsdp2 and zero3; and the same killed in each stage and resumed, comp
 disturbed. Each starts in an empty store. A record holds for one machine: it is kept in
 benchmarks/.work/same.
 
-Of each artifact: its key, its summary metrics, and its files, among them what it logged. What tells times,
-memory or paths is left out (`CHANGING`, `NOT_COMPARED`). Keys are listed apart from results: a change of how
+Of each artifact: its key, its summary metrics, and its files, among them what it logged. What tells times or
+memory is left out (`CHANGING`, `NOT_COMPARED`). Keys are listed apart from results: a change of how
 they are computed moves all of them at once.
 """
 
@@ -35,10 +35,10 @@ import psutil
 HERE = Path(__file__).parent
 WORK = HERE / ".work" / "same"
 RECORD = WORK / "record.json"
-CHANGING = re.compile(r"time|second|latency|bytes|memory|cost|tokens_per|throughput|path|pays_off|break_even")
+CHANGING = re.compile(r"time$|seconds|latency|memory|tokens_per|throughput")
 """Keys of figures that differ from run to run."""
-NOT_COMPARED = re.compile(r"\.(md|html|png|svg|pdf)$|^manifest\.json$|^plan|^experiment/")
-"""Files with times, or of the look alone."""
+NOT_COMPARED = re.compile(r"\.(md|html|png|svg|pdf)$|^manifest\.json$")
+"""Files with times, or of the look alone; what the manifest holds is compared by itself."""
 POLL_SECONDS = 0.05
 
 
@@ -77,7 +77,7 @@ RECIPES = {
 """Recipe -> what makes it small."""
 TRAINS = ("sft", "reward", "ppo", "grpo", "dpo")
 """In the order of the chain."""
-ON_TWO = (*TINY, "launch.processes=2", "stage=[ppo,dpo,grpo]", "checkpoint.every_steps=1")
+ON_TWO = (*TINY, "launch.processes=2", "stage=[ppo,dpo,grpo,merge,evaluate]", "checkpoint.every_steps=1")
 
 
 def cases() -> Iterator[Case]:

@@ -100,7 +100,11 @@ class GenerateStage(Stage):
 
     def suffices(self, metrics: Mapping[str, float]) -> bool:
         """The reward raised for no more answers than is allowed now."""
-        return metrics.get("raised", 0.0) <= int(self.max_unscored * metrics["responses"])
+        return metrics.get("raised", 0.0) <= self.most_raised(int(metrics["responses"]))
+
+    def most_raised(self, answers: int) -> int:
+        """For how many of so many answers a function may raise."""
+        return math.floor(Fraction(str(self.max_unscored)) * answers)  # in floats 0.29 x 100 is less than 29
 
     def not_checked(self) -> dict[str, str]:
         """Without a reward there are no scores, and one answer to a prompt differs from no other."""
@@ -278,7 +282,7 @@ class GenerateStage(Stage):
 
         if self.reward is None:
             return None
-        compute, tolerance = job.compute, Tolerance(int(self.max_unscored * len(texts)))
+        compute, tolerance = job.compute, Tolerance(self.most_raised(len(texts)))
         reward = job.reward(self.reward, self.micro_batch_tokens, tolerance=tolerance)
         found = usable_scores(reward, rows, texts, f"{self.name}.reward={self.reward}")
         each = compute.collect_taken({compute.rank: tolerance.raised}, compute.world_size)

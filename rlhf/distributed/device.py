@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DRIVERS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
 """Names under /dev of GPU drivers: NVIDIA's, Jetson's, AMD's, and those of Windows under WSL."""
+WARMING_SECONDS, MULTIPLYING_SECONDS = 0.05, 0.1
+"""Of a measurement of the speed."""
 
 
 def has_gpu() -> bool:
@@ -110,10 +112,6 @@ def room_in(group: Path) -> float:
     return float(int(most) - held)
 
 
-WARMING_SECONDS, MULTIPLYING_SECONDS = 0.05, 0.1
-"""Of a measurement of the speed."""
-
-
 def choose_precision(device: str) -> tuple[str, str]:
     """bf16 if it is faster than fp32 here.
 
@@ -144,11 +142,20 @@ def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
 
     size = 768 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    begun, taken = time.perf_counter(), list[float]()
-    while (start := time.perf_counter()) < begun + WARMING_SECONDS + MULTIPLYING_SECONDS or not taken:
+
+    def take() -> float:
+        start = time.perf_counter()
         left @ right
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if start >= begun + WARMING_SECONDS:
-            taken.append(time.perf_counter() - start)
-    return 2 * size**3 / median(taken) / 1e9
+        return time.perf_counter() - start
+
+    def take_for(seconds: float) -> list[float]:
+        end, found = time.perf_counter() + seconds, [take()]
+        while time.perf_counter() < end:
+            found.append(take())
+        return found
+
+    take()  # it loads the library, which on a GPU takes longer than all that follows
+    take_for(WARMING_SECONDS)
+    return 2 * size**3 / median(take_for(MULTIPLYING_SECONDS)) / 1e9

@@ -18,7 +18,7 @@ from rlhf.costs.hardware import GIB, found_machine, kept_speed, quick_speed
 from rlhf.costs.memory import SAMPLING, Allocation, MemoryPhase, amount, over, vllm_row, weight_bytes
 from rlhf.costs.model_shape import ModelShape, counted
 from rlhf.costs.setup import CostContext, LocalSampling, Sizes, pads_rows
-from rlhf.costs.stage_cost import StageCost
+from rlhf.costs.stage_cost import StageCost, Task
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, load_tokenizer, skeleton
@@ -282,18 +282,19 @@ def preflight(
         begun: what an earlier attempt left of each stage.
         ways: how stages sample from sharded weights by the local engine, where that is decided.
         longest: as of `longest_sampled`, of all stages of the run; None for these stages' own.
-        answer_tokens: of a mean sampled answer, for the time; None for the longest that is allowed.
+        answer_tokens: of a mean sampled answer, for the time that is told; None for the longest that is
+            allowed, for which everything is checked.
     """
     costs: dict[str, StageCost] = {}
+    usual: dict[str, list[Task]] = {}
     refused: list[str] = []
     warned: list[str] = []
     for stage in stages:
         way = (ways or {}).get(stage.name)
         there = chosen(stage, chain, on) if way is None else replace(on, local_sampling=way)
         there = context_of(stage, chain, there)
-        cost = stage.cost(there, chain)  # memory is for the longest answers, time for the usual ones
-        cost = replace(cost, work=stage.cost(replace(there, answer_tokens=answer_tokens), chain).work)
-        cost = costs[stage.name] = with_copy(cost, there, checkpoints)
+        usual[stage.name] = stage.cost(replace(there, answer_tokens=answer_tokens), chain).work
+        cost = costs[stage.name] = with_copy(stage.cost(there, chain), there, checkpoints)
         if not cost.phases:
             continue
         need = shortage(cost, on)
@@ -306,7 +307,8 @@ def preflight(
     refused += disk_complaints(costs, disk, checkpoints, begun)
     sampled = longest or max((cost.sampled for cost in costs.values()), default=0)
     too_long = context_complaints(stages, costs, chain, on)
-    return Checked(costs, [*cache_complaints(sampled, on), *too_long, *refused], warned)
+    told = {name: replace(cost, work=usual[name]) for name, cost in costs.items()}
+    return Checked(told, [*cache_complaints(sampled, on), *too_long, *refused], warned)
 
 
 def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None, float]:

@@ -366,14 +366,14 @@ class Pipeline:
 
     def explain(self, recipe: Recipe) -> str:
         """Why the store's artifact is not used. The caller holds the artifact's lock."""
-        if self.store.find(recipe["stage"], recipe_key(recipe)):
-            return "an input was rebuilt, with another result"
+        if found := self.store.find(recipe["stage"], recipe_key(recipe)):
+            is_enough = self.experiment.stages[recipe["stage"]].suffices(found.manifest.metrics)
+            return "an input was rebuilt, with another result" if is_enough else "it has less than is asked"
         return self.store.explain(recipe["stage"], recipe)
 
     def checkpointing(self, *, forget: bool) -> CheckpointConfig:
         """How a stage saves its state. `forget` deletes the checkpoints that are there, for `force=`."""
-        settings = self.experiment.settings.checkpoint
-        return settings.model_copy(update={"resume": False}) if forget else settings
+        return self.experiment.settings.checkpoint.model_copy(update={"resume": False} if forget else {})
 
     def log(self, text: str) -> None:
         """Print a line, without markup."""

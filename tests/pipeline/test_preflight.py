@@ -140,6 +140,19 @@ def test_time_is_for_the_usual_answers_and_memory_for_the_longest(tmp_path: Path
         assert usual.costs[name].seconds < longest.costs[name].seconds == above.costs[name].seconds
 
 
+def test_disk_and_memory_count_checkpoints_that_the_longest_answers_would_bring(tmp_path: Path) -> None:
+    stages = build("ppo.steps=500").stages
+    longest = stages["ppo"].cost(gpus(80), stages)
+    usual = stages["ppo"].cost(replace(gpus(80), answer_tokens=1.0), stages)
+    minutes = (longest.seconds + usual.seconds) / 2 / 60
+    checkpoints = NO_CHECKPOINTS.model_copy(update={"every_minutes": minutes})
+    disk, begun = Disk(tmp_path, 2 * longest.artifact + longest.checkpoint), {"ppo": Begun()}
+    args = ([stages["ppo"]], stages, gpus(80), disk, checkpoints, begun)
+    assert preflight(*args).refused
+    found = preflight(*args, answer_tokens=1.0)
+    assert found.refused and found.costs["ppo"].seconds < 60 * minutes
+
+
 def test_a_cache_without_room_for_a_row_of_a_finished_stage_is_told(tmp_path: Path) -> None:
     vllm = VllmConfig(
         tensor_parallel=1, kv_cache_gib=1.0, max_num_seqs=8, max_model_len=None, enforce_eager=True
@@ -294,6 +307,7 @@ def test_the_chain_says_what_is_to_come(finished_chain: tuple[Chain, Outcome]) -
 def test_a_chain_that_is_faster_than_predicted_says_so_after_a_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # as on a machine that is so much slower
     monkeypatch.setattr("rlhf.pipeline.preflight.quick_speed", lambda compute: Speed(1e-3, 1e-4))
     lines = [line for line in Chain(tmp_path).run("stage=reward").out.splitlines() if " to go" in line]
     first, again = lines

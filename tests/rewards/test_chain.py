@@ -146,5 +146,6 @@ def test_one_answer_whose_reward_raises_does_not_end_generate(chain: Chain) -> N
     assert metrics["generate/unscored"] >= metrics["generate/raised"] >= 1
     again = chain.run(*mine, *few, "generate.max_unscored=0.5")
     assert again.statuses["generate"] == "reused"
-    stricter = chain.run(*mine, *few, "generate.max_unscored=0")
+    stricter = chain.run(*mine, *few, "generate.max_unscored=0", "why=true")
     assert stricter.code == 2 and "ZeroDivisionError" in stricter.err
+    assert "generate runs (" in stricter.out and "it has less than is asked" in stricter.out
