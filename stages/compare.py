@@ -237,7 +237,7 @@ class CompareStage(Stage):
             )
         return questions, num_leaks, library
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Ask everybody everything, score the answers, count what they cost."""
         from rlhf.compare.figures import break_evens, described, win_rate
 
@@ -265,7 +265,7 @@ class CompareStage(Stage):
             write_csv(metrics, job.directory / "comparison.csv")
             figure = draw(metrics, self.quality)
             figure.savefig(job.directory / "comparison.png", dpi=160, metadata={"Software": None})
-        job.publish(metrics)
+        return metrics
 
     def ask(
         self, job: Job, model: str | None, library: Library, questions: Sequence[Question]

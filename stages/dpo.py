@@ -226,7 +226,7 @@ class DpoStage(PreferenceConfig, Stage):
         ]  # fmt: skip
         return replace(cost, phases=[phase, *cost.phases], work=[*reference, *work])
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Ask the reference once, train, and publish the best policy."""
         from rlhf.generation.decoding_check import check_decoding
         from rlhf.generation.latency import token_seconds
@@ -277,7 +277,7 @@ class DpoStage(PreferenceConfig, Stage):
         if (kept := job.checkpoints.kept(f"train.{REFERENCE}")) and compute.is_main:
             shutil.copyfile(kept, job.directory / REFERENCE)
         all_rows = sum(len(job.data.rows(self.role, split)) for split in TRAINING)
-        job.publish({
+        return {
             **trial.summary(),
             **written,
             **token_seconds(policy, compute),
@@ -287,7 +287,7 @@ class DpoStage(PreferenceConfig, Stage):
             "rows_too_long": all_rows - len(train) - len(held_out),
             "skipped_steps": engine.skipped_steps,
             "trained_parameters": trained,
-        })  # fmt: skip
+        }  # fmt: skip
 
     def rows(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Preferences, Preferences]:
         """The training and the held-out rows, with what the reference says of them.

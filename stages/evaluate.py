@@ -334,7 +334,7 @@ class EvaluateStage(Stage):
         more = asks(samples=self.best_of, policies=1, readings=rewards[0], measures=0)
         return replace(cost, phases=[*cost.phases, *more.phases], work=[*cost.work, *more.work])
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Let every policy answer, score the answers, and compare them."""
         from rlhf.evaluation.answers import agreement, figures
 
@@ -354,7 +354,7 @@ class EvaluateStage(Stage):
         metrics |= agreement([said for name, said in answers.items() if name != BEST_OF_N])
         self.write(job, rows, answers)
         self.tell_words(job, answers)
-        job.publish(metrics)
+        return metrics
 
     def ask(self, job: Job, rows: Sequence[PromptRow]) -> dict[str, Answers]:
         """What every policy says and knows; one model is in memory at a time."""

@@ -184,7 +184,7 @@ class GenerateStage(Stage):
             added=most_added(on, [made.peft_config()] if made else []),
         )  # fmt: skip
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Sample, score, and write three views of the result."""
         import torch
 
@@ -247,7 +247,7 @@ class GenerateStage(Stage):
             metrics |= found.metrics()
         if reliability is not None:
             metrics |= reliability.metrics("score_reliability")
-        job.publish(metrics)
+        return metrics
 
     def reliability(
         self, job: Job, rows: Sequence[PromptRow], texts: Sequence[str], score_B: Tensor

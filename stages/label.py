@@ -245,13 +245,13 @@ class LabelStage(Stage):
         """Nothing worth counting: a reward model reads each answer once, and holds less than its training."""
         return StageCost()
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Collect votes, and publish those that there are."""
         self.check_compute(job.compute)
         pairs, usage = self.predicted(job, self.to_judge(job.inputs))
         found = job.compute.main_only(lambda: self.collect(job, pairs))
         job.recorded = found.pop("recorded")
-        job.publish({**found, **usage})
+        return {**found, **usage}
 
     def rows_before(self, inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
         """The preference rows of `label.before`."""

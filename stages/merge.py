@@ -104,10 +104,10 @@ class MergeStage(Stage):
         load = ThroughputModel(on).load(3, what="base, tuned and published model")
         return StageCost([MemoryPhase("interpolating", [models])], [load], artifact=weight_bytes(on))
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Load both, move the tuned one's weights, and publish it."""
         change = job.compute.main_only(lambda: self.merge(job))
-        job.publish({"alpha": self.alpha, "relative_change": change})
+        return {"alpha": self.alpha, "relative_change": change}
 
     def merge(self, job: Job) -> float:
         """Write the model; how far it is from the base model, relative to that."""

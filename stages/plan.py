@@ -227,7 +227,7 @@ class PlanStage(Stage):
         """It runs no model."""
         return StageCost()
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Weigh every strategy, show the table, write the best one down."""
         from rlhf.planner.strategies import out_of_reach, rank_strategies
 
@@ -262,11 +262,11 @@ class PlanStage(Stage):
                 content = experiment_file(redacted(experiment.resolved), best, reason)
                 (directory / "planned.yaml").write_text(content, encoding="utf-8")
         self.show(job, on, ranked, cells, reason)
-        job.publish({
+        return {
             "strategies": sum(not strategy.against for strategy in ranked),
             "hours": best.most_hours,
             "peak_gib": best.cost.peak().size() / 2**30,
-        })  # fmt: skip
+        }  # fmt: skip
 
     def base(self, job: Job) -> tuple[PreTrainedModel, ModelShape]:
         """The base model without weights, and its sizes.

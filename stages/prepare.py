@@ -102,9 +102,9 @@ class PrepareStage(Stage):
         """It runs no model."""
         return StageCost()
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Read and check every role, set the evaluation prompts aside, split the rest."""
-        job.publish(job.compute.main_only(lambda: self.prepare(job)))
+        return job.compute.main_only(lambda: self.prepare(job))
 
     def preparation(self, sources: Sources, base: BaseModelFiles, scratch: Path) -> Preparation:
         """How it treats the rows of these sources.

@@ -55,7 +55,7 @@ class ReportStage(Stage):
         """Nothing worth counting."""
         return StageCost()
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Write the page."""
         from rlhf.report.page.collect import read_run
         from rlhf.report.page.compared import runs_page
@@ -64,7 +64,7 @@ class ReportStage(Stage):
         if job.compute.is_main:
             page = runs_page([read_run(directory) for directory in dict.fromkeys(directories)])
             (job.directory / "report.html").write_text(page, encoding="utf-8")
-        job.publish({"runs": float(len(dict.fromkeys(directories)))})
+        return {"runs": float(len(dict.fromkeys(directories)))}
 
 
 def found(name: str, runs_dir: Path) -> list[Path]:

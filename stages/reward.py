@@ -137,7 +137,7 @@ class RewardStage(Stage):
             has_logits=False, longest=train.longest // 2,
         )  # fmt: skip
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Train, publish, and measure what was published."""
         from rlhf.evaluation.reward_model import calibration, rank_quality
         from rlhf.models.value_head import load_scalar_model
@@ -164,12 +164,12 @@ class RewardStage(Stage):
         bins = calibration(ranking.chosen_B, ranking.rejected_B)
         job.write_rows("calibration.jsonl", (each._asdict() for each in bins))
         too_long = sum(map(len, rows)) - len(train) - len(held_out)
-        job.publish({
+        return {
             **rank_quality(ranking),
             **metrics,
             "train_pairs": len(train),
             "pairs_too_long": too_long,
-        })  # fmt: skip
+        }  # fmt: skip
 
     def train(self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Pairs) -> dict[str, float]:
         """Train and publish; summary metrics of both."""

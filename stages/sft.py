@@ -160,7 +160,7 @@ class SftStage(Stage):
             )
         return min(self.max_tokens, context - virtual)
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Train on the answers only, and publish the model."""
         import torch
 
@@ -226,7 +226,7 @@ class SftStage(Stage):
                     settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
                 )
             )  # fmt: skip
-        job.publish({
+        return {
             **written,
             **token_seconds(policy, job.compute),
             "held_out_loss_before": ratio(before_B, tokens_B).value,
@@ -242,7 +242,7 @@ class SftStage(Stage):
             "trained_parameters": trained,
             "tokens": sum(int(answers.lengths[batch].sum()) for batch in batches),
             "replayed_rows": sum(map(len, batches)) - sum(map(len, own)),
-        })  # fmt: skip
+        }  # fmt: skip
 
     def tell_cut(self, job: Job, train: Answers, left_out: int) -> None:
         """Say how many training rows were too long, and how many conversations are in pieces."""

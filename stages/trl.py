@@ -128,7 +128,7 @@ class TrlStage(Stage):
         weights = artifact_bytes(on, self.peft, is_scalar=self.trainer == "Reward")
         return StageCost(artifact=weights, checkpoint=3 * weights)
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Train, and publish the model with its adapter merged."""
         from rlhf.models.peft.attach import count_parameters
         from rlhf.models.save import save_policy, write_model
@@ -158,13 +158,13 @@ class TrlStage(Stage):
         job.compute.barrier()
         accuracy = figures.get("eval_accuracy", figures.get("eval_rewards/accuracies"))
         ranked = {} if accuracy is None else of_pairs(accuracy, len(job.data.rows("pairs", "held_out")))
-        job.publish({
+        return {
             **{name: figures[name] for name in TOLD if name in figures},
             **ranked,
             "steps": trainer.state.global_step,
             "trained_parameters": trained,
             "artifact_bytes": sum(file.stat().st_size for file in job.directory.glob("*.safetensors")),
-        })  # fmt: skip
+        }  # fmt: skip
 
     def _classes(self) -> tuple[Any, Any]:
         """TRL's trainer and its config. Neither tells anybody that it is used."""

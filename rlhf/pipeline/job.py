@@ -72,7 +72,6 @@ class Job:
     preflight chooses."""
     experiment: Experiment | None = None
     """All stages and settings, for a stage that is about the others."""
-    summary: dict[str, float] | None = field(default=None)
     recorded: str = ""
     """Of a stage that `records`: the digest of what it publishes of its record."""
     ending: KeyboardInterrupt | None = None
@@ -216,9 +215,3 @@ class Job:
             text = "".join(json.dumps(redacted(row), ensure_ascii=False) + "\n" for row in rows)
             path.write_text(text, encoding="utf-8")
         return path
-
-    def publish(self, metrics: Mapping[str, float]) -> None:
-        """Declare the artifact complete, with its summary metrics (names without the stage's)."""
-        assert self.summary is None, f"{self.stage} published twice"
-        self.summary = {name: float(value) for name, value in metrics.items()}
-        self.tracker.summarize(self.stage, self.summary)

@@ -328,7 +328,8 @@ class Pipeline:
                 if stage.makers:
                     self.compute.main_only(lambda: prepare_rows(stage, chain, inputs, base, rows, progress))
                     stage.check_data(job.data, base)
-                stage.run(job)
+                metrics = {metric: float(value) for metric, value in stage.run(job).items()}
+                tracker.summarize(name, metrics)
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
             run.record(name, ended, key, None, time.monotonic() - start)
@@ -339,13 +340,12 @@ class Pipeline:
         self.compute.barrier()  # others may still read the rows
         if self.compute.is_main:
             shutil.rmtree(rows, ignore_errors=True)  # on NFS its files may still be mapped
-        assert job.summary is not None, f"{name} ended without publishing"
         if stage.records:
             recipe = recipe | {"recorded": job.recorded}
             key = recipe_key(recipe)
         seconds, peak = job.checkpoints.spent(), peak_bytes(self.compute, is_measured=is_measured)
 
-        def publish(metrics: dict[str, float] = job.summary) -> Artifact:
+        def publish() -> Artifact:
             manifest = make_manifest(
                 name, recipe, scratch, config=redacted(self.experiment.resolved), metrics=metrics,
                 seconds=seconds, peak=peak, num_ranks=self.compute.world_size,

@@ -353,8 +353,12 @@ class Stage(Strict, ABC):
         """
 
     @abstractmethod
-    def run(self, job: Job) -> None:
-        """Do the work in `job.directory` and end with `job.publish(metrics)`."""
+    def run(self, job: Job) -> Mapping[str, float]:
+        """Do the work in `job.directory`.
+
+        Returns:
+            The summary metrics, by names without the stage's. The pipeline publishes them with the directory.
+        """
 
 
 def root_of(key: str, init: str, chain: Mapping[str, Stage]) -> tuple[str, str]:

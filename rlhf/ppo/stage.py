@@ -152,7 +152,7 @@ class PolicyStage(PolicyConfig, Stage):
                     f"mean and deviation from `generate`, {cure} {self.instead_of_moments}."
                 )
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Load the models, train, and publish the best policy."""
         from rlhf.generation.latency import token_seconds
         from rlhf.models.peft.merge import publish_policy
@@ -170,7 +170,7 @@ class PolicyStage(PolicyConfig, Stage):
                 settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
             )
         )  # fmt: skip
-        job.publish({**metrics, **written, **token_seconds(trainer.policy.model, job.compute)})
+        return {**metrics, **written, **token_seconds(trainer.policy.model, job.compute)}
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """See rlhf/ppo/cost.py."""

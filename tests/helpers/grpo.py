@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from helpers.experiments import build_stage
-from helpers.jobs import small_job, tiny_base
+from helpers.jobs import SmallJob, small_job, tiny_base
 from helpers.ppo import length
-from rlhf.pipeline.job import Job
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts, Reward
 from rlhf.stages.grpo import GrpoStage
@@ -30,7 +29,7 @@ def grpo_stage(*overrides: str) -> GrpoStage:
     return build_stage(GrpoStage, *SETTINGS, *overrides)
 
 
-def grpo_job(directory: Path, model: Path, seed: int = 0) -> Job:
+def grpo_job(directory: Path, model: Path, seed: int = 0) -> SmallJob:
     """What the pipeline would hand to the stage, with the untrained model as its SFT model. Checkpoints lie
     beside its directory, for all jobs there."""
     checkpoints = directory.with_name("checkpoints")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import StopSignals
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.tracking.progress import Progress
@@ -41,6 +43,19 @@ def on_cpu(rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.float3
     return Compute("cpu", str(dtype).removeprefix("torch."), rank=rank, world_size=world_size)
 
 
+@dataclass
+class SmallJob(Job):
+    """A job, and what its stage measured."""
+
+    summary: dict[str, float] = field(default_factory=dict)
+
+
+def run_in(stage: Stage, job: SmallJob) -> None:
+    """Run a stage as the pipeline does."""
+    job.summary = {name: float(value) for name, value in stage.run(job).items()}
+    job.tracker.summarize(job.stage, job.summary)
+
+
 def small_job(
     stage: str,
     directory: Path,
@@ -53,7 +68,7 @@ def small_job(
     seed: int = 0,
     compute: Compute | None = None,
     **checkpoint: object,
-) -> Job:
+) -> SmallJob:
     """A job that makes its artifact in `directory`; run and checkpoints lie beside it.
 
     Args:
@@ -68,7 +83,7 @@ def small_job(
     compute, tracker = compute or on_cpu(), Tracker(run_directory, [])
     tracker.begin(directory)
     console = console or Console(quiet=True)
-    return Job(
+    return SmallJob(
         stage=stage,
         seed=seed,
         compute=compute,

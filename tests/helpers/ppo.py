@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from helpers.encoded import answers_of
 from helpers.experiments import build_stage
-from helpers.jobs import TINY, small_job, tiny_base, user
+from helpers.jobs import TINY, SmallJob, small_job, tiny_base, user
 from rlhf.data.schema import PromptRow, SftRow
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import load_tokenizer
@@ -20,7 +20,6 @@ from rlhf.models.peft.attach import attach, count_parameters
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.saved import save_adapter
 from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
-from rlhf.pipeline.job import Job
 from rlhf.ppo.build import load_critic, score_normalizer
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.trainer import PolicyTrainer
@@ -73,12 +72,14 @@ def ppo_stage(*overrides: str) -> PpoStage:
     return build_stage(PpoStage, *SETTINGS, *overrides)
 
 
-def ppo_job(directory: Path, model: Path, seed: int = 0, checkpoints: Path | None = None) -> Job:
+def ppo_job(directory: Path, model: Path, seed: int = 0, checkpoints: Path | None = None) -> SmallJob:
     """What the pipeline would hand to the stage, with the untrained model as its SFT model."""
     return small_job("ppo", directory, tiny_base(model), {"sft": model}, checkpoints=checkpoints, seed=seed)
 
 
-def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[SftRow] = ()) -> PolicyTrainer:
+def ppo_learner(
+    stage: PpoStage, job: SmallJob, reward: Reward, mix_rows: Sequence[SftRow] = ()
+) -> PolicyTrainer:
     """A trainer of all parameters, as the stage makes it; the critic starts with a zero head."""
     sft = job.inputs["sft"].path
     tokenizer, normalizer = load_tokenizer(sft, TINY), score_normalizer(stage, job)

@@ -11,13 +11,12 @@ import torch
 
 from helpers.experiments import build_stage
 from helpers.grpo import SETTINGS
-from helpers.jobs import small_job, tiny_base
+from helpers.jobs import SmallJob, run_in, small_job, tiny_base
 from helpers.ppo import prompts
 from helpers.store import manifest
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import Stopped
-from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Artifact
 from rlhf.stages.grpo import GrpoStage
 
@@ -58,7 +57,7 @@ def through_and_resumed(compute: Compute, models: Path) -> tuple[dict[str, float
     raise AssertionError("it did not stop")
 
 
-def job_in(directory: Path, compute: Compute, models: Path) -> Job:
+def job_in(directory: Path, compute: Compute, models: Path) -> SmallJob:
     """Its data are prepared; its checkpoints lie in the directory, for other jobs there too."""
     tiny = models / "tiny"
     job = small_job(
@@ -69,13 +68,12 @@ def job_in(directory: Path, compute: Compute, models: Path) -> Job:
     return replace(job, inputs={**job.inputs, "generate": measured}, local_sampling="layers")
 
 
-def run(job: Job, models: Path, *, seed: int) -> dict[str, float]:
+def run(job: SmallJob, models: Path, *, seed: int) -> dict[str, float]:
     """Run the stage; its figures without those of the clock."""
     torch.manual_seed(seed)
     parts = f"[{{source: python:{__name__}:num_letters, weight: 2.0}}, model:{models / 'judged'}]"
-    build_stage(
+    run_in(build_stage(
         GrpoStage, *SETTINGS, f"ppo.reward={{of: {parts}, combine: minimum, normalize: true}}",
         "grpo.optim.lr=1e-3", "grpo.epochs=2", "grpo.evaluate_prompts=4", "grpo.frozen_placement=sharded",
-    ).run(job)  # fmt: skip
-    assert job.summary is not None
+    ), job)  # fmt: skip
     return {name: value for name, value in job.summary.items() if not name.startswith("token_seconds")}

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from helpers.experiments import build_stage, stage_with
-from helpers.jobs import small_job, tiny_base, user
+from helpers.jobs import SmallJob, run_in, small_job, tiny_base, user
 from helpers.store import manifest
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
@@ -21,7 +21,6 @@ from rlhf.data.roles import ROLES
 from rlhf.data.schema import PairRow, PromptRow, SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.models.base import BaseModelFiles, _write_tiny
-from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Store
 from rlhf.stages.compare import CompareStage
 from rlhf.stages.prepare import PrepareStage
@@ -54,7 +53,7 @@ def publish_tiny(store: Store, stage: str, recipe: dict[str, Any], note: str = "
 
 def run_compare(
     stage: CompareStage, tiny_model: Path, directory: Path, console: Console | None = None
-) -> Job:
+) -> SmallJob:
     directory.mkdir(parents=True)
     data = PreparedData(directory)
     rows = [
@@ -68,15 +67,15 @@ def run_compare(
     data.write("ptx", "train", [SftRow([], "A text.")])
     data.write("dpo", "train", [])
     job = small_job("compare", directory, tiny_base(tiny_model), data=data, console=console)
-    stage.run(job)
+    run_in(stage, job)
     return job
 
 
-def answers_of(job: Job) -> list[dict[str, Any]]:
+def answers_of(job: SmallJob) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (job.directory / "answers.jsonl").read_text().splitlines()]
 
 
-def asked(job: Job, contender: str) -> list[list[str]]:
+def asked(job: SmallJob, contender: str) -> list[list[str]]:
     """What every turn said, prompt by prompt."""
     rows = [row for row in answers_of(job) if row["contender"] == contender]
     return [[turn["content"] for turn in row["asked"]] for row in rows]
@@ -141,7 +140,7 @@ class Bench:
         out = self.directory / f"out{self.num_runs}"
         self.printed = io.StringIO()
         self.job = small_job("prepare", out, self.base, console=Console(file=self.printed, width=200))
-        self.stage(**knobs).run(self.job)
+        run_in(self.stage(**knobs), self.job)
         self.report = json.loads((out / "report.json").read_text())
         return PreparedData(out)
 
@@ -152,7 +151,6 @@ class Bench:
 
     @property
     def summary(self) -> dict[str, float]:
-        assert self.job.summary is not None
         return self.job.summary
 
     @property
@@ -173,7 +171,7 @@ def sft_stage(*overrides: str) -> SftStage:
     return build_stage(SftStage, *SFT_SETTINGS, *overrides)
 
 
-def sft_job(directory: Path, model: Path) -> Job:
+def sft_job(directory: Path, model: Path) -> SmallJob:
     job = small_job("sft", directory, tiny_base(model))
     job.data.write("sft", "train", TRAIN)
     job.data.write("sft", "held_out", HELD_OUT)

@@ -101,7 +101,7 @@ class DpoStage(Stage):
             longest=train.longest // 2,
         )  # fmt: skip
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Mapping[str, float]:
         """Measure the reference, train, and publish."""
         self.check_compute(job.compute)
         start = job.start("sft")
@@ -132,7 +132,7 @@ class DpoStage(Stage):
                 )
             )  # fmt: skip
         right = share((gain_B > 0).double()).metrics("accuracy")
-        job.publish({**written, **right, "skipped_steps": engine.skipped_steps})
+        return {**written, **right, "skipped_steps": engine.skipped_steps}
 
     def pair(self, row: Any) -> PairRow:
         """The pair that a prepared row stands for."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from helpers.grpo import OfSomePrompts, constant, grpo_job, grpo_stage, grpo_trainer
-from helpers.jobs import user
+from helpers.jobs import run_in, user
 from helpers.ppo import best_weights, equal, prompts, shake, signal_at, weights
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
@@ -287,8 +287,7 @@ def test_a_common_property_is_learned_in_few_steps(tmp_path: Path, tiny_model: P
         "grpo.evaluate_every=12", "grpo.evaluate_prompts=128",
     )  # fmt: skip
     torch.manual_seed(0)
-    stage.run(job)
-    assert job.summary is not None
+    run_in(stage, job)
     assert 0.35 < job.summary["held_out_score_before"] < 0.7
     assert job.summary["held_out_score_last"] > 0.85
     lines = [json.loads(line) for line in (job.directory / "metrics.jsonl").read_text().splitlines()]

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf.rl.rollout
+from helpers.jobs import SmallJob, run_in
 from helpers.ppo import ppo_job, ppo_stage, prompts
 from rlhf.data.chat_template import prompt_ids
-from rlhf.pipeline.job import Job
 from rlhf.rl.advantage import whiten
 
 TRAIN, HELD_OUT = range(100, 612), range(700, 828)
@@ -40,17 +40,18 @@ def is_not_ascii(prompts: list[str], responses: list[str]) -> list[float]:
     return [1.0 - score for score in is_ascii(prompts, responses)]
 
 
-def run_stage(directory: Path, model: Path, *overrides: str, seed: int = 0) -> tuple[Job, dict[str, float]]:
+def run_stage(
+    directory: Path, model: Path, *overrides: str, seed: int = 0
+) -> tuple[SmallJob, dict[str, float]]:
     job = ppo_job(directory, model, seed)
     job.data.write("ppo", "train", prompts(TRAIN))
     job.data.write("ppo", "held_out", prompts(HELD_OUT))
     torch.manual_seed(seed)
-    ppo_stage(*overrides).run(job)
-    assert job.summary is not None
+    run_in(ppo_stage(*overrides), job)
     return job, job.summary
 
 
-def logged(job: Job, name: str) -> list[float]:
+def logged(job: SmallJob, name: str) -> list[float]:
     lines: list[dict[str, Any]] = [
         json.loads(line) for line in (job.directory / "metrics.jsonl").read_text().splitlines()
     ]

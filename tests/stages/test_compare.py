@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from helpers.chains import Chain, Outcome
+from helpers.jobs import SmallJob
 from helpers.stages import ANIMALS, answers_of, asked, compare_stage, publish_tiny, run_compare
 from rlhf.compare.metrics import answer_found, rouge_l
-from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Store
 from rlhf.report.compare import contenders
 
@@ -36,7 +36,7 @@ def tuned(store: Store) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model: Path, tuned: str, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def finished(tiny_model: Path, tuned: str, tmp_path_factory: pytest.TempPathFactory) -> SmallJob:
     stage = compare_stage(
         artifacts=[tuned],
         tuned_methods=["zero_shot", "retrieval"],
@@ -45,7 +45,7 @@ def finished(tiny_model: Path, tuned: str, tmp_path_factory: pytest.TempPathFact
     return run_compare(stage, tiny_model, tmp_path_factory.mktemp("compare") / "run")
 
 
-def test_figures_follow_from_the_answers_in_the_file(finished: Job) -> None:
+def test_figures_follow_from_the_answers_in_the_file(finished: SmallJob) -> None:
     metrics = finished.summary
     assert metrics is not None
     names = [name.format(tuned="sft/tuned") for name in CONTENDERS]
@@ -65,7 +65,7 @@ def test_figures_follow_from_the_answers_in_the_file(finished: Job) -> None:
         assert metrics[f"prompts_cut/{name}"] == 0
 
 
-def test_the_same_weights_asked_in_the_same_way_measure_alike(finished: Job) -> None:
+def test_the_same_weights_asked_in_the_same_way_measure_alike(finished: SmallJob) -> None:
     metrics = finished.summary
     assert metrics is not None
     for name in ("answer_loss", "rouge_l", "score", "prompt_tokens"):
@@ -76,7 +76,7 @@ def test_the_same_weights_asked_in_the_same_way_measure_alike(finished: Job) -> 
     assert "win_rate/zero_shot" not in metrics
 
 
-def test_prompts_hold_what_was_found(finished: Job) -> None:
+def test_prompts_hold_what_was_found(finished: SmallJob) -> None:
     (fox, _) = asked(finished, "few_shot")
     assert len(fox) == 5
     assert fox[0].startswith("Where is the ")
@@ -104,7 +104,7 @@ def test_examples_are_as_many_as_asked_for_where_no_word_is_shared(tiny_model: P
     assert owl[-3:] == ["Where is the owl?", "The owl is in room owl9.", "An owl?"]
 
 
-def test_training_and_storage_are_counted(finished: Job, tuned: str, tiny_model: Path) -> None:
+def test_training_and_storage_are_counted(finished: SmallJob, tuned: str, tiny_model: Path) -> None:
     metrics = finished.summary
     assert metrics is not None
     assert metrics["setup_seconds/zero_shot"] == 0
@@ -121,7 +121,7 @@ def test_training_and_storage_are_counted(finished: Job, tuned: str, tiny_model:
     assert metrics["storage_bytes/retrieval"] > model_bytes + texts
 
 
-def test_table_and_picture_say_the_same(finished: Job) -> None:
+def test_table_and_picture_say_the_same(finished: SmallJob) -> None:
     metrics = finished.summary
     assert metrics is not None
     table = (finished.directory / "comparison.md").read_text()
@@ -145,7 +145,6 @@ def test_what_does_not_fit_is_cut_and_counted(tiny_model: Path, tmp_path: Path) 
     fox, eel = answers_of(job)
     assert (fox["cut"], eel["cut"]) == (1, 0)
     assert "fox" in fox["asked"][0]["content"].replace("Where is the fox?", "")
-    assert job.summary is not None
     assert job.summary["prompts_cut/retrieval"] == 1
     assert "| prompts cut | 1 |" in (job.directory / "comparison.md").read_text()
 
@@ -163,7 +162,6 @@ def test_embeddings_find_the_passage_that_says_the_same(tiny_model: Path, tmp_pa
         ["- Where is the fox?\nWhere is the fox?"],
         ["- Where is the eel?\nWhere is the eel?"],
     ]
-    assert job.summary is not None
     held = job.summary["storage_bytes/retrieval"] - job.summary["storage_bytes/zero_shot"]
     assert held == sum(map(len, texts)) + 4 * 64 * len(texts)  # 64 numbers of fp32 a text
 

@@ -19,7 +19,7 @@ from helpers.chains import Chain, Outcome
 from helpers.encoded import ids_of
 from helpers.experiments import build_stage
 from helpers.gradients import agree, ours
-from helpers.jobs import TINY, on_cpu, small_job, tiny_base, user
+from helpers.jobs import TINY, SmallJob, on_cpu, run_in, small_job, tiny_base, user
 from rlhf.config import ConfigError
 from rlhf.data.arrow import mapped
 from rlhf.data.schema import PairRow, Split, ThumbRow
@@ -27,7 +27,6 @@ from rlhf.distributed.signals import Stopped
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
-from rlhf.pipeline.job import Job
 from rlhf.stages.dpo import DpoStage
 from rlhf.supervised.preferences import (
     ABSENT,
@@ -71,7 +70,7 @@ def stage_of(*overrides: str) -> DpoStage:
 
 def job_of(
     directory: Path, model: Path, *, num_train: int = 10, num_held_out: int = 6, **settings: Any
-) -> Job:
+) -> SmallJob:
     job = small_job("dpo", directory, tiny_base(model), **settings)
     splits: dict[Split, range] = {"train": range(num_train), "held_out": range(20, 20 + num_held_out)}
     for split, numbers in splits.items():
@@ -80,22 +79,21 @@ def job_of(
     return job
 
 
-def run(directory: Path, model: Path, *overrides: str) -> Job:
+def run(directory: Path, model: Path, *overrides: str) -> SmallJob:
     job = job_of(directory, model)
     torch.manual_seed(0)
-    stage_of(*overrides).run(job)
+    run_in(stage_of(*overrides), job)
     return job
 
 
-def logged(job: Job, name: str) -> list[float]:
+def logged(job: SmallJob, name: str) -> list[float]:
     lines: list[dict[str, Any]] = [
         json.loads(line) for line in (job.directory / "metrics.jsonl").read_text().splitlines()
     ]
     return [line[f"dpo/{name}"] for line in lines if f"dpo/{name}" in line and "summary" not in line]
 
 
-def summary(job: Job) -> dict[str, float]:
-    assert job.summary is not None
+def summary(job: SmallJob) -> dict[str, float]:
     return job.summary
 
 
@@ -320,13 +318,13 @@ def test_it_goes_on_bit_for_bit_and_asks_the_reference_once(
     stage = stage_of(*overrides)
     through = job_of(tmp_path / "through", tiny_model)
     torch.manual_seed(0)
-    stage.run(through)
+    run_in(stage, through)
     checkpoints = tmp_path / "checkpoints"
     first = job_of(tmp_path / "first", tiny_model, checkpoints=checkpoints)
     first.checkpoints.signals.received = 15
     torch.manual_seed(0)
     with pytest.raises(Stopped):
-        stage.run(first)
+        run_in(stage, first)
 
     def asked_again(*arguments: object) -> None:
         raise AssertionError("the reference was asked again")
@@ -335,7 +333,7 @@ def test_it_goes_on_bit_for_bit_and_asks_the_reference_once(
     second = job_of(tmp_path / "second", tiny_model, checkpoints=checkpoints)
     assert second.checkpoints.newest is not None
     torch.manual_seed(1)
-    stage.run(second)
+    run_in(stage, second)
     for file in through.directory.rglob("*.safetensors"):
         expected, found = load_file(file), load_file(second.directory / file.relative_to(through.directory))
         assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
@@ -349,7 +347,7 @@ def test_it_goes_on_bit_for_bit_and_asks_the_reference_once(
 def test_a_damaged_reference_is_made_anew(tmp_path: Path, tiny_model: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     first = job_of(tmp_path / "first", tiny_model, checkpoints=checkpoints)
-    stage_of().run(first)
+    run_in(stage_of(), first)
     for path in checkpoints.glob("kept-*"):
         path.write_bytes(path.read_bytes()[:-8])
     again = job_of(tmp_path / "again", tiny_model, checkpoints=checkpoints)
@@ -400,7 +398,7 @@ def test_rows_that_are_too_long_are_left_out_and_counted(tmp_path: Path, tiny_mo
 
 def test_a_single_pair_can_be_learned(tmp_path: Path, tiny_model: Path) -> None:
     job = job_of(tmp_path / "job", tiny_model, num_train=1)
-    stage_of().run(job)
+    run_in(stage_of(), job)
     assert summary(job)["train_rows"] == 1 and summary(job)["held_out_loss"] > 0
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.chains import Chain, Outcome
 from helpers.costs import gpus
 from helpers.experiments import build, stage_with
-from helpers.jobs import small_job, tiny_base, user
+from helpers.jobs import SmallJob, run_in, small_job, tiny_base, user
 from rlhf.config import ConfigError
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import exchange_ids
@@ -29,7 +29,6 @@ from rlhf.evaluation.answers import Answers, agreement, figures, task_gain
 from rlhf.evaluation.held_out import FILE, write_answers
 from rlhf.evaluation.intervals import ratio
 from rlhf.evaluation.retention import Retained
-from rlhf.pipeline.job import Job
 from rlhf.pipeline.run import GateResult
 from rlhf.rewards.kinds import RewardMix, is_remote
 from rlhf.rl.rollout import Rollout
@@ -87,7 +86,7 @@ def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def run_stage(
     stage: EvaluateStage, published: dict[str, Path], directory: Path, console: Console | None = None
-) -> Job:
+) -> SmallJob:
     directory.mkdir(parents=True)
     data = PreparedData(directory)
     prompts = [PromptRow(user(text), columns={"length": 3}) for text in PROMPTS]
@@ -98,7 +97,7 @@ def run_stage(
     inputs = {name: published[name] for name in ("sft", "ppo")}
     job = small_job("evaluate", directory, base, inputs, data=data, console=console)
     job.inputs["ppo"].manifest.metrics["best_step"] = 4.0
-    stage.run(job)
+    run_in(stage, job)
     return job
 
 
@@ -107,11 +106,11 @@ def jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
+def finished(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> SmallJob:
     return run_stage(make_stage(), published, tmp_path_factory.mktemp("evaluate") / "run")
 
 
-def test_equal_policies_measure_alike_and_another_does_not(finished: Job) -> None:
+def test_equal_policies_measure_alike_and_another_does_not(finished: SmallJob) -> None:
     metrics = finished.summary
     assert metrics is not None
     for name in ("gold_mean", "gold_deviation", "length_mean", "stop_rate", "distinct_1", "distinct_2"):
@@ -152,7 +151,7 @@ def as_told(prompts: Any, completions: Any, length: list[int], **others: Any) ->
     return [float(each) for each in length]
 
 
-def run_learner(directory: Path, published: dict[str, Path], gold: str) -> tuple[Job, str]:
+def run_learner(directory: Path, published: dict[str, Path], gold: str) -> tuple[SmallJob, str]:
     """The job, and what it printed. Prompts that are evaluated have a column that those of training lack."""
     said = StringIO()
     policies = published | {"ppo": learning(directory / "ppo", published["ppo"])}
@@ -169,7 +168,6 @@ def test_what_a_policy_answered_while_it_learned_is_scored(
     assert [(row["policy"], row["step"], row["kl"], row["gold"], row["rows"]) for row in rows] == [
         ("ppo", 0, 0.0, 0.0, 4), ("ppo", 2, 1.0, -2.0, 4), ("ppo", 4, 2.0, -4.0, 4)
     ]  # fmt: skip
-    assert job.summary is not None
     found = {name: job.summary[f"{name}/ppo"] for name in ("gold_peak_step", "gold_lost", "gold_lost_low")}
     assert found == {"gold_peak_step": 0.0, "gold_lost": 4.0, "gold_lost_low": 4.0}
     assert "gold_lost/sft" not in job.summary
@@ -179,7 +177,7 @@ def test_a_gold_score_that_these_prompts_do_not_allow_costs_nothing_else(
     tmp_path: Path, published: dict[str, Path]
 ) -> None:
     job, said = run_learner(tmp_path, published, "as_told")
-    assert job.summary is not None and job.summary["gold_mean/ppo"] == 3.0
+    assert job.summary["gold_mean/ppo"] == 3.0
     assert jsonl(job.directory / "gold_over_steps.jsonl") == [] and "gold_lost/ppo" not in job.summary
     assert "gold does not score what ppo answered while it learned: no prompt has the column length." in said
 
@@ -247,7 +245,7 @@ def test_the_length_is_that_of_all_answers_against_those_of_the_start() -> None:
 
 
 def test_the_task_is_learned_where_its_answers_become_likelier(
-    finished: Job, published: dict[str, Path], tmp_path: Path
+    finished: SmallJob, published: dict[str, Path], tmp_path: Path
 ) -> None:
     metrics = finished.summary
     assert metrics is not None
@@ -297,7 +295,7 @@ def test_missing_rows_are_told_before_anything_trains(finished_chain: tuple[Chai
     assert outcome.statuses == {"prepare": "ran"}
 
 
-def test_the_comparison_is_of_ppo(finished: Job) -> None:
+def test_the_comparison_is_of_ppo(finished: SmallJob) -> None:
     metrics = finished.summary
     assert metrics is not None
     assert metrics["retention_perplexity_ratio"] == metrics["retention_perplexity_ratio/ppo"] != 1.0
@@ -308,7 +306,7 @@ def test_the_comparison_is_of_ppo(finished: Job) -> None:
     assert metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"]
 
 
-def test_every_policy_is_compared_with_what_ppo_started_from(finished: Job) -> None:
+def test_every_policy_is_compared_with_what_ppo_started_from(finished: SmallJob) -> None:
     metrics = finished.summary
     assert metrics is not None
     for metric in ("win_rate", "gold_gain", "length_ratio"):
@@ -321,7 +319,7 @@ def test_every_policy_is_compared_with_what_ppo_started_from(finished: Job) -> N
 
 
 def test_the_order_of_the_policies_decides_nothing(
-    finished: Job, published: dict[str, Path], tmp_path: Path
+    finished: SmallJob, published: dict[str, Path], tmp_path: Path
 ) -> None:
     stages = make_stage(), make_stage(policies=["ppo", "base", "sft"])
     assert stages[0].knobs() == stages[1].knobs() and stages[0].inputs() == stages[1].inputs()
@@ -332,7 +330,7 @@ def test_the_order_of_the_policies_decides_nothing(
 
 
 def test_best_of_n_is_the_start_with_more_tries(
-    finished: Job, published: dict[str, Path], tmp_path: Path
+    finished: SmallJob, published: dict[str, Path], tmp_path: Path
 ) -> None:
     named = ["best_of_n", "base", "sft", "ppo"]
     changes: dict[str, Any] = {"reward": f"python:{__name__}:rating", "gold": None, "policies": named}
@@ -350,8 +348,8 @@ def test_best_of_n_is_the_start_with_more_tries(
         assert [*first] == ["prompt", "base", "sft", "best_of_n", "ppo"]
         assert rating([], [first["best_of_n"]["response"]]) == [first["best_of_n"]["score"]]
         for name in ("ppo", "base"):  # what the others say does not depend on it
-            assert metrics[f"length_mean/{name}"] == finished.summary[f"length_mean/{name}"]  # type: ignore[index]  # it is there
-    sft = jobs[2].summary["score_mean/sft"]  # type: ignore[index]  # as above
+            assert metrics[f"length_mean/{name}"] == finished.summary[f"length_mean/{name}"]
+    sft = jobs[2].summary["score_mean/sft"]
     assert sft < scores[2] < scores[12]
 
 
@@ -371,17 +369,16 @@ def test_what_the_reward_chose_does_not_count_for_its_agreement_with_gold(
 
 
 def test_the_subject_decides_what_stands_without_a_name(
-    finished: Job, published: dict[str, Path], tmp_path: Path
+    finished: SmallJob, published: dict[str, Path], tmp_path: Path
 ) -> None:
     metrics = run_stage(make_stage(subject="base"), published, tmp_path / "run").summary
-    assert metrics is not None and finished.summary is not None
     assert {name for name in metrics if "/" in name} == {name for name in finished.summary if "/" in name}
     for metric in ("win_rate", "gold_gain", "task_gain", "retention_loss", "question_accuracy_change"):
         assert metrics[metric] == metrics[f"{metric}/base"] == finished.summary[f"{metric}/base"]
     assert finished.summary["retention_loss"] != 0 == metrics["retention_loss"]
 
 
-def test_figures_follow_from_the_answers_in_the_files(finished: Job) -> None:
+def test_figures_follow_from_the_answers_in_the_files(finished: SmallJob) -> None:
     metrics, rows = finished.summary, jsonl(finished.directory / "comparison.jsonl")
     assert metrics is not None
     assert [row["prompt"][0]["content"] for row in rows] == PROMPTS
@@ -427,7 +424,7 @@ def test_a_policy_by_itself_has_no_length_to_compare() -> None:
     assert "length_ratio" in make_stage(policies=["base", "ppo"]).not_checked()
 
 
-def test_every_answer_is_a_sample(finished: Job) -> None:
+def test_every_answer_is_a_sample(finished: SmallJob) -> None:
     responses = jsonl(finished.directory / "responses.jsonl")
     assert [(row["policy"], row["prompt"][0]["content"]) for row in responses] == [
         (name, prompt) for name in ("base", "sft", "ppo") for prompt in PROMPTS
@@ -436,7 +433,7 @@ def test_every_answer_is_a_sample(finished: Job) -> None:
     assert samples == [{"stage": "evaluate", **row} for row in responses]
 
 
-def test_micro_batches_do_not_matter(finished: Job, published: dict[str, Path], tmp_path: Path) -> None:
+def test_micro_batches_do_not_matter(finished: SmallJob, published: dict[str, Path], tmp_path: Path) -> None:
     job = run_stage(make_stage(micro_batch_tokens=1), published, tmp_path / "run")
     assert job.summary == pytest.approx(finished.summary, rel=1e-4, abs=1e-5)
 

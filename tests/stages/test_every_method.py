@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers.chains import Chain
 from helpers.experiments import build
-from helpers.jobs import TINY, on_cpu, small_job, tiny_base, user
+from helpers.jobs import TINY, SmallJob, on_cpu, run_in, small_job, tiny_base, user
 from helpers.ppo import actor_critic
 from rlhf.config import ConfigError
 from rlhf.data.schema import PairRow, PromptRow, SftRow, Split
@@ -25,7 +25,6 @@ from rlhf.models.logprobs import pack_sequences, response_statistics
 from rlhf.models.peft.merge import merged_policy
 from rlhf.models.peft.saved import attach_published, origin_of
 from rlhf.models.value_head import ScalarModel, load_scalar_model
-from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import reward_digest
 from rlhf.rewards.model import LearnedReward
@@ -74,7 +73,7 @@ def stages_of(*overrides: str) -> Mapping[str, Stage]:
     return build(*SETTINGS, *overrides).stages
 
 
-def job_of(name: str, directory: Path, model: Path) -> Job:
+def job_of(name: str, directory: Path, model: Path) -> SmallJob:
     inputs = {} if name == "sft" else {"sft": model}
     checkpoints = directory.with_name("checkpoints")
     base = tiny_base(model)
@@ -89,7 +88,7 @@ def job_of(name: str, directory: Path, model: Path) -> Job:
     return job
 
 
-def trained(name: str, directory: Path, model: Path, method: str) -> Job:
+def trained(name: str, directory: Path, model: Path, method: str) -> SmallJob:
     """The stage's artifact, made by a run that was stopped behind its first step, and by another that went
     on from there; it must be that of an undisturbed run."""
     chosen = "prepare" if "qlora" in method else name
@@ -97,24 +96,23 @@ def trained(name: str, directory: Path, model: Path, method: str) -> Job:
     through = job_of(name, directory / "through" / "job", model)
     FIRST_ANSWERS.clear()
     torch.manual_seed(0)
-    stage.run(through)
+    run_in(stage, through)
     first = job_of(name, directory / "first", model)
     first.checkpoints.signals.received = 15
     torch.manual_seed(0)
     with pytest.raises(Stopped):
-        stage.run(first)
+        run_in(stage, first)
     second = job_of(name, directory / "second", model)
     assert second.checkpoints.newest is not None
     assert second.checkpoints.newest["step"] == 1
     torch.manual_seed(1)  # all that is random comes from the checkpoint
-    stage.run(second)
+    run_in(stage, second)
     files = sorted(path.relative_to(through.directory) for path in through.directory.rglob("*.safetensors"))
     assert files
     for file in files:
         expected, found = load_file(through.directory / file), load_file(second.directory / file)
         assert expected.keys() == found.keys()
         assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
-    assert second.summary is not None
     assert second.summary["trained_parameters"] > 0
     adapter = list(second.directory.glob("adapter/*"))
     assert (adapter == []) == (method == "none")
@@ -290,8 +288,8 @@ def test_a_policy_that_starts_apart_from_its_reference(
         pytest.importorskip("bitsandbytes")
     stage = stages_of("stage=ppo", f"ppo.peft={method}")["ppo"]
     job = job_of("ppo", tmp_path / "ppo", tiny_model)
-    stage.run(job)
-    assert job.summary is not None and job.summary["first_kl"] > 1e-4
+    run_in(stage, job)
+    assert job.summary["first_kl"] > 1e-4
 
 
 def test_what_is_not_merged_is_nothing_to_train_on() -> None:

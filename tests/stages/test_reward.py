@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 import rlhf.models.value_head
 from helpers.encoded import pairs_of
 from helpers.experiments import build_stage
-from helpers.jobs import TINY, small_job, tiny_base, user
+from helpers.jobs import TINY, run_in, small_job, tiny_base, user
 from rlhf.data.schema import PairRow
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import load_tokenizer
@@ -49,7 +49,7 @@ def test_trl_comes_to_the_same_weights(
     job = small_job("reward", tmp_path / "job", tiny_base(tiny_model), {"sft": tiny_model})
     job.data.write("pairs", "train", pairs)
     job.data.write("pairs", "held_out", [pair(number) for number in range(20, 24)])
-    stage.run(job)
+    run_in(stage, job)
 
     tokenizer = load_tokenizer(tiny_model, TINY)
     batches = shuffled_batches(pairs_of(tokenizer, pairs), stage.batch_pairs, stage.epochs, job.seed)

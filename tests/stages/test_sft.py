@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.encoded import answers_of
-from helpers.jobs import TINY, user
+from helpers.jobs import TINY, SmallJob, run_in, user
 from helpers.stages import GENERAL, HELD_OUT, TRAIN, sft_job, sft_stage
 from rlhf.config import ConfigError
 from rlhf.data.answers import Answers
@@ -21,18 +21,17 @@ from rlhf.data.schema import SftRow
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
-from rlhf.pipeline.job import Job
 from rlhf.supervised.answers import cut_share, with_replay
 
 
-def run_stage(directory: Path, model: Path, *overrides: str) -> Job:
+def run_stage(directory: Path, model: Path, *overrides: str) -> SmallJob:
     job = sft_job(directory, model)
     torch.manual_seed(0)
-    sft_stage(*overrides).run(job)
+    run_in(sft_stage(*overrides), job)
     return job
 
 
-def published(job: Job) -> PreTrainedModel:
+def published(job: SmallJob) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(job.directory, dtype=torch.float32)
     return model
 
@@ -43,7 +42,7 @@ def distance(left: PreTrainedModel, right: PreTrainedModel) -> float:
     return max(float((one - other).detach().abs().max()) for one, other in pairs)
 
 
-def logged(job: Job, name: str) -> list[float]:
+def logged(job: SmallJob, name: str) -> list[float]:
     lines: list[dict[str, Any]] = [
         json.loads(line) for line in (job.directory / "metrics.jsonl").read_text().splitlines()
     ]
@@ -122,7 +121,6 @@ def test_micro_batches_do_not_matter(tmp_path: Path, tiny_model: Path) -> None:
         for tokens in (100_000, 1)
     )
     assert distance(published(whole), published(split)) < 2e-5
-    assert whole.summary is not None and split.summary is not None
     gains = [each.pop("prompt_gain") for each in (whole.summary, split.summary)]  # differences of losses
     assert gains[0] == pytest.approx(gains[1], abs=1e-6)
     assert split.summary == pytest.approx(whole.summary, rel=1e-4)
@@ -161,7 +159,7 @@ def test_what_its_prompt_is_worth_to_an_answer(tmp_path: Path, tiny_model: Path)
         SftRow(user("who is it"), "she is it"), SftRow(user("w" * 58), "much"),
     ]  # fmt: skip
     job.data.write("sft", "held_out", held_out)
-    sft_stage().run(job)
+    run_in(sft_stage(), job)
     rows = answers_of(tokenizer, held_out, 80)
     assert len(rows) == 4
     moved = {0: 2, 1: 2, 2: 0, 3: 0}  # the fourth's prompt leaves no room for the others' answers
@@ -171,7 +169,6 @@ def test_what_its_prompt_is_worth_to_an_answer(tmp_path: Path, tiny_model: Path)
         - nats(model, rows[place].prompt, rows[place].answer)
         for place, other in moved.items()
     )
-    assert job.summary is not None
     assert job.summary["prompt_gain"] == pytest.approx(gained / sum(row.learned for row in rows), abs=1e-5)
     assert job.summary["prompt_gain_rows"] == 4
 
@@ -179,8 +176,7 @@ def test_what_its_prompt_is_worth_to_an_answer(tmp_path: Path, tiny_model: Path)
 def test_one_prompt_alone_tells_nothing_of_its_worth(tmp_path: Path, tiny_model: Path) -> None:
     job = sft_job(tmp_path / "job", tiny_model)
     job.data.write("sft", "held_out", [SftRow(user("the same"), answer) for answer in ("one", "two")])
-    sft_stage().run(job)
-    assert job.summary is not None
+    run_in(sft_stage(), job)
     assert (job.summary["prompt_gain_rows"], job.summary["prompt_gain_low"]) == (0, -math.inf)
 
 
@@ -255,7 +251,6 @@ def test_what_is_replayed_is_learned(tmp_path: Path, tiny_model: Path) -> None:
             for logp_TV, row in zip(found, rows, strict=True)
         ) / sum(len(row.answer) for row in rows)
     assert losses["0.5"] < losses["0"] - 0.1
-    assert jobs["0"].summary is not None and jobs["0.5"].summary is not None
     assert jobs["0"].summary["replayed_rows"] == 0 < jobs["0.5"].summary["replayed_rows"]
     assert logged(jobs["0.5"], "tokens")[0] > logged(jobs["0"], "tokens")[0]
 
@@ -271,7 +266,7 @@ def test_replay_needs_something_to_replay(tmp_path: Path, tiny_model: Path) -> N
     with pytest.raises(
         ConfigError, match=r"sft\.replay=samples:retention_sentences: no row .* sft\.max_tokens=80"
     ):
-        stage.run(job)
+        run_in(stage, job)
     assert sft_stage(REPLAY).datasets() == ("sft",)
     assert stage.datasets() == ("sft", "replay")
 
@@ -290,8 +285,7 @@ def test_a_row_whose_prompt_fills_the_limit_is_left_out_and_counted(tmp_path: Pa
     job.data.write("sft", "train", [*TRAIN, too_long])
     job.data.write("sft", "held_out", [*HELD_OUT, too_long])
     torch.manual_seed(0)
-    sft_stage().run(job)
-    assert job.summary is not None and without.summary is not None
+    run_in(sft_stage(), job)
     assert (without.summary["rows_left_out"], job.summary["rows_left_out"]) == (0, 1)
     assert job.summary["held_out_loss"] == without.summary["held_out_loss"]
     assert distance(published(job), published(without)) == 0.0
@@ -302,7 +296,7 @@ def test_a_learning_rate_that_explodes_ends_with_the_batch_and_a_way_out(
 ) -> None:
     job = sft_job(tmp_path / "job", tiny_model)
     with pytest.raises(ConfigError, match="sft: in step 4 and the 2 before it the gradients were not finite"):
-        sft_stage("sft.optim.lr=1e38", "sft.optim.warmup_fraction=0").run(job)
+        run_in(sft_stage("sft.optim.lr=1e38", "sft.optim.warmup_fraction=0"), job)
     lines = (job.run_directory / "sft-step4.jsonl").read_text(encoding="utf-8").splitlines()
     batch = shuffled_batches(TRAIN, 4, 2.0, seed=job.seed)[3]
     assert [json.loads(line) for line in lines] == [
@@ -315,7 +309,6 @@ def test_lora_publishes_a_plain_model_that_differs(tmp_path: Path, tiny_model: P
     model = published(job)
     assert not [name for name in model.state_dict() if "lora" in name]
     assert distance(model, load_causal_lm(tiny_model, TINY, torch.float32)) > 1e-3
-    assert job.summary is not None
     assert job.summary["trained_parameters"] < sum(p.numel() for p in model.parameters()) / 2
 
 
