@@ -108,14 +108,18 @@ class Bound(Strict):
         return " and ".join(parts) or "any"
 
 
-def validated(model: type[ModelT], values: Mapping[str, Any], prefix: str) -> ModelT:
+def validated(model: type[ModelT], values: Mapping[str, Any], prefix: str, context: Any = None) -> ModelT:
     """Check values against model.
+
+    Args:
+        prefix: stands before the keys in complaints.
+        context: pydantic's, for the model's own checks.
 
     Raises:
         ConfigError: one line per complaint, each naming the full key (`ppo.kl.coef`).
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=context)
     except ValidationError as error:
         raise ConfigError("\n".join(_complaints(error, prefix, model))) from None
 

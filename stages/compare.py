@@ -51,6 +51,7 @@ from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.device import hardware
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.metrics import Metric
 from rlhf.pipeline.stage import Stage, root_of
 from rlhf.report.compare import Quality, comparison_cells, draw, write_csv
 from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
@@ -74,11 +75,10 @@ def _once(names: list[str]) -> list[str]:
 class CompareStage(Stage):
     """The keys `compare.*`. Values: conf/stages/compare.yaml."""
 
-    name: ClassVar[str] = "compare"
     repeats_keys: ClassVar[bool] = True
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "questions": ("questions", ".0f"),
-        "leaks": ("left out, as trained on", ".0f"),
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "questions": Metric("questions", ".0f"),
+        "leaks": Metric("left out, as trained on", ".0f"),
     }
     samples: ClassVar[bool] = True
     is_timed: ClassVar[bool] = True
@@ -155,11 +155,11 @@ class CompareStage(Stage):
         searches = self.corpus is None and "retrieval" in self.ways()
         return ("sft",) if self.questions is None or searches or "few_shot" in self.ways() else ()
 
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
+    def more_metrics(self) -> Iterator[str]:
+        """Those of each contender."""
         asked = [contender(None, method) for method in self.methods]
         asked += [contender(name, method) for name in self.artifacts for method in self.tuned_methods]
-        return ("questions", "leaks", *(f"*/{name}" for name in asked))
+        yield from (f"*/{name}" for name in asked)
 
     def reads_base_model(self) -> bool:
         """It is what is prompted."""

@@ -34,7 +34,8 @@ from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import Init, check_start, directory_of, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Healthy, Purpose, Stage, root_of
+from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
+from rlhf.pipeline.stage import Stage, root_of
 from rlhf.supervised.preferences import (
     REFERENCE,
     Measured,
@@ -61,28 +62,32 @@ CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
 class DpoStage(PreferenceConfig, Stage):
     """The keys `dpo.*`: also rlhf/supervised/preferences.py. Values: conf/stages/dpo.yaml."""
 
-    name: ClassVar[str] = "dpo"
     title: ClassVar[str] = "DPO"
     publishes: ClassVar[Literal["policy"]] = "policy"
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "held_out_loss_before": ("loss before", "z.3f"),
-        "held_out_loss": ("after", "z.3f"),
-        "accuracy": ("ranks right", "z.3f"),
-        "longer_wins_accuracy": ("longer wins", "z.3f"),
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "held_out_loss_before": Metric("loss before", "z.3f"),
+        "held_out_loss": Metric(
+            "after", "z.3f", healthy=Healthy(gate="held_out_loss_change", from_start=True)
+        ),
+        "accuracy": Metric("ranks right", "z.3f"),
+        "longer_wins_accuracy": Metric("longer wins", "z.3f"),
         **TUNED,
-    }
-    healthy: ClassVar[Mapping[str, Healthy]] = {
-        "held_out_loss": Healthy(gate="held_out_loss_change", from_start=True),
-        "held_out_accuracy": Healthy(min=0.5),
-        "held_out_margin": Healthy(min=0.0),
-        "train_accuracy": Healthy(min=0.5),
-        "train_margin": Healthy(min=0.0),
-    }
-    purpose: ClassVar[Purpose] = Purpose(
-        "accuracy_over_baseline", "DPO's ranking against chance and length", 1,
-        "it ranks held-out preferences no better than a rule that reads no word (labels that contradict each "
-        "other do this, and a rate that is too low)",
-    )  # fmt: skip
+        "accuracy_over_baseline": Metric(
+            better="higher",
+            purpose="{title}'s ranking against chance and length",
+            failed="it ranks held-out preferences no better than a rule that reads no word (labels that "
+            "contradict each other do this, and a rate that is too low)",
+        ),
+        **named(
+            "held_out_loss_change", "held_out_loss_last", "baseline_accuracy", "margin", "chosen_change",
+            "rejected_change", "best_step", "steps", "held_out_rows", "train_rows", "rows_too_long",
+            "skipped_steps",
+        ),
+        "held_out_accuracy": Metric(healthy=Healthy(min=0.5), is_curve=True),
+        "held_out_margin": Metric(healthy=Healthy(min=0.0), is_curve=True),
+        "train_accuracy": Metric(healthy=Healthy(min=0.5), is_curve=True),
+        "train_margin": Metric(healthy=Healthy(min=0.0), is_curve=True),
+    }  # fmt: skip
     in_chain: ClassVar[bool] = False
     version: ClassVar[int] = 2
     divided: ClassVar[tuple[str, ...]] = ("batch_rows",)
@@ -139,16 +144,6 @@ class DpoStage(PreferenceConfig, Stage):
     def datasets(self) -> tuple[str, ...]:
         """Reads preferences."""
         return (self.role,)
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return (
-            "held_out_loss_before", "held_out_loss", "held_out_loss_change", "held_out_loss_last", "accuracy",
-            "baseline_accuracy", "longer_wins_accuracy", "accuracy_over_baseline", "margin",
-            "chosen_change", "rejected_change", "best_step", "steps", "held_out_rows", "train_rows",
-            "rows_too_long", "skipped_steps", "trained_parameters", "artifact_bytes", "adapter_bytes",
-            "token_seconds", "token_seconds_base",
-        )  # fmt: skip
 
     def peft_config(self) -> PeftConfig:
         """How it trains."""

@@ -31,8 +31,9 @@ from rlhf.evaluation.lm_eval import Harness
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, init_in_key, misfits
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.metrics import INTERVAL, Metric, named
 from rlhf.pipeline.recipe import BEST_OF_N
-from rlhf.pipeline.stage import INTERVAL, Stage, root_of
+from rlhf.pipeline.stage import Stage, root_of
 from rlhf.rewards.kinds import RewardMix, RewardSource, columns_needed, is_remote, models_of, stage_of
 from rlhf.rewards.reward import with_token_ids
 
@@ -70,13 +71,13 @@ OF_EACH = (
 class EvaluateStage(Stage):
     """The keys `evaluate.*`. Values: conf/stages/evaluate.yaml."""
 
-    name: ClassVar[str] = "evaluate"
     repeats_keys: ClassVar[bool] = True
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "win_rate": ("win rate", "z.2f"),
-        "gold_gain": ("gold gain", "+z.2f"),
-        "task_gain": ("task gain", "+z.3f"),
-        "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        **named(*OF_SUBJECT, "prompts", "gold_correlation"),
+        "win_rate": Metric("win rate", "z.2f"),
+        "gold_gain": Metric("gold gain", "+z.2f"),
+        "task_gain": Metric("task gain", "+z.3f"),
+        "retention_perplexity_ratio": Metric("perplexity ratio", "z.3f"),
     }
     version: ClassVar[int] = 16
     samples: ClassVar[bool] = True
@@ -220,16 +221,10 @@ class EvaluateStage(Stage):
                 found["gold_correlation"] = f"{self.name}.{key}=null"
         return found if self.retention else found | dict.fromkeys(RETAINED, "evaluate.retention=null")
 
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        of_each = (f"{metric}/{name}" for name in self.policies for metric in OF_EACH)
-        return (
-            "prompts",
-            *OF_SUBJECT,
-            "gold_correlation",
-            *of_each,
-            *(("lm_eval/*",) if self.lm_eval else ()),
-        )
+    def more_metrics(self) -> Iterator[str]:
+        """Those of each policy, and lm-eval's."""
+        yield from (f"{metric}/{name}" for name in self.policies for metric in OF_EACH)
+        yield from (("lm_eval/*",) if self.lm_eval else ())
 
     def reads_base_model(self) -> bool:
         """It is one of the policies."""

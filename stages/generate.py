@@ -25,6 +25,7 @@ from rlhf.data.schema import PromptRow
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, misfits
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.stage import Stage, root_of
 from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
 from rlhf.rewards.reward import RewardError, with_token_ids
@@ -42,13 +43,17 @@ OF_SCORES = ("score_deviation", "within_prompt_share", "score_reliability")
 class GenerateStage(Stage):
     """The keys `generate.*`. Values: conf/stages/generate.yaml."""
 
-    name: ClassVar[str] = "generate"
     repeats_keys: ClassVar[bool] = True
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "score_mean": ("score", "+z.2f"),
-        "score_deviation": ("deviation", "z.2f"),
-        "stop_rate": ("stops", ".0%"),
-    }
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "score_mean": Metric("score", "+z.2f"),
+        "score_deviation": Metric("deviation", "z.2f"),
+        "stop_rate": Metric("stops", ".0%"),
+        **named(
+            "responses", "echo_rate", "length_mean", "distinct_2", "score_mean/*", "score_deviation/*",
+            "within_prompt_share", "score_reliability", "judge_*", "unscored", "raised", "best_of_n_mean",
+            "pairs",
+        ),
+    }  # fmt: skip
     version: ClassVar[int] = 11
     samples: ClassVar[bool] = True
     offers: ClassVar[Mapping[str, str]] = {
@@ -89,14 +94,6 @@ class GenerateStage(Stage):
     def datasets(self) -> tuple[str, ...]:
         """Reads the training prompts."""
         return ("ppo",)
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return (
-            "responses", "stop_rate", "echo_rate", "length_mean", "distinct_2", "score_mean",
-            "score_deviation", "score_mean/*", "score_deviation/*", "within_prompt_share",
-            "score_reliability", "judge_*", "unscored", "raised", "best_of_n_mean", "pairs",
-        )  # fmt: skip
 
     def suffices(self, metrics: Mapping[str, float]) -> bool:
         """The reward raised for no more answers than is allowed now."""

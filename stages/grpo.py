@@ -10,10 +10,11 @@ The loop is PPO's, rlhf/ppo/trainer.py; what is learned from a rollout is rlhf/p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Purpose
+from rlhf.pipeline.metrics import Metric, named
 from rlhf.ppo.group_config import GrpoConfig
 from rlhf.ppo.stage import PolicyStage
 
@@ -24,19 +25,13 @@ if TYPE_CHECKING:
 class GrpoStage(GrpoConfig, PolicyStage):
     """The keys `grpo.*`: rlhf/ppo/config.py and rlhf/ppo/group_config.py. Values: conf/stages/grpo.yaml."""
 
-    name: ClassVar[str] = "grpo"
     title: ClassVar[str] = "GRPO"
     repeats_keys: ClassVar[bool] = True
     in_chain: ClassVar[bool] = False
-    purpose: ClassVar[Purpose] = Purpose(
-        "held_out_score_gain", "GRPO's score on held-out prompts", 1,
-        "GRPO found no policy that scores better",
-    )  # fmt: skip
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        **PolicyStage.metrics, **named("groups_without_spread", "resampled_groups")
+    }  # fmt: skip
     version: ClassVar[int] = 3
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return (*super().metrics(), "groups_without_spread", "resampled_groups")
 
     def not_checked(self) -> dict[str, str]:
         """A single answer to a prompt has nothing to differ from."""

@@ -42,6 +42,7 @@ from rlhf.label.server_config import ServerConfig
 from rlhf.label.snapshot import MACHINE, Snapshot, imported
 from rlhf.label.votes import Choice, Given, VotesFile, votes_in
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
@@ -57,16 +58,20 @@ Person = Annotated[str, Field(pattern=r"^[\w-]{1,40}$")]
 class LabelStage(Stage):
     """The keys `label.*`. Values: conf/stages/label.yaml."""
 
-    name: ClassVar[str] = "label"
     version: ClassVar[int] = 1
     in_chain: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     records: ClassVar[bool] = True
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "votes": ("votes", ",.0f"),
-        "pairs": ("pairs", ",.0f"),
-        "alpha": ("agreement (alpha)", "z.2f"),
-    }
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "votes": Metric("votes", ",.0f"),
+        "pairs": Metric("pairs", ",.0f"),
+        "alpha": Metric("agreement (alpha)", "z.2f"),
+        **named(
+            "ties", "both_bad", "skips", "annotators", "pairs_open", "overlap_pairs", "alpha_ordinal",
+            "kappa", "seconds_per_vote", "left_share", "longer_share", "reward_accuracy",
+            "check_agreement", "pairs_before", "preferred/*", "judge_*",
+        ),
+    }  # fmt: skip
     offers: ClassVar[Mapping[str, str]] = {"pairs": "pairs.jsonl", "dpo": "pairs.jsonl"}
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"file", "votes", "annotators", "server", "draw", "pairs", "imports", "micro_batch_tokens"}
@@ -136,14 +141,6 @@ class LabelStage(Stage):
     def rewards(self) -> Mapping[str, str | RewardMix]:
         """What judges, or predicts."""
         return {} if self.reward is None else {f"{self.name}.reward": self.reward}
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return (
-            "votes", "pairs", "ties", "both_bad", "skips", "annotators", "pairs_open", "overlap_pairs",
-            "alpha", "alpha_ordinal", "kappa", "seconds_per_vote", "left_share", "longer_share",
-            "reward_accuracy", "check_agreement", "pairs_before", "preferred/*", "judge_*",
-        )  # fmt: skip
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """What it reads is of the right kind, and what its page needs is installed.

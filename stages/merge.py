@@ -24,18 +24,18 @@ from rlhf.models.peft.saved import origin_of
 from rlhf.models.save import save_policy
 from rlhf.models.start import directory_of
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.metrics import Metric
 from rlhf.pipeline.stage import Stage, root_of
 
 
 class MergeStage(Stage):
     """The keys `merge.*`. Values: conf/stages/merge.yaml."""
 
-    name: ClassVar[str] = "merge"
     title: ClassVar[str] = "merged"
     publishes: ClassVar[Literal["policy"]] = "policy"
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "alpha": ("alpha", ".2f"),
-        "relative_change": ("change of the weights", ".2%"),
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "alpha": Metric("alpha", ".2f"),
+        "relative_change": Metric("change of the weights", ".2%"),
     }
     in_chain: ClassVar[bool] = False
 
@@ -50,10 +50,6 @@ class MergeStage(Stage):
     def named_policies(self) -> Iterator[tuple[str, str]]:
         """The tuned model."""
         yield "merge.policy", self.policy
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return ("alpha", "relative_change")
 
     def reads_base_model(self) -> bool:
         """It is one of the two."""

@@ -38,6 +38,7 @@ from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.models.peft.methods import MethodName
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.stage import Stage
 from rlhf.planner.report import (
     assumptions,
@@ -84,10 +85,10 @@ ASSUMED = {"rows": 10_000, "prompt_tokens": 512, "answer_tokens": 512}
 class PlanStage(Stage):
     """The keys `plan.*`. Values: conf/stages/plan.yaml."""
 
-    name: ClassVar[str] = "plan"
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "strategies": ("strategies", ".0f"),
-        "peak_gib": ("GiB of the best", ".1f"),
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "strategies": Metric("strategies", ".0f"),
+        "peak_gib": Metric("GiB of the best", ".1f"),
+        **named("hours"),
     }
     random: ClassVar[bool] = False
     in_chain: ClassVar[bool] = False
@@ -214,10 +215,6 @@ class PlanStage(Stage):
                     f"plan.trains={name}: no stage of that name trains.{did_you_mean(name, known)} "
                     f"Known: {', '.join(known)}."
                 )
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return ("strategies", "hours", "peak_gib")
 
     def reads_base_model(self) -> bool:
         """Its config."""

@@ -20,7 +20,8 @@ from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import described, origin_of
 from rlhf.models.start import check_start
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Purpose, Stage
+from rlhf.pipeline.metrics import Metric, named
+from rlhf.pipeline.stage import Stage
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.stage import PolicyStage
 from rlhf.rewards.kinds import critic_part, reward_directory, stage_of
@@ -32,12 +33,8 @@ if TYPE_CHECKING:
 class PpoStage(PpoConfig, PolicyStage):
     """The keys `ppo.*`: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
-    name: ClassVar[str] = "ppo"
     title: ClassVar[str] = "PPO"
-    purpose: ClassVar[Purpose] = Purpose(
-        "held_out_score_gain", "PPO's score on held-out prompts", 1,
-        "PPO found no policy that scores better",
-    )  # fmt: skip
+    metrics: ClassVar[Mapping[str, Metric]] = {**PolicyStage.metrics, **named("explained_variance")}
     version: ClassVar[int] = 9
     not_in_key: ClassVar[frozenset[str]] = PolicyStage.not_in_key | {"prompts"}
 
@@ -54,10 +51,6 @@ class PpoStage(PpoConfig, PolicyStage):
     def datasets(self) -> tuple[str, ...]:
         """Reads prompts, and the rows of the pretraining mix."""
         return ("ppo", self.mixed_role) if self.ptx.coef > 0 else ("ppo",)
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return (*super().metrics(), "explained_variance")
 
     def knobs(self) -> dict[str, Any]:
         """Without the mix's source: its content decides, not the place."""

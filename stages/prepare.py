@@ -8,7 +8,7 @@ Writes  normalised rows, ROLE.SPLIT.arrow; their token ids, ROLE.SPLIT.tokens.ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, ClassVar, Literal
@@ -27,6 +27,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.intact import has_foreign_template
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.made_rows import made_by
+from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.stage import Stage, named_sources
 from rlhf.rewards.code import own_code
 
@@ -36,13 +37,13 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class PrepareStage(Stage):
     """The keys `prepare.*`. Values: conf/stages/prepare.yaml."""
 
-    name: ClassVar[str] = "prepare"
     repeats_keys: ClassVar[bool] = True
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "sft_rows": ("SFT rows", ".0f"),
-        "reward_pairs": ("pairs", ".0f"),
-        "ppo_prompts": ("prompts", ".0f"),
-        "evaluation_prompts": ("evaluation prompts", ".0f"),
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "sft_rows": Metric("SFT rows", ".0f"),
+        "reward_pairs": Metric("pairs", ".0f"),
+        "ppo_prompts": Metric("prompts", ".0f"),
+        "evaluation_prompts": Metric("evaluation prompts", ".0f"),
+        **named("dropped", "bad_share", "leaks", "foreign_template", "vocabulary_size"),
     }
     version: ClassVar[int] = 15
     random: ClassVar[bool] = False
@@ -66,11 +67,10 @@ class PrepareStage(Stage):
     _sources: Sources = PrivateAttr()
     """What the roles' keys name; `check` finds them."""
 
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        counts = (name for role in ROLES.values() for name in role.metrics)
-        faults = (f"{reason}{end}" for reason in FAULTS for end in ("s", "_share"))
-        return (*counts, "dropped", "bad_share", "leaks", *faults, "foreign_template", "vocabulary_size")
+    def more_metrics(self) -> Iterator[str]:
+        """The rows of each role, and those that are left out for each reason."""
+        yield from (name for role in ROLES.values() for name in role.metrics)
+        yield from (f"{reason}{end}" for reason in FAULTS for end in ("s", "_share"))
 
     def reads_base_model(self) -> bool:
         """Its tokenizer and context length decide what is too long."""

@@ -14,14 +14,14 @@ from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.metrics import Metric
 from rlhf.pipeline.stage import Stage
 
 
 class ReportStage(Stage):
     """The keys `report.*`. Values: conf/stages/report.yaml."""
 
-    name: ClassVar[str] = "report"
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {"runs": ("runs", ".0f")}
+    metrics: ClassVar[Mapping[str, Metric]] = {"runs": Metric("runs", ".0f")}
     random: ClassVar[bool] = False
     in_chain: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
@@ -30,10 +30,6 @@ class ReportStage(Stage):
     runs: list[str]
     """The runs of the page, by their names in runs_dir, in this order. The name of a sweep stands for all its
     trials; a directory is a run elsewhere."""
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return ("runs",)
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """There is something to show."""

@@ -31,7 +31,8 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.start import Init, check_start, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Healthy, Purpose, Stage, root_of
+from rlhf.pipeline.metrics import SIZES, Healthy, Metric, named
+from rlhf.pipeline.stage import Stage, root_of
 from rlhf.supervised.pairs import Pairs, pair_step, rank_pairs
 from rlhf.training.config import OptimConfig
 
@@ -42,21 +43,26 @@ if TYPE_CHECKING:
 class RewardStage(Stage):
     """The keys `reward.*`. Values: conf/stages/reward.yaml."""
 
-    name: ClassVar[str] = "reward"
     title: ClassVar[str] = "Reward"
     publishes: ClassVar[Literal["reward"]] = "reward"
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "accuracy": ("accuracy", "z.3f"),
-        "accuracy_wide_gap": ("on wide gaps", "z.3f"),
-        "longer_wins_accuracy": ("longer wins", "z.3f"),
-        **TUNED,
-    }
-    healthy: ClassVar[Mapping[str, Healthy]] = {"train_accuracy": Healthy(min=0.5)}
-    purpose: ClassVar[Purpose] = Purpose(
-        "accuracy_over_baseline", "the reward model's ranking against chance and length", 1,
-        "it ranks no better than a rule that reads no word, so no policy can learn from it (labels that "
-        "contradict each other do this, and a rate that is too low)",
-    )  # fmt: skip
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "accuracy": Metric("accuracy", "z.3f"),
+        "accuracy_wide_gap": Metric("on wide gaps", "z.3f"),
+        "longer_wins_accuracy": Metric("longer wins", "z.3f"),
+        **SIZES,
+        "accuracy_over_baseline": Metric(
+            better="higher",
+            purpose="the reward model{label}'s ranking against chance and length",
+            failed="it ranks no better than a rule that reads no word, so no policy can learn from it "
+            "(labels that contradict each other do this, and a rate that is too low)",
+        ),
+        **named(
+            "baseline_accuracy", "margin", "calibration_error", "length_correlation", "score_mean",
+            "score_deviation", "held_out_pairs", "wide_gap_pairs", "train_pairs", "pairs_too_long",
+            "skipped_steps",
+        ),
+        "train_accuracy": Metric(healthy=Healthy(min=0.5), is_curve=True),
+    }  # fmt: skip
     version: ClassVar[int] = 7
     divided: ClassVar[tuple[str, ...]] = ("batch_pairs",)
     not_in_key: ClassVar[frozenset[str]] = frozenset(
@@ -92,16 +98,6 @@ class RewardStage(Stage):
     def datasets(self) -> tuple[str, ...]:
         """Reads preference pairs."""
         return ("pairs",)
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return (
-            "accuracy", "baseline_accuracy", "longer_wins_accuracy", "accuracy_over_baseline", "margin",
-            "calibration_error",
-            "length_correlation", "score_mean", "score_deviation", "held_out_pairs", "accuracy_wide_gap",
-            "wide_gap_pairs", "train_pairs", "pairs_too_long", "skipped_steps", "trained_parameters",
-            "artifact_bytes", "adapter_bytes",
-        )  # fmt: skip
 
     def peft_config(self) -> PeftConfig:
         """How it trains."""

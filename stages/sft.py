@@ -29,7 +29,8 @@ from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import Init, check_start, directory_of
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Healthy, Purpose, Stage, root_of
+from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
+from rlhf.pipeline.stage import Stage, root_of
 from rlhf.supervised.answers import answer_losses, answer_step, cut_share, prompt_gain, with_replay
 from rlhf.training.config import OptimConfig
 
@@ -43,21 +44,24 @@ READ_FOR_CUTS = 1000
 class SftStage(Stage):
     """The keys `sft.*`. Values: conf/stages/sft.yaml."""
 
-    name: ClassVar[str] = "sft"
     title: ClassVar[str] = "SFT"
     publishes: ClassVar[Literal["policy"]] = "policy"
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "held_out_loss_before": ("loss before", "z.3f"),
-        "held_out_loss": ("after", "z.3f"),
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "held_out_loss_before": Metric("loss before", "z.3f"),
+        "held_out_loss": Metric(
+            "after", "z.3f", healthy=Healthy(gate="held_out_loss_change", from_start=True)
+        ),
         **TUNED,
-    }
-    healthy: ClassVar[Mapping[str, Healthy]] = {
-        "held_out_loss": Healthy(gate="held_out_loss_change", from_start=True)
-    }
-    purpose: ClassVar[Purpose] = Purpose(
-        "held_out_loss_change", "SFT's loss on held-out answers", -1,
-        "it learned nothing of its examples, and all that follows starts from it",
-    )  # fmt: skip
+        "held_out_loss_change": Metric(
+            better="lower",
+            purpose="{title}'s loss on held-out answers",
+            failed="it learned nothing of its examples, and all that follows starts from it",
+        ),
+        **named(
+            "prompt_gain", "cut_share", "answer_tokens", "skipped_steps", "rows_cut", "rows_left_out",
+            "turns_apart", "tokens", "replayed_rows",
+        ),
+    }  # fmt: skip
     version: ClassVar[int] = 10
     divided: ClassVar[tuple[str, ...]] = ("batch_rows",)
     not_in_key: ClassVar[frozenset[str]] = frozenset(
@@ -110,15 +114,6 @@ class SftStage(Stage):
     def datasets(self) -> tuple[str, ...]:
         """Reads prompt/completion rows, and those to replay."""
         return ("sft", "replay") if self.replay_fraction > 0 else ("sft",)
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return (
-            "held_out_loss_before", "held_out_loss", "held_out_loss_change", "prompt_gain", "cut_share",
-            "answer_tokens", "skipped_steps", "rows_cut", "rows_left_out", "turns_apart", "tokens",
-            "replayed_rows", "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds",
-            "token_seconds_base",
-        )  # fmt: skip
 
     def peft_config(self) -> PeftConfig:
         """How it trains."""

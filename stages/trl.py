@@ -29,7 +29,8 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.start import Init
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Healthy, Stage
+from rlhf.pipeline.metrics import Healthy, Metric, named
+from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import RewardMix, RewardSource
 
 if TYPE_CHECKING:
@@ -58,15 +59,19 @@ class ByTrainer:
 class TrlStage(Stage):
     """The keys `trl.*`. Values: conf/stages/trl.yaml."""
 
-    name: ClassVar[str] = "trl"
     title: ClassVar[str] = "TRL"
     publishes: ClassVar[Any] = ByTrainer()
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "train_loss": ("loss", ".3f"), "eval_loss": ("held-out loss", ".3f"),
-    }  # fmt: skip
-    healthy: ClassVar[Mapping[str, Healthy]] = dict.fromkeys(
-        ("rewards/accuracies", "eval_rewards/accuracies", "accuracy", "eval_accuracy"), Healthy(min=0.5)
-    )
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "train_loss": Metric("loss", ".3f"),
+        "eval_loss": Metric("held-out loss", ".3f"),
+        "eval_accuracy": Metric(healthy=Healthy(min=0.5)),
+        "eval_rewards/accuracies": Metric(healthy=Healthy(min=0.5)),
+        **named(
+            "eval_mean_token_accuracy", "held_out_accuracy", "steps", "trained_parameters", "artifact_bytes"
+        ),
+        "accuracy": Metric(healthy=Healthy(min=0.5), is_curve=True),
+        "rewards/accuracies": Metric(healthy=Healthy(min=0.5), is_curve=True),
+    }
     version: ClassVar[int] = 2
     in_chain: ClassVar[bool] = False
     repeats_keys: ClassVar[bool] = True
@@ -96,10 +101,6 @@ class TrlStage(Stage):
     def peft_config(self) -> PeftConfig:
         """How it trains."""
         return self.peft
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return (*TOLD, "held_out_accuracy", "steps", "trained_parameters", "artifact_bytes")
 
     def not_checked(self) -> dict[str, str]:
         """Only pairs are ranked."""

@@ -11,6 +11,7 @@ from pkgutil import iter_modules
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt
+from pydantic.errors import PydanticUserError
 
 from rlhf.config import ConfigError, Strict, did_you_mean, validated
 from rlhf.data.roles import PACKAGED, ROLES
@@ -24,20 +25,18 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import know_policies
 from rlhf.pipeline.auto import with_judge, without_auto
 from rlhf.pipeline.made_rows import check_made, tell_readers
+from rlhf.pipeline.metrics import check_metric
 from rlhf.pipeline.recipe import (
     BEST_OF_N,
     RecipeConfig,
-    changed_class,
     check_recipe,
     check_typed,
-    instance_class,
-    kind_of,
     know_own_roles,
     with_instances,
 )
 from rlhf.pipeline.sampling_engine import unusable_by_vllm
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
-from rlhf.pipeline.stage import Stage, in_order, named_sources
+from rlhf.pipeline.stage import Mount, Stage, in_order, named_sources
 from rlhf.rewards.code import import_code
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import RewardSource
@@ -132,7 +131,7 @@ class Experiment:
         stage reads."""
         if self.settings.recipe.stages is not None:
             return set(self.settings.recipe.stages)
-        chain = [name for name, stage in self.stages.items() if stage.in_chain]
+        chain = [name for name, stage in self.stages.items() if stage.in_chain and not stage.is_instance]
         last = [name for name in chain if self.stages[name].peft_config() is not None][-1]
         found: set[str] = set()
         for name in reversed(chain):
@@ -200,24 +199,17 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         if redacted(resolved[key]) != resolved[key]:
             raise ConfigError(f"{key}: there is a secret in it, and it names a directory. Use another name.")
     instances = settings.instances
-    classes = {
-        name: stage_class(name, section["_target_"])
-        for name, section in sections.items()
-        if name not in instances
-    }
-    know_roles(classes)
-    for name, roles in know_own_roles(instances, classes).items():
-        if name in instances:
-            classes[name] = instance_class(classes[kind_of(name)], name, roles)
-        else:
-            classes[name] = changed_class(classes[name], own_roles=roles)
+    classes = {name: stage_class(name, section["_target_"]) for name, section in sections.items()}
+    mounted = {name: each for name, each in classes.items() if name not in instances}
+    know_roles(mounted)
+    own_roles = know_own_roles(instances, mounted)
     makers = [name for name, each in classes.items() if each.publishes == "policy"]
     know_policies(makers)
     resolved, own, notes = without_auto(resolved)
     checked: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: classes[name].repeats_keys):
         values = {key: value for key, value in resolved[name].items() if key != "_target_"}
-        checked[name] = validated(classes[name], values, name)
+        checked[name] = validated(classes[name], values, name, Mount(name, own_roles.get(name, {})))
     know_policies(name for name, each in checked.items() if each.publishes == "policy")  # by their knobs
     for stage in checked.values():
         named = [(f"{stage.name}.{key}", model) for key, model in stage.models() if model in makers]
@@ -230,7 +222,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     for name, stage in stages.items():
         for gate, bound in stage.gates.items():
             if bound is not None:
-                stage.check_metric(gate, f"{name}.gates.{gate}")
+                check_metric(stage, gate, f"{name}.gates.{gate}")
     experiment = Experiment(settings, stages, resolved, (*notes, *judge_notes), composed)
     check_typed(composed, experiment.needed())
     check_recipe(composed, experiment.needed())
@@ -355,7 +347,7 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
         if before is not None and not METHODS[before.method].merges:
             raise ConfigError(
                 f"{start.name}.peft={before.method}: it is not merged into the weights, so {stage.name}, "
-                f"which trains on the {start.title} model, would have to publish two adapters. Use "
+                f"which trains on the {start.full_title} model, would have to publish two adapters. Use "
                 f"{start.name}.peft={merging}; or run only stages that do not need {stage.name}, such as "
                 f"stage={start.name}."
             )
@@ -401,7 +393,7 @@ def stage_class(name: str, target: str) -> type[Stage]:
         name: of the section.
 
     Raises:
-        ConfigError: there is no such class, or it is no stage of that name.
+        ConfigError: there is no such class, or it is no stage.
     """
     key = f"{name}._target_={target}"
     module, _, attribute = str(target).rpartition(".")
@@ -418,6 +410,9 @@ def stage_class(name: str, target: str) -> type[Stage]:
             f"{key}: {error}.{near} Searched: {', '.join(path or '.' for path in sys.path)}. Start in the "
             "module's directory, install it, or put its directory on PYTHONPATH."
         ) from None
+    except PydanticUserError as error:
+        said = str(error.message).partition("\n")[0]
+        raise ConfigError(f"{key}: {said} A stage is called as it is mounted, so it sets no name.") from None
     except SyntaxError as error:
         raise ConfigError(f"{key}: {error.filename}:{error.lineno}: {error.msg}. Fix that line.") from None
     if found is None:
@@ -431,8 +426,8 @@ def stage_class(name: str, target: str) -> type[Stage]:
         )
     if lacks := " and ".join(sorted(found.__abstractmethods__)):
         raise ConfigError(f"{key}: a stage needs its own {lacks}, and {attribute} has none. Write it.")
-    if (own := getattr(found, "name", None)) != name:
-        raise ConfigError(f"{key}: its name is {own}. Mount it there, or set name = {name!r} in the class.")
+    if not isinstance(found.name, property):
+        raise ConfigError(f"{key}: a stage is called as it is mounted, {name} here. Remove {attribute}.name.")
     if found.publishes and not found.title:
         raise ConfigError(f"{key}: it publishes a {found.publishes}, so give it a title, which tables show.")
     return found

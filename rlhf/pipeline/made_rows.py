@@ -153,7 +153,8 @@ def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> Cos
         share = dict(chain["prepare"])["held_out_fraction"]
         return found._replace(rows=max(1, round(found.rows * (share if split == "held_out" else 1 - share))))
 
-    return on if not (stage.own_roles or stage.makers) else replace(on, sizes=size)
+    has_own = any(stage.own_role(role) != role for role in stage.datasets())
+    return replace(on, sizes=size) if has_own or stage.makers else on
 
 
 def _check_offer(role: str, maker: str, chain: Mapping[str, Stage]) -> None:

@@ -514,7 +514,7 @@ def longest_sampled(
 def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
     """The stage whose key the user types: stages of the chain that train nothing repeat that of one that
     does (`generate.max_new_tokens: ${ppo.max_new_tokens}`)."""
-    if stage.in_chain and stage.peft_config() is None:
+    if stage.in_chain and not stage.is_instance and stage.peft_config() is None:
         for other in chain.values():
             if other.peft_config() is not None and other.model_dump().get(key) == stage.model_dump()[key]:
                 return other.name

@@ -99,11 +99,6 @@ def with_instances(config: Keys) -> dict[str, Any]:
         if not isinstance(own, dict):
             raise ConfigError(f"instances.{name}={own!r}: it must be a mapping of keys of {kind_of(name)}.")
         found[name] = _merged(config[kind_of(name)], own)
-        if (target := found[name]["_target_"]) != (of_stage := config[kind_of(name)]["_target_"]):
-            raise ConfigError(
-                f"{name}._target_={target}: a named instance is a stage once more, so its class is that of "
-                f"{kind_of(name)}, {of_stage}. Leave this key out; mount another class as a stage of its own."
-            )
         gates = found[name].get("gates")
         if isinstance(gates, dict):
             _check_gates(name, gates, config[kind_of(name)]["gates"])
@@ -138,34 +133,6 @@ def know_own_roles(
 
 def _is_derived(kind: type[Stage], other: type[Stage]) -> bool:
     return kind is not other and issubclass(kind, other)
-
-
-def changed_class(kind: type[Stage], **variables: Any) -> type[Stage]:
-    """The same class with other class variables."""
-    same = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    made: type[Stage] = type(kind)(kind.__name__, (kind,), variables | same)  # type: ignore[misc]  # a metaclass
-    return made
-
-
-def instance_class(kind: type[Stage], name: str, roles: Mapping[str, str]) -> type[Stage]:
-    """The class of a named instance.
-
-    Args:
-        roles: see `Stage.own_roles`.
-    """
-    label = name.partition("@")[2]
-    purpose = kind.purpose and kind.purpose._replace(words=_words_of(kind, label))
-    title = f"{kind.title} {label}" if kind.title else ""
-    return changed_class(
-        kind, name=name, title=title, purpose=purpose, in_chain=False, roles={}, own_roles=roles
-    )
-
-
-def _words_of(kind: type[Stage], label: str) -> str:
-    """What the verdict calls an instance's purpose: `DPO 2's loss`, `the reward model 2's ranking`."""
-    assert kind.purpose is not None
-    named = re.compile(rf"\b({kind.title}(?: model)?)'s", re.IGNORECASE)
-    return named.sub(rf"\1 {label}'s", kind.purpose.words)
 
 
 def check_typed(config: Keys, needed: Sequence[str]) -> None:

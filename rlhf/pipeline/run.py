@@ -17,6 +17,7 @@ from rlhf.disk import replace_text
 from rlhf.evaluation.sampled import Sampled
 from rlhf.locks import HeldError, Lock
 from rlhf.pipeline.defaults import Change
+from rlhf.pipeline.metrics import healthy_curves
 from rlhf.pipeline.store import Artifact
 from rlhf.tracking.redaction import redacted
 
@@ -262,7 +263,7 @@ class Run:
         healthy = {
             name: {
                 curve: [each.min, each.max, each.from_start]
-                for curve, each in self.chain[name].healthy_curves().items()
+                for curve, each in healthy_curves(self.chain[name]).items()
             }
             for name in self.needed
         }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rlhf.config import ConfigError, Strict, did_you_mean
+from rlhf.pipeline.metrics import check_metric
 
 if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
@@ -64,7 +65,7 @@ class SweepConfig(Strict):
                     f"{key}={metric}: the trials have no such stage.{did_you_mean(stage, stages)} "
                     f"Use STAGE/NAME with one of {', '.join(stages)}; a run's summary.json has the names."
                 )
-            stages[stage].check_metric(name, f"{key}={metric}")
+            check_metric(stages[stage], name, f"{key}={metric}")
         if self.pareto is not None and find_spec("matplotlib") is None:
             raise ConfigError("sweep.pareto draws with matplotlib: pip install -e '.[compare]'.")
 

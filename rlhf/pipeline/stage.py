@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -19,54 +17,30 @@ from rlhf.data.roles import ROLES, Role
 from rlhf.data.sources import Sources
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
-from rlhf.evaluation.sampled import ENDS
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.start import IS_MODEL, directory_of, init_digest, init_in_key, inputs_of
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.metrics import Metric
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.store import Artifact
 from rlhf.rewards.kinds import RewardMix, keyed_parts, reward_digest, stage_of
 from rlhf.tracking.redaction import redacted
 
-INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
-"""The end of a name that tells a figure's interval, or on how many rows it stands."""
 
+class Mount(NamedTuple):
+    """Where a stage stands in the config."""
 
-TUNED: Mapping[str, tuple[str, str]] = {
-    "trained_parameters": ("trained parameters", ",.0f"),
-    "artifact_bytes": ("artifact MB", ".2f"),
-    "adapter_bytes": ("adapter MB", ".2f"),
-    "token_seconds": ("ms per token", ".1f"),
-    "token_seconds_base": ("without adapter", ".1f"),
-}
-"""Headlines of every stage that trains: what its method of tuning costs."""
+    name: str
+    """Its section, and its directory in the store: `dpo`, or `dpo@2` of a named instance."""
+    roles: Mapping[str, str] = {}
+    """The roles that it reads from a source of its own, and what these are called in the table of roles: of a
+    named instance, or of a stage derived from one that reads them."""
 
-
-class Purpose(NamedTuple):
-    """A summary metric with its interval that tells whether a stage did what it is for: 0 is no change."""
-
-    metric: str
-    """Its name, without the stage's."""
-    words: str
-    """What the verdict calls it, such as `SFT's loss on held-out answers`."""
-    sign: Literal[1, -1]
-    """1 where more is better, -1 where less is."""
-    failed: str
-    """What the verdict says where it did not improve, such as `it learned nothing of its examples`."""
-
-
-class Healthy(NamedTuple):
-    """Where a curve of a stage is healthy; the stage's page of the documentation says why."""
-
-    min: float | None = None
-    """The smallest healthy value; None for no end."""
-    max: float | None = None
-    """The largest healthy value; None for no end."""
-    gate: str | None = None
-    """The gate whose bound holds instead, as it is set. Where it is turned off, nothing is said."""
-    from_start: bool = False
-    """Whether the ends are changes since the curve's value at step 0, before anything is learned."""
+    @property
+    def label(self) -> str:
+        """Of a named instance: `2` of `dpo@2`."""
+        return self.name.partition("@")[2]
 
 
 class Stage(Strict, ABC):
@@ -75,19 +49,13 @@ class Stage(Strict, ABC):
     A subclass's fields are its knobs; their values live in conf/stages/NAME.yaml.
     """
 
-    name: ClassVar[str]
-    """Its section in the config, and its directory in the store."""
     title: ClassVar[str] = ""
-    """What tables call the model that it publishes."""
+    """What tables call the model that it publishes, without the label of a named instance."""
     publishes: ClassVar[Literal["policy", "reward"] | None] = None
     """A policy can be evaluated, compared and merged; a reward scores."""
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """Its most telling summary metrics, for the report: (words, format)."""
-    healthy: ClassVar[Mapping[str, Healthy]] = {}
-    """Curves that it logs -> where they are healthy: the run's page shades it. A curve with the name of a
-    gate has the gate's bound. It decides no result, so it is in no key."""
-    purpose: ClassVar[Purpose | None] = None
-    """What the verdict judges it by; a policy is also judged by what `evaluate` says of it."""
+    metrics: ClassVar[Mapping[str, Metric]] = {}
+    """The figures that it publishes and logs, by their names without the stage's; `a*` stands for all that
+    begin with a. It decides no result, so it is in no key."""
     repeats_keys: ClassVar[bool] = False
     """Whether its YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
     version: ClassVar[int] = 1
@@ -109,9 +77,6 @@ class Stage(Strict, ABC):
     """Whether its artifact is taken instead of running it again."""
     roles: ClassVar[Mapping[str, Role]] = {}
     """Data roles that it brings along, by name: `prepare` reads, checks, splits and counts their rows."""
-    own_roles: ClassVar[Mapping[str, str]] = {}
-    """The roles that it reads from a source of its own, where it is a named instance or derived from a stage
-    that reads them from its own, and what these are called."""
     offers: ClassVar[Mapping[str, str]] = {}
     """Roles that may read what it makes, as `stage:NAME`: the file in its artifact with their rows."""
     divided: ClassVar[tuple[str, ...]] = ()
@@ -119,10 +84,36 @@ class Stage(Strict, ABC):
     not_in_key: ClassVar[frozenset[str]] = frozenset()
     """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
 
+    _mount: Mount = PrivateAttr(Mount(""))
     _makers: tuple[str, ...] = PrivateAttr(())
     gates: dict[str, Bound | None]
     """Summary metric -> the range it must lie in. Checked after every run and every reuse;
     null turns a bound off."""
+
+    def model_post_init(self, context: Any) -> None:
+        """Where it is mounted is the context of its validation."""
+        if isinstance(context, Mount):
+            self._mount = context
+
+    @property
+    def name(self) -> str:
+        """Where it is mounted: its section in the config, and its directory in the store."""
+        return self._mount.name
+
+    @property
+    def is_instance(self) -> bool:
+        """Whether it is a stage once more, under a label: `dpo@2`."""
+        return bool(self._mount.label)
+
+    @property
+    def full_title(self) -> str:
+        """What tables call the model that it publishes."""
+        return f"{self.title} {self._mount.label}".strip()
+
+    def filled(self, words: str) -> str:
+        """Words of `metrics` as they are said of this stage."""
+        label = self._mount.label
+        return words.replace("{title}", self.full_title).replace("{label}", f" {label}" if label else "")
 
     def inputs(self) -> tuple[str, ...]:
         """The stages whose artifacts this one reads: by default all that its other hooks name."""
@@ -173,7 +164,7 @@ class Stage(Strict, ABC):
 
     def own_role(self, role: str) -> str:
         """What a role that it reads is called in the table of roles."""
-        return self.own_roles.get(role, role)
+        return self._mount.roles.get(role, role)
 
     def offer_advice(self) -> str:
         """How to have it make more rows for others, in the user's own keys."""
@@ -234,38 +225,9 @@ class Stage(Strict, ABC):
         """Whether the base model itself (not only a stage's output) decides the result."""
         return any(model == "base" for _, model in self.models())
 
-    def metrics(self) -> tuple[str, ...]:
-        """The summary metrics that it may publish, which gates and sweeps may name; `a*` stands for all that
-        begin with a. None are said: any may be named."""
+    def more_metrics(self) -> Iterable[str]:
+        """Names of metrics that follow from its keys, beside those of `metrics`."""
         return ()
-
-    def healthy_curves(self) -> dict[str, Healthy]:
-        """`healthy`, with the bounds of its gates as they are set."""
-        found = {}
-        for curve, each in self.healthy.items():
-            bound = self.gates.get(each.gate) if each.gate else None
-            if bound is not None:
-                found[curve] = each._replace(min=bound.min, max=bound.max)
-            elif each.gate is None:
-                found[curve] = each
-        return found
-
-    def check_metric(self, name: str, key: str) -> None:
-        """Refuse the name of a metric that it never publishes.
-
-        Args:
-            key: where the name stands.
-
-        Raises:
-            ConfigError: with the names that are near.
-        """
-        known = self.metrics()
-        names = (name, INTERVAL.sub("", name))
-        if known and not any(fnmatchcase(each, pattern) for each in names for pattern in known):
-            raise ConfigError(
-                f"{key}: {self.name} has no metric {name}.{did_you_mean(name, known)} "
-                f"It measures {', '.join(known)}."
-            )
 
     def peft_config(self) -> PeftConfig | None:
         """Which parameters it trains; None where it trains none."""

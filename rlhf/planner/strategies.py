@@ -271,9 +271,7 @@ def tuned(
 
 def with_larger_batches(stage: Stage) -> Stage:
     """The stage with `LARGER` times the rows in each batch."""
-    return type(stage).model_construct(
-        **dict(stage) | {size: LARGER * dict(stage)[size] for size in stage.divided}
-    )
+    return stage.model_copy(update={size: LARGER * dict(stage)[size] for size in stage.divided})
 
 
 def attempted(stages: list[Stage], given: Experiment, on: CostContext) -> Attempt:
@@ -296,7 +294,7 @@ def with_answers(chain: Mapping[str, Stage], stages: Sequence[Stage]) -> dict[st
         return dict(chain)
     return {
         name: stage.model_copy(update={"max_new_tokens": max(lengths)})
-        if stage.in_chain and "max_new_tokens" in type(stage).model_fields
+        if stage.in_chain and not stage.is_instance and "max_new_tokens" in type(stage).model_fields
         else stage
         for name, stage in chain.items()
     }
@@ -391,7 +389,7 @@ def with_method(
         knobs["frozen_placement"] = "sharded"
     if "micro_batch_tokens" in knobs:
         knobs["micro_batch_tokens"] //= 4 if squeeze > 1 else 1
-    return type(stage).model_construct(**knobs)
+    return stage.model_copy(update=knobs)
 
 
 def experiment(

@@ -18,7 +18,8 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import check_start, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Healthy, Stage, chain_of, root_of
+from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
+from rlhf.pipeline.stage import Stage, chain_of, root_of
 from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.cost import policy_cost
 from rlhf.rewards.kinds import RewardMix, models_of, stage_of
@@ -31,19 +32,27 @@ class PolicyStage(PolicyConfig, Stage):
     """A stage that learns from the scores of what it samples."""
 
     publishes: ClassVar[Literal["policy"]] = "policy"
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "held_out_score_before": ("score before", "+z.2f"),
-        "held_out_score": ("after", "+z.2f"),
-        "kl": ("KL", "z.2f"),
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "held_out_score_before": Metric("score before", "+z.2f"),
+        "held_out_score": Metric(
+            "after", "+z.2f", healthy=Healthy(gate="held_out_score_gain", from_start=True)
+        ),
+        "kl": Metric("KL", "z.2f"),
         **TUNED,
-    }
-    healthy: ClassVar[Mapping[str, Healthy]] = {
-        "held_out_score": Healthy(gate="held_out_score_gain", from_start=True),
-        "held_out_kl": Healthy(gate="kl"),
-        "kl_k3": Healthy(gate="kl"),
-        "skipped_minibatches": Healthy(max=0.0),
-        "bad_steps": Healthy(max=0.0),
-    }
+        "held_out_score_gain": Metric(
+            better="higher",
+            purpose="{title}'s score on held-out prompts",
+            failed="{title} found no policy that scores better",
+        ),
+        **named(
+            "first_ratio_deviation", "first_kl", "engine_mismatch", "held_out_score_last",
+            "held_out_kl_last", "held_out_length", "best_step", "steps", "episodes",
+        ),
+        "bad_steps": Metric(healthy=Healthy(max=0.0)),
+        "held_out_kl": Metric(healthy=Healthy(gate="kl"), is_curve=True),
+        "kl_k3": Metric(healthy=Healthy(gate="kl"), is_curve=True),
+        "skipped_minibatches": Metric(healthy=Healthy(max=0.0), is_curve=True),
+    }  # fmt: skip
     samples: ClassVar[bool] = True
     divided: ClassVar[tuple[str, ...]] = ("batch_episodes", "minibatch_episodes")
     not_in_key: ClassVar[frozenset[str]] = frozenset({
@@ -72,16 +81,6 @@ class PolicyStage(PolicyConfig, Stage):
     def datasets(self) -> tuple[str, ...]:
         """Reads prompts."""
         return ("ppo",)
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return (
-            "first_ratio_deviation", "first_kl", "kl", "engine_mismatch",
-            "held_out_score_before", "held_out_score", "held_out_score_gain", "held_out_score_last",
-            "held_out_kl_last", "held_out_length", "best_step", "bad_steps",
-            "steps", "episodes", "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds",
-            "token_seconds_base",
-        )  # fmt: skip
 
     def unit(self) -> int:
         """Batches have whole groups."""

@@ -162,7 +162,7 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
         if reward and went_far:  # a reward model is right only near what it was trained on
             return policy, f"{policy}: far from its start it put {put} into the answers."
         together, seen, did, form = None, "", f"put {put} into the answers", "a word"
-    said = f"{stage.title} {did} ({each.name} = {each.figure}{seen})"
+    said = f"{stage.full_title} {did} ({each.name} = {each.figure}{seen})"
     if together is not None and abs(together) < PAYS_FOR_LENGTH:
         return policy, (
             f"{policy}: {said}. The reward hardly pays for length: is what {policy} starts from much shorter "
@@ -208,9 +208,9 @@ def grown_from_little(run: Run, policy: str, each: GateResult) -> tuple[str, str
     if start not in run.chain or before is None or after is None or after < GROWN * before:
         return None
     return start, (
-        f"{start}: its answers have {before:.0f} tokens, and those of {run.chain[policy].title} {after:.0f}, "
-        f"so they took up common words ({each.name} = {each.figure}). Are the answers of {start}.data cut "
-        "off, or often empty?"
+        f"{start}: its answers have {before:.0f} tokens, and those of {run.chain[policy].full_title} "
+        f"{after:.0f}, so they took up common words ({each.name} = {each.figure}). Are the answers of "
+        f"{start}.data cut off, or often empty?"
     )
 
 

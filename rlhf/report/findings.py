@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import JUDGE
+from rlhf.pipeline.metrics import purpose
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.report.convictions import answers
@@ -59,11 +60,11 @@ class Finding(NamedTuple):
 def measured(run: Run) -> Iterator[tuple[str, Finding]]:
     """What the stages found out about themselves, in the chain's order."""
     for name, stage in run.chain.items():
-        if stage.purpose is not None and name != JUDGE:
-            metric, words, sign, _ = stage.purpose
+        if (found := purpose(stage)) is not None and name != JUDGE:
+            metric, about = found
             sampled = Sampled.found(metric, run.metrics_of(name))
             if sampled is not None:
-                yield name, Finding(words, sign, sampled, metric)
+                yield name, Finding(about.purpose, 1 if about.better == "higher" else -1, sampled, metric)
 
 
 def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tuple[str, Finding]]:
@@ -82,7 +83,7 @@ def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tup
     made = {name: stage for name, stage in run.chain.items() if stage.publishes == "policy"}
     best_of = getattr(run.chain.get(evaluation), "best_of", "n")
     titles = {BEST_OF_N: f"the best of {best_of}"} | {
-        name: f"the {stage.title} model" for name, stage in made.items()
+        name: f"the {stage.full_title} model" for name, stage in made.items()
     }
     for name, title in titles.items():
         for metric, words in scores.items():
@@ -99,7 +100,7 @@ def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tup
         smallest = getattr(run.chain.get(evaluation), "smallest_gain", 0.0)
         yield voted.policy, Finding(
             f"{VOTES_WORDS} on answers of {titles[voted.policy]} to {prompts}", 1, voted.sampled, VOTES,
-            is_judged=True, smallest=smallest, beside=f" over {run.chain[voted.start].title}"
+            is_judged=True, smallest=smallest, beside=f" over {run.chain[voted.start].full_title}"
             if voted.start in run.chain else f" over {voted.start}",
         )  # fmt: skip
 
@@ -120,7 +121,7 @@ def said_beside(run: Run, policy: str, judge: Judge | None) -> str:
     start = str(getattr(run.chain.get(evaluation), "start", ""))
     kind = "" if judge is None else judge.metric.removesuffix("_gain")
     over = Sampled.found(f"{kind}_over_base/{policy}", metrics)
-    title = run.chain[start].title if start in run.chain else start
+    title = run.chain[start].full_title if start in run.chain else start
     gains = "" if over is None or start == "base" else f" over {title}, {over.value:+.3g} over base"
     return gains + (f"; {judge.remark}" if judge is not None and judge.remark else "")
 

@@ -148,9 +148,9 @@ def stage_cells(run: Run) -> Cells:
     rows = []
     for name, stage in run.stages.items():
         headlines = [
-            f"{words} {format(stage['metrics'][f'{name}/{metric}'] * SCALES.get(metric, 1.0), spec)}"
-            for metric, (words, spec) in (run.chain[name].headlines if name in run.chain else {}).items()
-            if f"{name}/{metric}" in stage["metrics"]
+            f"{each.words} {format(value * SCALES.get(metric, 1.0), each.format)}"
+            for metric, each in (run.chain[name].metrics if name in run.chain else {}).items()
+            if each.words and (value := stage["metrics"].get(f"{name}/{metric}")) is not None
         ]
         time = clock(stage["seconds"]) if stage["status"] != "reused" else "-"
         rows.append([name, stage["status"], time, ", ".join(headlines)])
@@ -167,7 +167,7 @@ def policies_of(run: Run) -> dict[str, str]:
     for name, each in run.chain.items():
         if each.publishes == "policy":
             found |= {"init": "PPO's start"} | (best if start == "init" else {}) if name == "ppo" else {}
-            found |= {name: each.title} | (best if start == name else {})
+            found |= {name: each.full_title} | (best if start == name else {})
     return found
 
 
@@ -257,7 +257,7 @@ def places(run: Run) -> Iterator[tuple[str, Path]]:
     """Where to find what the run made, from its directory."""
     for name, each in reversed([*run.chain.items()]):
         if each.publishes and run.stages.get(name, {}).get("artifact"):
-            yield f"{each.title[:1].upper()}{each.title[1:]} model", Path("artifacts", name)
+            yield f"{each.full_title[:1].upper()}{each.full_title[1:]} model", Path("artifacts", name)
     evaluation, _ = last_evaluation(run.stages)
     if run.stages.get(evaluation, {}).get("artifact"):
         yield "All answers", Path("artifacts", evaluation, "comparison.jsonl")

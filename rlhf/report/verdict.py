@@ -12,6 +12,7 @@ from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import AUTO
 from rlhf.pipeline.defaults import Change, references
+from rlhf.pipeline.metrics import purpose
 from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
@@ -164,7 +165,7 @@ def less_than(run: Run, worked: Worked, scored: Mapping[str, Finding]) -> str:
         found.append(f"{finding.words} {did} ({own.value:+.3g}, there {other.value:+.3g}){chance}")
     knows, knew = (Sampled.found(f"perplexity/{name}", side) for side in (here, there))
     if is_alike and knows and knew and knows.low > knew.high and reads_alike(run, worked):
-        title = run.chain[name].title if name in run.chain else name
+        title = run.chain[name].full_title if name in run.chain else name
         evaluation, _ = last_evaluation(run.stages)
         figures = f"{knows.value:.3g}, there {knew.value:.3g}"
         found.append(f"the perplexity of the {title} model on {evaluation}.retention is higher ({figures})")
@@ -223,7 +224,7 @@ def decisive(run: Run) -> Finding | None:
 
 def has_purpose(stage: Stage) -> bool:
     """Whether a stage makes a model, or asks one."""
-    return stage.publishes is not None or stage.purpose is not None or stage.samples
+    return stage.publishes is not None or purpose(stage) is not None or stage.samples
 
 
 def causes(run: Run) -> dict[str, str]:
@@ -279,8 +280,8 @@ def below_base(run: Run) -> list[str]:
         return [f"{last}: by the gold score its policy is worse than the untuned model, {figure}."]
     return [
         f"{start}: by the gold score its policy is worse than the untuned model "
-        f"({known[start].value:+.2g}), and {run.chain[last].title} did not make up for it: {figure}. Compare "
-        f"the answers of {start}.data with those of base."
+        f"({known[start].value:+.2g}), and {run.chain[last].full_title} did not make up for it: {figure}. "
+        f"Compare the answers of {start}.data with those of base."
     ]
 
 
@@ -334,8 +335,9 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
     stage, mine = run.chain[name], own.get(name)
     reward = reward_of(run, name)
     if mine is not None and mine.direction == "not better":
-        assert stage.purpose is not None
-        why = stage.purpose.failed
+        found = purpose(stage)
+        assert found is not None
+        why = found[1].failed
         if reward is None:
             return f"{name}: {f'no model was trained to score, and {why}' if stage.rewards() else why}."
         if reward in own and own[reward].direction == "better":
@@ -362,7 +364,7 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
             f"({on_new.sampled.value:+.3g}). Compare ppo.prompts with evaluate.prompts."
         )
     return (
-        f"{reward or 'the reward'}: {stage.title} raised its score, and the {by} did not follow. The "
+        f"{reward or 'the reward'}: {stage.full_title} raised its score, and the {by} did not follow. The "
         "policy may have found what the reward likes by mistake (reward hacking): read its answers."
     )
 

@@ -16,6 +16,7 @@ from helpers.chains import Chain, Outcome, run_main
 from rlhf.cli.execute import SPINS
 from rlhf.config import ConfigError
 from rlhf.pipeline.experiment import build_experiment
+from rlhf.pipeline.metrics import check_metric
 
 MINE = "# @package _global_\nsft:\n  epochs: 3\nppo:\n  kl:\n    coef: 0.7\n"
 
@@ -268,7 +269,7 @@ def test_every_figure_that_a_chain_publishes_may_have_a_gate(finished_chain: tup
     experiment = build_experiment(resolved)
     for name, stage in outcome.summary["stages"].items():
         for metric in stage["metrics"]:
-            experiment.stages[name].check_metric(metric.removeprefix(f"{name}/"), metric)
+            check_metric(experiment.stages[name], metric.removeprefix(f"{name}/"), metric)
 
 
 def rlhf(*arguments: str) -> list[str]:

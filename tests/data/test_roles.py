@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args, get_origin, get_overloads, get_t
 import pytest
 
 from helpers.experiments import build
+from helpers.verdicts import mounted
 from rlhf.config import ConfigError
 from rlhf.data.formats import prompt_row
 from rlhf.data.prepared import PreparedData
@@ -71,7 +72,7 @@ def test_a_role_that_does_not_exist_is_told() -> None:
             return ("pair",)
 
     with pytest.raises(ConfigError, match=r"merge: it reads the data of pair, .* Did you mean pairs\?"):
-        check_roles(OwnStage.model_construct(gates={}, alpha=0.5, policy="sft"))
+        check_roles(mounted("merge", OwnStage.model_construct(gates={}, alpha=0.5, policy="sft")))
 
 
 @pytest.mark.parametrize("key", ["merge.data", "mine.data"])

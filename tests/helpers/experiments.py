@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 import rlhf.conf
 from rlhf.config import validated
 from rlhf.pipeline.experiment import Experiment, build_experiment
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Mount, Stage
 
 AnyStage = TypeVar("AnyStage", bound=Stage)
 
@@ -61,11 +61,10 @@ def build(*overrides: str) -> Experiment:
 
 def build_stage(kind: type[AnyStage], *overrides: str) -> AnyStage:
     """One of its stages."""
-    found = build(*overrides).stages[kind.name]
-    assert isinstance(found, kind)
-    return found
+    return next(stage for stage in build(*overrides).stages.values() if type(stage) is kind)
 
 
 def stage_with(kind: type[AnyStage], **changes: Any) -> AnyStage:
     """A stage with its defaults but for these, checked by itself."""
-    return validated(kind, _defaults(kind.name) | changes, kind.name)
+    name = kind.__module__.rpartition(".")[2]  # of a packaged one
+    return validated(kind, _defaults(name) | changes, name, Mount(name))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from helpers.experiments import build
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.metrics import Metric
 from rlhf.pipeline.run import GateResult, Run
-from rlhf.pipeline.stage import Purpose, Stage, in_order
+from rlhf.pipeline.stage import Mount, Stage, in_order
 from rlhf.report import verdict as judging
 from rlhf.stages.merge import MergeStage
 
@@ -27,7 +29,6 @@ GOOD = {"sft": DOWN, "reward": UP, "ppo": UP, "gold": UP, "learned": UP}
 class OwnStage(MergeStage):
     """A stage from outside the package that makes a policy of the SFT model's."""
 
-    name: ClassVar[str] = "dpo"
     title: ClassVar[str] = "DPO"
 
     def inputs(self) -> tuple[str, ...]:
@@ -37,7 +38,11 @@ class OwnStage(MergeStage):
 class JudgedStage(OwnStage):
     """It says what it is for."""
 
-    purpose: ClassVar[Purpose] = Purpose("margin", "DPO's margin on held-out pairs", 1, "it ranks no better")
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "margin": Metric(
+            better="higher", purpose="{title}'s margin on held-out pairs", failed="it ranks no better"
+        )
+    }
 
 
 def verdict(run: Run) -> str:
@@ -45,11 +50,17 @@ def verdict(run: Run) -> str:
     return judging.verdict(run).replace("\n", " ")
 
 
+def mounted(name: str, stage: Stage) -> Stage:
+    """The stage under this name."""
+    stage.model_post_init(Mount(name))
+    return stage
+
+
 def chain_of(own: type[Stage] = OwnStage, *overrides: str) -> dict[str, Stage]:
     """The packaged stages, merge(dpo), and the stage from outside behind those it reads."""
     stages = dict(build("model=tiny", *overrides).stages)
-    stages["dpo"] = own.model_construct(gates={})
-    stages["merge"] = MergeStage.model_construct(policy="dpo", alpha=0.5, gates={})
+    stages["dpo"] = mounted("dpo", own.model_construct(gates={}))
+    stages["merge"] = mounted("merge", MergeStage.model_construct(policy="dpo", alpha=0.5, gates={}))
     return in_order(stages)
 
 

@@ -31,6 +31,7 @@ from rlhf.models.peft.attach import attach
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.merge import publish_policy
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.stage import Stage
 from rlhf.supervised.loop import train_batches
 from rlhf.training.config import OptimConfig
@@ -58,10 +59,12 @@ class Pair:
 class DpoStage(Stage):
     """The keys `toy.*`. Values: conf/stages/toy.yaml."""
 
-    name: ClassVar[str] = "toy"
     title: ClassVar[str] = "DPO"
     publishes: ClassVar[Literal["policy"]] = "policy"
-    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {"accuracy": ("ranks right", ".2f")}
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "accuracy": Metric("ranks right", ".2f"),
+        **named("skipped_steps", "artifact_bytes", "adapter_bytes"),
+    }
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
     role: ClassVar[str] = "pairs"
 
@@ -79,10 +82,6 @@ class DpoStage(Stage):
     def datasets(self) -> tuple[str, ...]:
         """Preference pairs."""
         return (self.role,)
-
-    def metrics(self) -> tuple[str, ...]:
-        """What `run` publishes."""
-        return ("accuracy", "skipped_steps", "artifact_bytes", "adapter_bytes")
 
     def peft_config(self) -> PeftConfig:
         """How it trains."""

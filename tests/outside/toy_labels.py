@@ -39,7 +39,6 @@ def labelled(raw: Mapping[str, Any]) -> LabelledRow:
 class LabelsStage(DpoStage):
     """The keys `labels.*`. Values: conf/stages/labels.yaml."""
 
-    name: ClassVar[str] = "labels"
     title: ClassVar[str] = "labels"
     role: ClassVar[str] = "labels"
     roles: ClassVar[Mapping[str, Role]] = {

@@ -15,8 +15,7 @@ CONF = Path(__file__).parents[2] / "conf" / "stages"
 def test_it_trains_on_the_data_of_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = Chain(tmp_path)
     (tmp_path / "mine.py").write_text(
-        "from rlhf.stages.dpo import DpoStage\n\n\nclass MyStage(DpoStage):\n"
-        "    name = 'mine'\n    title = 'Mine'\n"
+        "from rlhf.stages.dpo import DpoStage\n\n\nclass MyStage(DpoStage):\n    title = 'Mine'\n"
     )
     (tmp_path / "conf" / "stages").mkdir(parents=True)
     section = yaml.safe_load((CONF / "dpo.yaml").read_text()) | {"_target_": "mine.MyStage"}

@@ -16,7 +16,6 @@ from rlhf.pipeline.stage import Stage
 
 
 class DistilStage(Stage):
-    name = "distil"
     init: Init
     teacher: Init | None
 

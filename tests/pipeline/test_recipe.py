@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from rlhf.config import ConfigError
 from rlhf.data.roles import ROLES
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.made_rows import context_of
+from rlhf.pipeline.metrics import purpose
 from rlhf.pipeline.recipe import as_typed, typed_key
 from rlhf.stages.dpo import DpoStage
 
@@ -96,7 +98,7 @@ def test_an_instance_has_its_stages_keys_but_for_its_own() -> None:
 def test_the_command_line_alone_makes_one() -> None:
     found = on_command_line("stage=dpo@long", "dpo@long.epochs=7")
     assert found.needed() == ["prepare", "sft", "dpo@long"]
-    assert (found.stages["dpo@long"].title, dict(found.stages["dpo@long"])["epochs"]) == ("DPO long", 7)
+    assert (found.stages["dpo@long"].full_title, dict(found.stages["dpo@long"])["epochs"]) == ("DPO long", 7)
     assert dict(found.stages["dpo"])["epochs"] == 1
 
 
@@ -132,8 +134,8 @@ def test_the_verdict_tells_instances_apart() -> None:
     found = on_command_line(
         "ppo.reward=[learned,learned@wide]", "reward@wide.epochs=2", "dpo@2.beta=0.3", "stage=[ppo,dpo@2]"
     )
-    purposes = [found.stages[name].purpose for name in ("reward", "reward@wide", "dpo@2")]
-    assert [each and each.words.partition(" on ")[0].partition(" against ")[0] for each in purposes] == [
+    purposes = [purpose(found.stages[name]) for name in ("reward", "reward@wide", "dpo@2")]
+    assert [each and each[1].purpose.partition(" against ")[0] for each in purposes] == [
         "the reward model's ranking", "the reward model wide's ranking", "DPO 2's ranking",
     ]  # fmt: skip
 
@@ -227,9 +229,19 @@ def test_a_slip_is_said_in_the_users_own_keys(
         instances(names, *overrides)
 
 
-def test_an_instance_has_the_class_of_its_stage() -> None:
-    instances({"dpo@x": {"_target_": "rlhf.stages.dpo.DpoStage"}}, "stage=dpo@x")
-    with pytest.raises(ConfigError, match=r"dpo@x\._target_=nonsense: a named instance is a stage once more"):
+def test_an_instance_has_the_class_of_its_stage_or_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_dpo.py").write_text(
+        "from rlhf.stages.dpo import DpoStage\n\nclass OwnStage(DpoStage):\n    title = 'Own'\n"
+    )
+    assert type(instances({"dpo@x": {}}, "stage=dpo@x").stages["dpo@x"]) is DpoStage
+    found = instances({"dpo@x": {"_target_": "own_dpo.OwnStage"}}, "stage=dpo@x").stages
+    assert [(type(found[name]).__name__, found[name].full_title) for name in ("dpo", "dpo@x")] == [
+        ("DpoStage", "DPO"), ("OwnStage", "Own x"),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"dpo@x\._target_=nonsense: write MODULE.CLASS"):
         instances({"dpo@x": {"_target_": "nonsense"}}, "stage=dpo@x")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from rich.console import Console
@@ -22,8 +21,6 @@ from rlhf.rewards.http import RewardServerConfig
 
 
 class ReadsNothing(Stage):
-    name: ClassVar[str] = "reads_nothing"
-
     def rewards(self) -> Mapping[str, str]:
         return {"reads_nothing.reward": "python:never_finite:score"}
 

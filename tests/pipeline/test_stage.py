@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,13 +119,26 @@ def test_of_several_policies_without_ppo_one_is_to_be_named() -> None:
         ("SftStage", r"sft\._target_=SftStage: write MODULE\.CLASS"),
         ("rlhf.config.Bound", r"Bound is not a subclass of rlhf\.pipeline\.stage\.Stage"),
         ("rlhf.pipeline.stage.Stage", r"a stage needs its own cost and run"),
-        ("rlhf.stages.reward.RewardStage", r"its name is reward\. Mount it there"),
     ],
 )
 def test_a_mistyped_target_is_told(target: str, complaint: str) -> None:
     composed = compose("model=tiny")
     composed["sft"]["_target_"] = target
     with pytest.raises(ConfigError, match=complaint):
+        build_experiment(composed)
+
+
+@pytest.mark.parametrize("line", ["name = 'sft'", "name: ClassVar[str] = 'sft'"])
+def test_a_name_in_the_class_is_refused(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "with_name.py").write_text(
+        "from typing import ClassVar\nfrom rlhf.stages.sft import SftStage\n\n"
+        f"class MyStage(SftStage):\n    {line}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "with_name", raising=False)
+    composed = compose("model=tiny")
+    composed["sft"]["_target_"] = "with_name.MyStage"
+    with pytest.raises(ConfigError, match=r"sft\._target_=with_name\.MyStage: .* as it is mounted"):
         build_experiment(composed)
 
 

@@ -16,6 +16,7 @@ from helpers.jobs import run_in, user
 from helpers.ppo import best_weights, equal, prompts, shake, signal_at, weights
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
+from rlhf.pipeline.metrics import check_metric
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer, repeated
 from rlhf.rewards.reward import Prompts
@@ -33,7 +34,7 @@ def test_a_run_of_each_estimator(tmp_path: Path, tiny_model: Path, advantage: st
     trainer = grpo_trainer(tmp_path / "job", tiny_model, f"grpo.advantage={advantage}", *KL_IN_REWARD)
     found = trainer.train(TRAIN, HELD_OUT)
     for name in found:
-        stage.check_metric(name, "test")
+        check_metric(stage, name, "test")
     assert found["episodes"] == 3 * 16 and found["bad_steps"] == 0
     assert found["first_kl"] == pytest.approx(0.0, abs=1e-5) and 0.0 <= found["groups_without_spread"] < 1.0
     (first, *_), lengths = trainer.history, {len(each) for each in trainer.history}

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from helpers.ppo import ROWS, SMALL, MakeTrainer, ppo_stage, shake
+from rlhf.pipeline.metrics import check_metric
 from rlhf.ppo.metrics import Evaluation, rollout_metrics
 from rlhf.rl.rollout import Experience, Rollout, Values, minibatches
 
@@ -59,7 +60,7 @@ def test_every_summary_metric_is_one_that_the_stage_names(make: MakeTrainer) -> 
     trainer, stage = make("ppo.steps=1"), ppo_stage()
     found = trainer.train(ROWS, ROWS[:2])
     for name in found:
-        stage.check_metric(name, "test")
+        check_metric(stage, name, "test")
     trained = sum(each.numel() for each in trainer.policy.model.parameters())
     assert found["trained_parameters"] == trained
 

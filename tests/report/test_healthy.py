@@ -10,7 +10,7 @@ import pytest
 
 from helpers.chains import Chain, Outcome
 from helpers.experiments import build, build_stage
-from rlhf.pipeline.stage import Healthy
+from rlhf.pipeline.metrics import Healthy, Metric, healthy_curves
 from rlhf.report.page.collect import read_run, stage_charts
 from rlhf.report.page.curves import Chart, Curve, healthy_range
 from rlhf.stages.dpo import DpoStage
@@ -54,8 +54,9 @@ def test_what_a_stage_says_of_its_curves_is_of_curves_that_it_logs(
 ) -> None:
     for name, stage in build().stages.items():
         if name in charts:
-            assert {*stage.healthy} <= {*charts[name]}
-            assert {each.gate for each in stage.healthy.values() if each.gate} <= {*stage.gates}
+            healthy = {curve: each.healthy for curve, each in stage.metrics.items() if each.healthy}
+            assert {*healthy} <= {*charts[name]}
+            assert {each.gate for each in healthy.values() if each.gate} <= {*stage.gates}
 
 
 def test_a_range_counts_from_the_start_or_is_that_of_a_gate_as_the_user_set_it(
@@ -71,7 +72,7 @@ def test_a_range_counts_from_the_start_or_is_that_of_a_gate_as_the_user_set_it(
 
 
 def test_a_gate_that_is_turned_off_shades_nothing() -> None:
-    said = build_stage(DpoStage, "dpo.gates.held_out_loss_change=null").healthy_curves()
+    said = healthy_curves(build_stage(DpoStage, "dpo.gates.held_out_loss_change=null"))
     assert "held_out_loss" not in said and said["train_accuracy"] == Healthy(min=0.5)
 
 
@@ -83,8 +84,8 @@ def test_a_range_from_a_start_that_was_not_logged_is_none() -> None:
 
 
 def test_ranges_decide_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = build_stage(RewardStage).knobs()
-    monkeypatch.setattr(RewardStage, "healthy", {"train_accuracy": Healthy(min=0.9)})
+    known, shaded = build_stage(RewardStage).knobs(), Metric(healthy=Healthy(min=0.9), is_curve=True)
+    monkeypatch.setattr(RewardStage, "metrics", {**RewardStage.metrics, "train_accuracy": shaded})
     assert build_stage(RewardStage).knobs() == known and "0.9" not in json.dumps(known)
 
 
@@ -103,7 +104,8 @@ def test_a_page_of_the_documentation_says_each_range() -> None:
         pages = [docs / "stages" / f"{name}.md", docs / "algorithms" / f"{name}.md"]
         pages += [docs / "algorithms" / "ppo.md"] if name == "grpo" else []
         text = "\n".join(page.read_text() for page in pages if page.is_file())
-        for curve, each in stages[name].healthy.items():
+        healthy = {curve: each.healthy for curve, each in stages[name].metrics.items() if each.healthy}
+        for curve, each in healthy.items():
             lines = [line for line in text.splitlines() if f"`{curve}`" in line]
             ends = [f"{abs(end):g}" for end in (each.min, each.max) if end is not None]
             assert lines and all(re.search(rf"\b{re.escape(end)}\b", " ".join(lines)) for end in ends), curve

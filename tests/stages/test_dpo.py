@@ -276,7 +276,7 @@ def test_each_loss_starts_where_it_must_and_falls(
     assert found["accuracy_over_baseline"] == pytest.approx(1.0 - found["baseline_accuracy"])
     assert found["baseline_accuracy"] >= 0.5 and ("longer_wins_accuracy" in found) == (loss != "thumbs")
     assert {name for name in found if not name.endswith(("_low", "_high", "_rows"))} <= {
-        *stage_of().metrics(), "held_out_rows", "train_rows"
+        *stage_of().metrics, "held_out_rows", "train_rows"
     }  # fmt: skip
     assert (job.directory / "reference.arrow").exists() == (loss != "simpo")
     assert found["chosen_change"] > found["rejected_change"]

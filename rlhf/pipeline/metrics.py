@@ -1,0 +1,119 @@
+"""What is known of a stage's figures: from one table follow reports, gates, shades and verdicts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from rlhf.config import ConfigError, did_you_mean
+from rlhf.evaluation.sampled import ENDS
+
+if TYPE_CHECKING:
+    from rlhf.pipeline.stage import Stage
+
+INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
+"""The end of a name that tells a figure's interval, or on how many rows it stands."""
+
+
+class Healthy(NamedTuple):
+    """Where a curve of a stage is healthy; the stage's page of the documentation says why."""
+
+    min: float | None = None
+    """The smallest healthy value; None for no end."""
+    max: float | None = None
+    """The largest healthy value; None for no end."""
+    gate: str | None = None
+    """The gate whose bound holds instead, as it is set. Where it is turned off, nothing is said."""
+    from_start: bool = False
+    """Whether the ends are changes since the curve's value at step 0, before anything is learned."""
+
+
+class Metric(NamedTuple):
+    """A figure of a stage. The words may have `{title}`, what tables call the stage's model, and `{label}`,
+    the label of a named instance."""
+
+    words: str = ""
+    """What the table of stages calls it; empty: it is not shown there."""
+    format: str = ""
+    """How that table shows it, such as `.2f`."""
+    better: Literal["higher", "lower"] | None = None
+    """Of the metric that tells, with its interval, whether the stage did what it is for. 0 is no change."""
+    purpose: str = ""
+    """What the verdict calls that metric, such as `{title}'s loss on held-out answers`."""
+    failed: str = ""
+    """What the verdict says where it is not better, such as `it learned nothing of its examples`."""
+    healthy: Healthy | None = None
+    """Of the curve of this name: where it is healthy. The run's page shades it. A curve with the name of a
+    gate has the gate's bound."""
+    is_curve: bool = False
+    """Whether it is logged by step alone: no summary has it, so no gate can bound it."""
+
+
+SIZES: Mapping[str, Metric] = {
+    "trained_parameters": Metric("trained parameters", ",.0f"),
+    "artifact_bytes": Metric("artifact MB", ".2f"),
+    "adapter_bytes": Metric("adapter MB", ".2f"),
+}
+"""Of every stage that trains."""
+TUNED: Mapping[str, Metric] = {
+    **SIZES,
+    "token_seconds": Metric("ms per token", ".1f"),
+    "token_seconds_base": Metric("without adapter", ".1f"),
+}
+"""Of every stage that trains a policy: what its method of tuning costs."""
+
+
+def named(*names: str) -> dict[str, Metric]:
+    """Metrics of which no more is known than their names."""
+    return dict.fromkeys(names, Metric())
+
+
+def summary_names(stage: Stage) -> list[str]:
+    """The summary metrics that a stage may publish, which gates and sweeps may name; `a*` stands for all that
+    begin with a. None are said: any may be named."""
+    return [*(name for name, each in stage.metrics.items() if not each.is_curve), *stage.more_metrics()]
+
+
+def check_metric(stage: Stage, name: str, key: str) -> None:
+    """Refuse the name of a metric that a stage never publishes.
+
+    Args:
+        key: where the name stands.
+
+    Raises:
+        ConfigError: with the names that are near.
+    """
+    known = summary_names(stage)
+    names = (name, INTERVAL.sub("", name))
+    if known and not any(fnmatchcase(each, pattern) for each in names for pattern in known):
+        raise ConfigError(
+            f"{key}: {stage.name} has no metric {name}.{did_you_mean(name, known)} "
+            f"It measures {', '.join(known)}."
+        )
+
+
+def purpose(stage: Stage) -> tuple[str, Metric] | None:
+    """The metric that tells whether the stage did what it is for, with its words filled in."""
+    for name, metric in stage.metrics.items():
+        if metric.better is not None:
+            purpose, failed = stage.filled(metric.purpose), stage.filled(metric.failed)
+            return name, metric._replace(purpose=purpose, failed=failed)
+    return None
+
+
+def healthy_curves(stage: Stage) -> dict[str, Healthy]:
+    """Where the stage's curves are healthy, with the bounds of its gates as they are set."""
+    return dict(_healthy_curves(stage))
+
+
+def _healthy_curves(stage: Stage) -> Iterator[tuple[str, Healthy]]:
+    for curve, metric in stage.metrics.items():
+        if (healthy := metric.healthy) is None:
+            continue
+        bound = stage.gates.get(healthy.gate) if healthy.gate else None
+        if bound is not None:
+            yield curve, healthy._replace(min=bound.min, max=bound.max)
+        elif healthy.gate is None:
+            yield curve, healthy
