@@ -50,11 +50,12 @@ from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.device import hardware
 from rlhf.models.base import BaseModelFiles
+from rlhf.pipeline.fields import UNKEYED, Memory, Reads, Score, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
-from rlhf.pipeline.stage import Stage, root_of
+from rlhf.pipeline.stage import Stage
 from rlhf.report.compare import Quality, comparison_cells, draw, write_csv
-from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
+from rlhf.rewards.kinds import models_of
 
 if TYPE_CHECKING:
     from rlhf.compare.answering import Answers
@@ -84,11 +85,10 @@ class CompareStage(Stage):
     is_timed: ClassVar[bool] = True
     version: ClassVar[int] = 6
     in_chain: ClassVar[bool] = False
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
 
-    questions: SourceConfig | None
+    questions: Annotated[SourceConfig | None, UNKEYED]
     """Rows with a question and, if there is one, its answer; null uses the held-out rows of sft.data."""
-    corpus: SourceConfig | None
+    corpus: Annotated[SourceConfig | None, UNKEYED]
     """What retrieval searches: texts, or questions with answers; null uses the training rows of sft.data."""
     num_questions: PositiveInt | None
     """How many questions, the first ones; null uses all."""
@@ -104,7 +104,7 @@ class CompareStage(Stage):
     """bm25 compares words; embeddings are mean hidden states of the model that answers."""
     few_shot: FewShotConfig
     retrieval: RetrievalConfig
-    reward: RewardSource | None
+    reward: Score | None
     """Scores the answers, and decides who wins; null leaves it out, and ROUGE-L decides."""
     quality: Quality
     """What the picture shows."""
@@ -114,7 +114,7 @@ class CompareStage(Stage):
     """A longer answer is cut off."""
     temperature: NonNegativeFloat
     """0 takes the likeliest token each time."""
-    micro_batch_tokens: PositiveInt
+    micro_batch_tokens: Memory
     """Tokens per forward pass that measures or embeds; lower it when memory runs out."""
     _sizes: Sizes | None = PrivateAttr(None)
     """Measured by `check_data`, for `cost`."""
@@ -142,13 +142,15 @@ class CompareStage(Stage):
         room = ContextBudget(base.load_tokenizer(), base.context_length, self.max_new_tokens)
         self._sizes = measured(room, questions, library, {*self.ways()}, self.few_shot, self.retrieval)
 
-    def named_policies(self) -> Iterator[tuple[str, str]]:
-        """This run's tuned models."""
-        yield from (("compare.artifacts", name) for name in self.artifacts if is_of_this_run(name))
-
-    def datasets(self) -> tuple[str, ...]:
-        """Examples and passages are training rows; no training row may ask a question."""
-        return training_roles()
+    def reads(self) -> Reads:
+        """The tuned models. Examples and passages are training rows; no training row may ask a question."""
+        named = tuple(("compare.artifacts", name) for name in self.artifacts)
+        return reads_of(self)._replace(
+            policies=tuple((key, name) for key, name in named if is_of_this_run(name)),
+            roles=training_roles(),
+            base=True,
+            sampled=(("compare.methods", "base"), *named),  # what is merged has the base's architecture
+        )
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """Rows of sft.data where they are the questions, the examples or the corpus."""
@@ -161,23 +163,8 @@ class CompareStage(Stage):
         asked += [contender(name, method) for name in self.artifacts for method in self.tuned_methods]
         yield from (f"*/{name}" for name in asked)
 
-    def reads_base_model(self) -> bool:
-        """It is what is prompted."""
-        return True
-
-    def rewards(self) -> Mapping[str, str | RewardMix]:
-        """What scores the answers."""
-        return {} if self.reward is None else {"compare.reward": self.reward}
-
-    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
-        """The base model and the tuned ones; what is merged has the base model's architecture."""
-        yield "compare.methods", "base"
-        for name in self.artifacts:
-            found = ("compare.artifacts", name)
-            yield root_of(*found, chain) if is_of_this_run(name) else found
-
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-        """Questions, corpus, artifacts from elsewhere, the user's reward, and the machine that is timed."""
+        """Questions, corpus, artifacts from elsewhere, and the machine that is timed."""
         sources = {QUESTIONS: self.questions, CORPUS: self.corpus}
         digests = {key: source.reading_digest(key) for key, source in sources.items() if source is not None}
         elsewhere = {
@@ -186,8 +173,7 @@ class CompareStage(Stage):
             if not is_of_this_run(name)
         }
         versions = {name: importlib.metadata.version(name) for name in SCORING}
-        rewards = super().external_digests(digest)
-        return digests | elsewhere | rewards | versions | {"machine": hardware()}
+        return digests | elsewhere | versions | {"machine": hardware()}
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
@@ -30,12 +30,14 @@ from rlhf.data.schema import Split, ThumbRow
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.peft.config import Peft, PeftConfig
+from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import Init, check_start, directory_of, misfits
+from rlhf.models.start import check_start, directory_of, misfits
+from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
+from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
-from rlhf.pipeline.stage import Stage, root_of
+from rlhf.pipeline.stage import Stage
 from rlhf.supervised.preferences import (
     REFERENCE,
     Measured,
@@ -90,26 +92,22 @@ class DpoStage(PreferenceConfig, Stage):
     }  # fmt: skip
     in_chain: ClassVar[bool] = False
     version: ClassVar[int] = 2
-    divided: ClassVar[tuple[str, ...]] = ("batch_rows",)
-    not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"data", "micro_batch_tokens", "activation_checkpointing"}
-    )
 
-    data: SourceConfig | None
+    data: Annotated[SourceConfig | None, Rows("dpo", otherwise="pairs")]
     """Rows with a prompt, a chosen and a rejected answer; with `loss=kto` also rows with a prompt, an answer
     and a `label` or `thumb`: true or false. Null uses reward.pairs."""
-    init: Init
+    init: Model
     """The model that the policy starts from, which is the reference too: `sft`, `base`, another stage that
     makes a policy, or a `save_pretrained` directory."""
     optim: OptimConfig
     peft: Peft
     epochs: PositiveInt
     """Passes over the rows."""
-    batch_rows: PositiveInt
+    batch_rows: Batch
     """Rows per optimizer step, over all ranks."""
-    micro_batch_tokens: PositiveInt
+    micro_batch_tokens: Memory
     """Tokens per forward pass, of both sides of pairs; lower it when memory runs out."""
-    activation_checkpointing: bool
+    activation_checkpointing: Annotated[bool, UNKEYED]
     """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
     more time, the same result."""
     max_tokens: PositiveInt
@@ -136,18 +134,6 @@ class DpoStage(PreferenceConfig, Stage):
     def source(self) -> str:
         """What the user calls them."""
         return "reward.pairs" if self.data is None else f"{self.name}.data={self.data}"
-
-    def starts_from(self) -> tuple[str, str]:
-        """The model that it trains."""
-        return "init", self.init
-
-    def datasets(self) -> tuple[str, ...]:
-        """Reads preferences."""
-        return (self.role,)
-
-    def peft_config(self) -> PeftConfig:
-        """How it trains."""
-        return self.peft
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """The user's own model is whole, the rows fit the loss, and there are two halves of held-out ones."""

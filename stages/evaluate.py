@@ -29,12 +29,14 @@ from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.lm_eval import Harness
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.start import Init, check_start, directory_of, init_in_key, misfits
+from rlhf.models.start import check_start, directory_of, misfits
+from rlhf.pipeline.fields import UNKEYED, Memory, Model, Reads, Rows, Score, peft_of, reads_of
+from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import INTERVAL, Metric, named
 from rlhf.pipeline.recipe import BEST_OF_N
-from rlhf.pipeline.stage import Stage, root_of
-from rlhf.rewards.kinds import RewardMix, RewardSource, columns_needed, is_remote, models_of, stage_of
+from rlhf.pipeline.stage import Stage
+from rlhf.rewards.kinds import columns_needed, is_remote, models_of, stage_of
 from rlhf.rewards.reward import with_token_ids
 
 if TYPE_CHECKING:
@@ -81,18 +83,15 @@ class EvaluateStage(Stage):
     }
     version: ClassVar[int] = 16
     samples: ClassVar[bool] = True
-    not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens", "smallest_gain"}
-    )
 
-    prompts: PromptSource | None
+    prompts: Annotated[PromptSource | None, Rows("evaluate")]
     """A source, or a key as in ppo.prompts. If training reads the same rows, `prepare` sets a share of them
     aside. `auto` uses the demo's; if some data is yours, the same rows as ppo.prompts."""
-    retention: SourceList | None
+    retention: Annotated[SourceList | None, Rows("retention")]
     """What the model should not forget: files of texts, of multiple-choice questions, or both. If training
     reads one of them too, `prepare` sets a share of it aside. Null measures no forgetting. `auto` uses the
     demo's; if some data is yours, null."""
-    init: Init
+    init: Model
     """What PPO started from: a stage (`sft`, `dpo`, ...), `base` or a directory. The others are compared with
     it."""
     policies: Annotated[list[str], Field(min_length=1), AfterValidator(sorted)]
@@ -105,21 +104,21 @@ class EvaluateStage(Stage):
     evaluate.reward likes best. Its KL is the upper bound log n - (n - 1) / n (Beirami et al. 2024)."""
     lm_eval: list[str]
     """Tasks of EleutherAI's lm-eval, asked on one rank while the others wait; [] for none."""
-    lm_eval_tasks: str | None
+    lm_eval_tasks: Annotated[str | None, UNKEYED]
     """A folder of lm-eval's task files to take them from; null for its own tasks, whose data it downloads."""
     lm_eval_limit: PositiveInt | None
     """Questions of each task; null uses all."""
-    reward: RewardSource | None
+    reward: Score | None
     """What PPO was trained on; null leaves it out."""
-    gold: RewardSource | None
+    gold: Score | None
     """The true reward, if it is known; null leaves it out. `auto` uses VADER for the demo; if some data is
     yours, null. If no server is asked, it also scores what PPO answered to its held-out prompts while it
     learned."""
-    judge: RewardSource | None
+    judge: Score | None
     """What judges where no gold score is known: a score that no policy learned from. `auto` is null where
     gold is set. Else it is a second reward model, `reward@judge`, which learns from pairs that nothing else
     learns from (prepare.judge_fraction), if reward.pairs or dpo.data is a file of yours with 1,000 rows."""
-    smallest_gain: NonNegativeFloat
+    smallest_gain: Annotated[NonNegativeFloat, UNKEYED]
     """The smallest gain worth having, in deviations of the score over the answers of PPO's start."""
     num_prompts: PositiveInt | None
     """How many evaluation prompts, the first ones; null uses all."""
@@ -138,9 +137,9 @@ class EvaluateStage(Stage):
     """Nucleus sampling. Below 1, the KL is still that of the whole distribution."""
     batch_rows: PositiveInt
     """Rows that are decoded together."""
-    num_shown: int = Field(ge=0)
+    num_shown: Annotated[int, UNKEYED] = Field(ge=0)
     """How many prompts the report shows side by side, the first ones."""
-    micro_batch_tokens: PositiveInt
+    micro_batch_tokens: Memory
     """Tokens per forward pass that measures; lower it when memory runs out."""
 
     @model_validator(mode="after")
@@ -195,17 +194,25 @@ class EvaluateStage(Stage):
         """What PPO started from, by its name among the policies."""
         return self.init if directory_of(self.init) is None else "init"
 
-    def models(self) -> Iterator[tuple[str, str]]:
-        """PPO's start, where it is a directory: others are `named_policies`."""
-        return super().models() if "init" in self.policies else iter(())
+    def reads(self) -> Reads:
+        """The policies, the evaluation prompts, the held-out answers and the retention set."""
+        found, made = reads_of(self), [name for name in self.policies if name not in NOT_MADE]
+        return found._replace(
+            models=found.models if "init" in self.policies else {},
+            policies=tuple(("evaluate.policies", name) for name in made),
+            roles=("evaluate", "sft", "retention"),
+            base=True,
+            sampled=tuple(
+                ("evaluate.policies", name)
+                if name in made
+                else ("evaluate.init", "base" if name == "base" else self.init)
+                for name in self.policies
+            ),
+        )
 
-    def named_policies(self) -> Iterator[tuple[str, str]]:
-        """Those that stages make."""
-        yield from (("evaluate.policies", name) for name in self.policies if name not in NOT_MADE)
-
-    def datasets(self) -> tuple[str, ...]:
-        """Reads the evaluation prompts, the held-out answers and the retention set."""
-        return ("evaluate", "sft", "retention")
+    def unkeyed(self) -> tuple[str, ...]:
+        """From how many answers `best_of_n` chooses decides nothing where it is not compared."""
+        return () if BEST_OF_N in self.policies else ("best_of",)
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """Without held-out answers and retention sets their figures are left out."""
@@ -226,28 +233,9 @@ class EvaluateStage(Stage):
         yield from (f"{metric}/{name}" for name in self.policies for metric in OF_EACH)
         yield from (("lm_eval/*",) if self.lm_eval else ())
 
-    def reads_base_model(self) -> bool:
-        """It is one of the policies."""
-        return True
-
-    def rewards(self) -> Mapping[str, str | RewardMix]:
-        """What PPO was trained on, and what judges."""
-        named = {
-            "evaluate.reward": self.reward,
-            "evaluate.gold": self.gold,
-            "evaluate.judge": self.judge,
-        }
-        return {key: source for key, source in named.items() if source is not None}
-
-    def knobs(self) -> dict[str, Any]:
-        """Of a directory that PPO started from, the content decides, not the place. From how many answers
-        `best_of_n` chooses decides nothing where it is not compared."""
-        knobs = super().knobs() | {"init": init_in_key(self.init)}
-        return {key: value for key, value in knobs.items() if key != "best_of" or BEST_OF_N in self.policies}
-
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-        """The models or the code that score, where they are the user's; lm-eval's version and task files."""
-        return super().external_digests(digest) | ({"lm_eval": self.harness.digest()} if self.lm_eval else {})
+        """lm-eval's version and task files."""
+        return {"lm_eval": self.harness.digest()} if self.lm_eval else {}
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """lm-eval is there and has the tasks."""
@@ -296,14 +284,6 @@ class EvaluateStage(Stage):
             mend="Leave out the longest rows.",
         )  # fmt: skip
 
-    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
-        """PPO's start, and what each stage's policy started from; of most that is the base model."""
-        for name in self.policies:
-            if name in NOT_MADE:
-                yield "evaluate.init", "base" if name == "base" else self.init
-            else:
-                yield root_of("evaluate.policies", name, chain)
-
     def rows(self, data: PreparedData) -> Sequence[PromptRow]:
         """The prompts that are answered."""
         return data.rows("evaluate", "evaluation")[: self.num_prompts]
@@ -312,7 +292,7 @@ class EvaluateStage(Stage):
         """Every policy answers, is read by itself, SFT and the rewards, and takes the retention tests."""
         on = on.starting(directory_of(root_of("evaluate.init", self.init, chain)[1]))
         prompts = on.sizes("evaluate", "evaluation").first(self.num_prompts)
-        added = most_added(on, [chain[name].peft_config() for name in self.policies if name in chain])
+        added = most_added(on, [peft_of(chain[name]) for name in self.policies if name in chain])
         references = on.sizes("sft", "held_out").first(self.num_references).cut(on.shape.context - added)
         retained = on.sizes("retention", "evaluation")
         rewards = [len(models_of(each)) for each in (self.reward, self.gold, self.judge)]

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -23,11 +23,13 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.schema import PromptRow
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.start import Init, check_start, directory_of, misfits
+from rlhf.models.start import check_start, directory_of, misfits
+from rlhf.pipeline.fields import UNKEYED, Memory, Model, Reads, Score, peft_of, reads_of
+from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
-from rlhf.pipeline.stage import Stage, root_of
-from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
+from rlhf.pipeline.stage import Stage
+from rlhf.rewards.kinds import models_of
 from rlhf.rewards.reward import RewardError, with_token_ids
 
 if TYPE_CHECKING:
@@ -60,12 +62,11 @@ class GenerateStage(Stage):
         "sft": "best_of_n.jsonl", "replay": "best_of_n.jsonl", "ptx": "best_of_n.jsonl",
         "pairs": "pairs.jsonl", "dpo": "pairs.jsonl",
     }  # fmt: skip
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens", "max_unscored"})
 
-    policy: Init
+    policy: Model
     """The model that answers: `base`, any stage that makes a policy (`sft`, `dpo`, `ppo`, ...), or a
     `save_pretrained` directory."""
-    reward: RewardSource | None
+    reward: Score | None
     """What scores the answers; null writes responses only."""
     splits: list[Literal["train", "held_out"]] = Field(min_length=1)
     """Splits of `ppo.prompts` that are answered."""
@@ -79,21 +80,17 @@ class GenerateStage(Stage):
     """Divides the logits."""
     pair_min_gap: NonNegativeFloat
     """Pairs whose scores differ by less are not written."""
-    max_unscored: float = Field(ge=0, lt=1)
+    max_unscored: Annotated[float, UNKEYED] = Field(ge=0, lt=1)
     """Largest share of answers for which a function of yours (`python:`, `trl:`) may raise: they have no
     score. With more the stage fails, and its answers are kept beside the run."""
     batch_rows: PositiveInt
     """Rows that are decoded together."""
-    micro_batch_tokens: PositiveInt
+    micro_batch_tokens: Memory
     """Tokens per forward pass of the reward model."""
 
-    def starts_from(self) -> tuple[str, str]:
-        """The model that it samples from."""
-        return "policy", self.policy
-
-    def datasets(self) -> tuple[str, ...]:
-        """Reads the training prompts."""
-        return ("ppo",)
+    def reads(self) -> Reads:
+        """The prompts of `ppo.prompts`."""
+        return reads_of(self)._replace(roles=("ppo",))
 
     def suffices(self, metrics: Mapping[str, float]) -> bool:
         """The reward raised for no more answers than is allowed now."""
@@ -113,10 +110,6 @@ class GenerateStage(Stage):
         if models_of(self.reward):
             found["score_reliability"] = f"a model scores in {self.name}.reward"
         return found
-
-    def rewards(self) -> Mapping[str, str | RewardMix]:
-        """What scores the answers."""
-        return {} if self.reward is None else {f"{self.name}.reward": self.reward}
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """The user's own model is whole."""
@@ -178,7 +171,7 @@ class GenerateStage(Stage):
             on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
             batch_rows=self.batch_rows, micro_batch_tokens=self.micro_batch_tokens,
             policies=1, readings=scoring, measures=0, models=1 + scoring,
-            added=most_added(on, [made.peft_config()] if made else []),
+            added=most_added(on, [peft_of(made)] if made else []),
         )  # fmt: skip
 
     def run(self, job: Job) -> Mapping[str, float]:

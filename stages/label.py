@@ -41,12 +41,14 @@ from rlhf.label.pairs import Pair, pair_id, pairs_of_answers, pairs_of_file, row
 from rlhf.label.server_config import ServerConfig
 from rlhf.label.snapshot import MACHINE, Snapshot, imported
 from rlhf.label.votes import Choice, Given, VotesFile, votes_in
+from rlhf.pipeline.fields import UNKEYED, Memory, Reads, Score, reads_of
+from rlhf.pipeline.graph import scoring_stages
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
-from rlhf.rewards.kinds import RewardMix, RewardSource, models_of, parts_of
+from rlhf.rewards.kinds import models_of, parts_of
 from rlhf.tracking.redaction import redacted
 
 if TYPE_CHECKING:
@@ -73,40 +75,37 @@ class LabelStage(Stage):
         ),
     }  # fmt: skip
     offers: ClassVar[Mapping[str, str]] = {"pairs": "pairs.jsonl", "dpo": "pairs.jsonl"}
-    not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"file", "votes", "annotators", "server", "draw", "pairs", "imports", "micro_batch_tokens"}
-    )
 
-    file: str
+    file: Annotated[str, UNKEYED]
     """The file of votes, which is made if it is not there. It is yours: no other command changes it. Keep it
     on a disk of this machine, and copy it as you copy data."""
     annotator: Literal["human", "rule", "reward_model", "judge"]
     """Who judges: people on a page, or `label.reward`: a rule, a reward model, or a language model."""
-    reward: RewardSource | None
+    reward: Score | None
     """What judges; with annotator=human it predicts the gaps by which pairs are chosen (null: the scores that
     `generate` wrote, if it wrote some)."""
     answers: list[str]
     """The `generate` stages whose answers are judged. Of one stage, two answers to a prompt make a pair; of
     two stages, an answer of each. Not used with `label.pairs`."""
-    pairs: SourceConfig | None
+    pairs: Annotated[SourceConfig | None, UNKEYED]
     """A file of pairs, instead: rows with prompt, first and second, or with prompt, chosen and rejected."""
     pairs_per_prompt: PositiveInt
     """At most so many pairs of answers to one prompt."""
     before: str | None
     """A `label` stage whose pairs this one's are added to, such as that of the round before."""
-    imports: list[SourceConfig]
+    imports: Annotated[list[SourceConfig], UNKEYED]
     """Files with votes of other tools, which are written into `label.file` once: rows with prompt, first,
     second and choice, or with prompt, chosen and rejected."""
-    votes: PositiveInt
+    votes: Annotated[PositiveInt, UNKEYED]
     """It ends at so many votes, or when no pair is left. Skips, attention checks and votes that were taken
     back do not count. The votes of `label.before` do not count either."""
     tie_gap: NonNegativeFloat
     """Scores that differ by no more are a tie; where people judge, it is not used."""
-    annotators: list[Person] = Field(min_length=1)
+    annotators: Annotated[list[Person], UNKEYED] = Field(min_length=1)
     """The people who judge. Each gets a link of their own, which is printed once."""
-    draw: DrawConfig
-    server: ServerConfig
-    micro_batch_tokens: PositiveInt
+    draw: Annotated[DrawConfig, UNKEYED]
+    server: Annotated[ServerConfig, UNKEYED]
+    micro_batch_tokens: Memory
     """Tokens per forward pass of a reward model."""
 
     @model_validator(mode="after")
@@ -129,18 +128,13 @@ class LabelStage(Stage):
             )
         return self
 
-    def inputs(self) -> tuple[str, ...]:
-        """The stages whose answers it shows, and the snapshot before."""
-        found = (*super().inputs(), *self.answering_stages(), *filter(None, [self.before]))
-        return tuple(dict.fromkeys(found))
+    def reads(self) -> Reads:
+        """Also the stages whose answers it shows, and the snapshot before."""
+        return reads_of(self)._replace(stages=(*self.answering_stages(), *filter(None, [self.before])))
 
     def answering_stages(self) -> list[str]:
         """The `generate` stages whose answers are judged."""
         return [] if self.pairs is not None else self.answers
-
-    def rewards(self) -> Mapping[str, str | RewardMix]:
-        """What judges, or predicts."""
-        return {} if self.reward is None else {f"{self.name}.reward": self.reward}
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """What it reads is of the right kind, and what its page needs is installed.
@@ -219,12 +213,11 @@ class LabelStage(Stage):
         return found._replace(rows=rows)
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-        """Those of the reward, and of the files with pairs and votes; not of `label.file`: see `recorded`."""
-        found = super().external_digests(digest)
+        """Those of the files with pairs and votes; not of `label.file`: see `recorded`."""
         files = {f"{self.name}.imports[{number}]": each for number, each in enumerate(self.imports)}
         if self.pairs is not None:
             files[f"{self.name}.pairs"] = self.pairs
-        return found | {key: source.reading_digest(key) for key, source in files.items()}
+        return {key: source.reading_digest(key) for key, source in files.items()}
 
     def recorded(self, inputs: Mapping[str, Artifact], external: Mapping[str, str]) -> str:
         """Digest of the votes that there are on its pairs."""
@@ -277,7 +270,7 @@ class LabelStage(Stage):
         """The annotator's name if no person judges. It has a digest of all that decides its votes."""
         if self.annotator == "human":
             return None
-        models = {name: inputs[name].key for name in super().inputs() if name in inputs}
+        models = {name: inputs[name].key for name in scoring_stages(self) if name in inputs}
         decides = digest_of(
             [self.model_dump(mode="json", include={"reward", "tie_gap"}), {**external}, models]
         )

@@ -23,9 +23,11 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import origin_of
 from rlhf.models.save import save_policy
 from rlhf.models.start import directory_of
+from rlhf.pipeline.fields import Policy, Reads, peft_of, reads_of
+from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
-from rlhf.pipeline.stage import Stage, root_of
+from rlhf.pipeline.stage import Stage
 
 
 class MergeStage(Stage):
@@ -39,7 +41,7 @@ class MergeStage(Stage):
     }
     in_chain: ClassVar[bool] = False
 
-    policy: str
+    policy: Policy
     """The stage of the tuned model, such as sft or ppo."""
     alpha: float = Field(ge=0, le=1)
     """0 is the base model, 1 the tuned one.
@@ -47,13 +49,9 @@ class MergeStage(Stage):
     Source: WiSE-FT, Wortsman et al. 2022 (arXiv:2109.01903).
     """
 
-    def named_policies(self) -> Iterator[tuple[str, str]]:
-        """The tuned model."""
-        yield "merge.policy", self.policy
-
-    def reads_base_model(self) -> bool:
-        """It is one of the two."""
-        return True
+    def reads(self) -> Reads:
+        """Both models."""
+        return reads_of(self)._replace(base=True)
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """The tuned model must have weights of its own.
@@ -61,7 +59,7 @@ class MergeStage(Stage):
         Raises:
             ConfigError: its method is not merged into them.
         """
-        peft = chain[self.policy].peft_config()
+        peft = peft_of(chain[self.policy])
         if peft is not None and not METHODS[peft.method].merges:
             merging = " or ".join(name for name, each in METHODS.items() if each.merges)
             raise ConfigError(

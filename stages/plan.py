@@ -37,6 +37,7 @@ from rlhf.data.schema import PromptRow, Split
 from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.models.peft.methods import MethodName
 from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.fields import Reads, peft_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.stage import Stage
@@ -191,9 +192,9 @@ class PlanStage(Stage):
         names = self.trains or (["sft"] if self.gpus is None else ["sft", "reward", "ppo"])
         return [name for name in chain if name in names]
 
-    def datasets(self) -> tuple[str, ...]:
-        """Their lengths."""
-        return training_roles() if self.measures else ()
+    def reads(self) -> Reads:
+        """The base model's config, and the lengths of what trains."""
+        return Reads(roles=training_roles() if self.measures else (), base=True)
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """What the planned stages need; and sft.data, the task whose prompts and answers are measured."""
@@ -208,17 +209,13 @@ class PlanStage(Stage):
         Raises:
             ConfigError: it does not, or is no stage.
         """
-        known = [name for name, stage in chain.items() if stage.peft_config() is not None]
+        known = [name for name, stage in chain.items() if peft_of(stage) is not None]
         for name in self.trains or ():
             if name not in known:
                 raise ConfigError(
                     f"plan.trains={name}: no stage of that name trains.{did_you_mean(name, known)} "
                     f"Known: {', '.join(known)}."
                 )
-
-    def reads_base_model(self) -> bool:
-        """Its config."""
-        return True
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """It runs no model."""

@@ -11,7 +11,7 @@ The loop itself is rlhf/ppo/trainer.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
@@ -19,6 +19,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import described, origin_of
 from rlhf.models.start import check_start
+from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.stage import Stage
@@ -36,7 +37,6 @@ class PpoStage(PpoConfig, PolicyStage):
     title: ClassVar[str] = "PPO"
     metrics: ClassVar[Mapping[str, Metric]] = {**PolicyStage.metrics, **named("explained_variance")}
     version: ClassVar[int] = 9
-    not_in_key: ClassVar[frozenset[str]] = PolicyStage.not_in_key | {"prompts"}
 
     @property
     def prompts_said(self) -> str:
@@ -48,15 +48,10 @@ class PpoStage(PpoConfig, PolicyStage):
         """A critic on the reward model needs fixed units."""
         return f"{self.name}.score.normalize=running with {self.name}.critic.init=sft"
 
-    def datasets(self) -> tuple[str, ...]:
-        """Reads prompts, and the rows of the pretraining mix."""
-        return ("ppo", self.mixed_role) if self.ptx.coef > 0 else ("ppo",)
-
-    def knobs(self) -> dict[str, Any]:
-        """Without the mix's source: its content decides, not the place."""
-        knobs = super().knobs()
-        del knobs["ptx"]["data"]
-        return knobs
+    def reads(self) -> Reads:
+        """The rows of the pretraining mix only where there is one."""
+        found = super().reads()
+        return found if self.ptx.coef > 0 else found._replace(roles=("ppo",))
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """A critic can be made of its start."""

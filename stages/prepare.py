@@ -25,10 +25,11 @@ from rlhf.data.sources import Sources, check_lenders, lender, own_sources
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.intact import has_foreign_template
+from rlhf.pipeline.fields import Reads
+from rlhf.pipeline.graph import made_by, named_sources
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.made_rows import made_by
 from rlhf.pipeline.metrics import Metric, named
-from rlhf.pipeline.stage import Stage, named_sources
+from rlhf.pipeline.stage import Stage
 from rlhf.rewards.code import own_code
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -72,9 +73,9 @@ class PrepareStage(Stage):
         yield from (name for role in ROLES.values() for name in role.metrics)
         yield from (f"{reason}{end}" for reason in FAULTS for end in ("s", "_share"))
 
-    def reads_base_model(self) -> bool:
-        """Its tokenizer and context length decide what is too long."""
-        return True
+    def reads(self) -> Reads:
+        """The base model's tokenizer and context length decide what is too long."""
+        return Reads(base=True)
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Rows whose prompts are taken are there."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -26,13 +26,15 @@ from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.on_disk import kept_on_disk
-from rlhf.models.peft.config import Peft, PeftConfig
+from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
-from rlhf.models.start import Init, check_start, misfits
+from rlhf.models.start import check_start, misfits
+from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
+from rlhf.pipeline.graph import init_directory, root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import SIZES, Healthy, Metric, named
-from rlhf.pipeline.stage import Stage, root_of
+from rlhf.pipeline.stage import Stage
 from rlhf.supervised.pairs import Pairs, pair_step, rank_pairs
 from rlhf.training.config import OptimConfig
 
@@ -64,44 +66,28 @@ class RewardStage(Stage):
         "train_accuracy": Metric(healthy=Healthy(min=0.5), is_curve=True),
     }  # fmt: skip
     version: ClassVar[int] = 7
-    divided: ClassVar[tuple[str, ...]] = ("batch_pairs",)
-    not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"pairs", "micro_batch_tokens", "activation_checkpointing"}
-    )
 
-    pairs: SourceConfig | None
+    pairs: Annotated[SourceConfig | None, Rows("pairs")]
     """Rows with a prompt, a chosen and a rejected answer. `auto` uses the demo's, if none of the data is
     yours."""
-    init: Init
+    init: Model
     """The model that it starts from: `base`, a stage that makes a policy (`sft`, ...), or a directory.
     Without `sft`, no SFT stage is needed."""
     optim: OptimConfig
     peft: Peft
     epochs: PositiveInt
     """Passes over the pairs. Usually one: reward models overfit in the second (Ouyang et al. 2022, C.2)."""
-    batch_pairs: PositiveInt
+    batch_pairs: Batch
     """Pairs per optimizer step, over all ranks."""
-    micro_batch_tokens: PositiveInt
+    micro_batch_tokens: Memory
     """Tokens per forward pass; lower it when memory runs out."""
-    activation_checkpointing: bool
+    activation_checkpointing: Annotated[bool, UNKEYED]
     """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
     more time, the same result."""
     max_tokens: PositiveInt
     """Pairs with a longer side are left out and counted."""
     center: NonNegativeFloat
     """Weight that pulls scores towards 0 (Eisenstein et al. 2023)."""
-
-    def starts_from(self) -> tuple[str, str]:
-        """The model that it trains."""
-        return "init", self.init
-
-    def datasets(self) -> tuple[str, ...]:
-        """Reads preference pairs."""
-        return ("pairs",)
-
-    def peft_config(self) -> PeftConfig:
-        """How it trains."""
-        return self.peft
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """A reward model can be made of the model that it starts from."""
@@ -122,7 +108,7 @@ class RewardStage(Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Both sides of every pair."""
-        on = on.starting(self.init_directory())
+        on = on.starting(init_directory(self))
         train, held_out = (
             joined(sides, sides)
             for sides in (on.sizes("pairs", split).cut(self.max_tokens) for split in TRAINING)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -25,12 +25,14 @@ from rlhf.data.schema import Split
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.peft.config import Peft, PeftConfig
+from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import Init, check_start, directory_of
+from rlhf.models.start import check_start, directory_of
+from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Reads, Rows, reads_of
+from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
-from rlhf.pipeline.stage import Stage, root_of
+from rlhf.pipeline.stage import Stage
 from rlhf.supervised.answers import answer_losses, answer_step, cut_share, prompt_gain, with_replay
 from rlhf.training.config import OptimConfig
 
@@ -63,16 +65,12 @@ class SftStage(Stage):
         ),
     }  # fmt: skip
     version: ClassVar[int] = 10
-    divided: ClassVar[tuple[str, ...]] = ("batch_rows",)
-    not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
-    )
 
-    data: SourceConfig | None
+    data: Annotated[SourceConfig | None, Rows("sft")]
     """Rows with a prompt and its answer. `auto` uses the demo's, if none of the data is yours."""
-    init: Init
+    init: Model
     """The model that it trains: `base`, a stage that makes a policy, or a `save_pretrained` directory."""
-    replay: SourceConfig | None
+    replay: Annotated[SourceConfig | None, Rows("replay")]
     """General texts or conversations that SFT also learns, so that the model does not forget them. It
     learns whole texts, and the answers of conversations."""
     replay_fraction: float = Field(ge=0, lt=1)
@@ -85,11 +83,11 @@ class SftStage(Stage):
     peft: Peft
     epochs: PositiveFloat
     """Passes over the training rows, such as 1.5."""
-    batch_rows: PositiveInt
+    batch_rows: Batch
     """Rows of `data` per optimizer step, over all ranks; replayed rows are added to them."""
-    micro_batch_tokens: PositiveInt
+    micro_batch_tokens: Memory
     """Tokens per forward pass; lower it when memory runs out."""
-    activation_checkpointing: bool
+    activation_checkpointing: Annotated[bool, UNKEYED]
     """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
     more time, the same result."""
     turns: Literal["all", "last"]
@@ -107,17 +105,9 @@ class SftStage(Stage):
             )
         return self
 
-    def starts_from(self) -> tuple[str, str]:
-        """The model that it trains."""
-        return "init", self.init
-
-    def datasets(self) -> tuple[str, ...]:
-        """Reads prompt/completion rows, and those to replay."""
-        return ("sft", "replay") if self.replay_fraction > 0 else ("sft",)
-
-    def peft_config(self) -> PeftConfig:
-        """How it trains."""
-        return self.peft
+    def reads(self) -> Reads:
+        """Rows to replay only where some are replayed."""
+        return reads_of(self, without=() if self.replay_fraction > 0 else ("replay",))
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """The user's own model is whole."""

@@ -26,12 +26,11 @@ from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import PairRow, PromptRow, Row, SftRow
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
-from rlhf.models.peft.config import Peft, PeftConfig
-from rlhf.models.start import Init
+from rlhf.models.peft.config import Peft
+from rlhf.pipeline.fields import Model, Reads, Score, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Healthy, Metric, named
 from rlhf.pipeline.stage import Stage
-from rlhf.rewards.kinds import RewardMix, RewardSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,35 +79,24 @@ class TrlStage(Stage):
     """Which of TRL's trainers."""
     args: dict[str, Any] | None
     """Keys of the trainer's own config (`SFTConfig`, ...), such as `{learning_rate: 1e-5}`."""
-    init: Init
+    init: Model
     """The model that it starts from: `sft`, `base`, or a `save_pretrained` directory."""
     peft: Peft
-    reward: RewardSource
+    reward: Score
     """GRPO: what scores a response."""
 
-    def starts_from(self) -> tuple[str, str]:
-        """The model that it trains."""
-        return "init", self.init
-
-    def datasets(self) -> tuple[str, ...]:
-        """What the trainer learns from."""
-        return (ROLES[self.trainer],)
-
-    def rewards(self) -> Mapping[str, str | RewardMix]:
-        """GRPO's."""
-        return {"trl.reward": self.reward} if self.trainer == "GRPO" else {}
-
-    def peft_config(self) -> PeftConfig:
-        """How it trains."""
-        return self.peft
+    def reads(self) -> Reads:
+        """What the trainer learns from; a reward only for GRPO."""
+        found = reads_of(self, without=() if self.trainer == "GRPO" else ("reward",))
+        return found._replace(roles=(ROLES[self.trainer],))
 
     def not_checked(self) -> dict[str, str]:
         """Only pairs are ranked."""
         return {} if ROLES[self.trainer] == "pairs" else {"held_out_accuracy": f"trl.trainer={self.trainer}"}
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-        """TRL's version decides too."""
-        return {**super().external_digests(digest), "trl": _version()}
+        """TRL's version."""
+        return {"trl": _version()}
 
     def check_compute(self, compute: Compute) -> None:
         """Refuse what TRL is not asked for."""

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.data.chat_template import sequences, tokenizer_digest
@@ -25,10 +23,6 @@ from rlhf.models.intact import check_tokenizer, check_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IS_MODEL = object()
-"""Marks the type of a stage's keys that name a model."""
-Init = Annotated[str, Field(min_length=1), IS_MODEL]
-"""A stage that makes a policy (`sft`, `dpo`, ...), `base` or a `save_pretrained` directory."""
 POLICY_STAGES: set[str] = {"sft"}
 """Names of the stages that make a policy. `build_experiment` fills it with those that are mounted. A
 directory of such a name is written `./NAME`."""

@@ -24,7 +24,9 @@ from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import know_policies
 from rlhf.pipeline.auto import with_judge, without_auto
-from rlhf.pipeline.made_rows import check_made, tell_readers
+from rlhf.pipeline.fields import peft_of
+from rlhf.pipeline.graph import in_order, inputs, named_sources, normalized_rewards, starts_from
+from rlhf.pipeline.made_rows import check_made, check_makers
 from rlhf.pipeline.metrics import check_metric
 from rlhf.pipeline.recipe import (
     BEST_OF_N,
@@ -36,7 +38,7 @@ from rlhf.pipeline.recipe import (
 )
 from rlhf.pipeline.sampling_engine import unusable_by_vllm
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
-from rlhf.pipeline.stage import Mount, Stage, in_order, named_sources
+from rlhf.pipeline.stage import Mount, Stage
 from rlhf.rewards.code import import_code
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import RewardSource
@@ -132,11 +134,11 @@ class Experiment:
         if self.settings.recipe.stages is not None:
             return set(self.settings.recipe.stages)
         chain = [name for name, stage in self.stages.items() if stage.in_chain and not stage.is_instance]
-        last = [name for name in chain if self.stages[name].peft_config() is not None][-1]
+        last = [name for name in chain if peft_of(self.stages[name]) is not None][-1]
         found: set[str] = set()
         for name in reversed(chain):
-            is_read = any(name in self.stages[later].inputs() for later in found)
-            if self.stages[name].peft_config() is None or name == last or is_read:
+            is_read = any(name in inputs(self.stages[later], self.stages) for later in found)
+            if peft_of(self.stages[name]) is None or name == last or is_read:
                 found.add(name)
         return found
 
@@ -147,7 +149,7 @@ class Experiment:
             wanted |= self.whole_chain()
         for name in reversed(list(self.stages)):
             if name in wanted:
-                wanted |= set(self.stages[name].inputs())
+                wanted |= set(inputs(self.stages[name], self.stages))
         return [name for name in self.stages if name in wanted]
 
 
@@ -157,8 +159,8 @@ def check_moments(stage: Stage, chain: Mapping[str, Stage]) -> None:
     Raises:
         ConfigError: in the user's own keys.
     """
-    for key, source in stage.normalized_rewards():
-        if source not in chain["generate"].rewards().values():
+    for key, source in normalized_rewards(stage):
+        if source not in chain["generate"].reads().rewards.values():
             raise ConfigError(
                 f"{key}={source}: normalize=true takes each reward's mean and deviation from `generate`, so "
                 f"generate.reward must be the same. Set generate.reward to it, or use normalize=false."
@@ -212,12 +214,13 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         checked[name] = validated(classes[name], values, name, Mount(name, own_roles.get(name, {})))
     know_policies(name for name, each in checked.items() if each.publishes == "policy")  # by their knobs
     for stage in checked.values():
-        named = [(f"{stage.name}.{key}", model) for key, model in stage.models() if model in makers]
+        models = stage.reads().models.items()
+        named = [(f"{stage.name}.{key}", model) for key, model in models if model in makers]
         check_policies(stage, named, checked)
         check_roles(stage)
     for stage in checked.values():  # after those: `evaluate.policies=auto` follows from them
-        check_policies(stage, stage.named_policies(), checked)
-    tell_readers(checked)
+        check_policies(stage, stage.reads().policies, checked)
+    check_makers(checked)
     stages = in_order({name: checked[name] for name in sections})
     for name, stage in stages.items():
         for gate, bound in stage.gates.items():
@@ -232,7 +235,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         check_moments(stages[name], stages)
         check_made(stages[name], stages)
         check_method(stages[name], experiment)
-        peft = stages[name].peft_config()
+        peft = peft_of(stages[name])
         if peft is not None and peft.method == "qlora":
             check_qlora(f"{name}.peft=qlora", settings.device)
     return replace(experiment, notes=(*experiment.notes, *left_out(experiment)))
@@ -271,7 +274,7 @@ def check_roles(stage: Stage) -> None:
     Raises:
         ConfigError: with those that do.
     """
-    for role in stage.datasets():
+    for role in stage.reads().roles:
         if role not in ROLES:
             raise ConfigError(
                 f"{stage.name}: it reads the data of {role}, and there is no such role."
@@ -321,7 +324,7 @@ def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
     why = f" No packaged set is used beside your own data ({', '.join(own)})." if own else ""
     advice = "".join(f" {ROLES[role].advice}" for role in readers if ROLES[role].advice)
     unread = [("init", name) for name in readers.get("sft", ())]
-    without = [f"{name}.init=base" for name in needed if experiment.stages[name].starts_from() in unread]
+    without = [f"{name}.init=base" for name in needed if starts_from(experiment.stages[name]) in unread]
     if without:
         advice += f" Without SFT: {' '.join(without)}."
     raise ConfigError(
@@ -336,14 +339,14 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
     Raises:
         ConfigError: why, and what works instead.
     """
-    peft, settings = stage.peft_config(), experiment.settings
+    peft, settings = peft_of(stage), experiment.settings
     if peft is None:
         return
     method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
     merging = " or ".join(name for name, each in METHODS.items() if each.merges)
-    read = (experiment.stages[name] for name in stage.inputs())
+    read = (experiment.stages[name] for name in inputs(stage, experiment.stages))
     for start in (each for each in read if each.publishes == "policy"):
-        before = start.peft_config()
+        before = peft_of(start)
         if before is not None and not METHODS[before.method].merges:
             raise ConfigError(
                 f"{start.name}.peft={before.method}: it is not merged into the weights, so {stage.name}, "

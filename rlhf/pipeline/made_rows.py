@@ -18,46 +18,35 @@ from rlhf.data.preparation import NoRowsError
 from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import Split
-from rlhf.data.sources import SourceConfig, Sources, lender
+from rlhf.data.sources import SourceConfig, lender
 from rlhf.models.base import BaseModelFiles
+from rlhf.pipeline.graph import made_by, made_roles, makers, named_sources
 from rlhf.pipeline.recipe import kind_of
-from rlhf.pipeline.stage import Stage, named_sources
+from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
 from rlhf.tracking.progress import Progress
 
 
-def made_by(sources: Sources) -> dict[str, str]:
-    """Role -> the stage that makes its rows."""
-    return {
-        role: source.stage
-        for role, source in sources.items()
-        if isinstance(source, SourceConfig) and source.stage is not None
-    }
-
-
-def tell_readers(chain: Mapping[str, Stage]) -> None:
-    """Tell each stage which others make rows that it reads.
+def check_makers(chain: Mapping[str, Stage]) -> None:
+    """Refuse rows of a stage that makes none.
 
     Raises:
         ConfigError: a source names a stage that makes no such rows.
     """
     sources = named_sources(chain)
-    makers = made_by(sources)
+    known = made_by(sources)
     for role, source in sources.items():
         if isinstance(source, list) and any(each.stage for each in source):
             raise ConfigError(f"{ROLES[role].key}: `stage:` has no place in a list. Name files.")
-    for role, maker in makers.items():
+    for role, maker in known.items():
         _check_offer(role, maker, chain)
     for role in ROLES:
         other = lender(sources, role)
-        if other in makers:
+        if other in known:
             raise ConfigError(
                 f"{ROLES[role].key}={ROLES[other].key}: rows of {sources[other]} are not there yet when "
                 f"prompts are split. Name another source for {ROLES[role].key}."
             )
-    for stage in chain.values():
-        roles = (stage.own_role(role) for role in stage.datasets())
-        stage.know_makers(makers[role] for role in roles if role in makers)
 
 
 def check_made(stage: Stage, chain: Mapping[str, Stage]) -> None:
@@ -78,14 +67,14 @@ def data_of(stage: Stage, prepared: Path, chain: Mapping[str, Stage], made: Path
         prepared: what `prepare` made.
         made: the directory with the rows that another stage made; it may be empty yet.
     """
-    makers = made_by(named_sources(chain))
-    names = {role: stage.own_role(role) for role in stage.datasets()}
+    known = made_by(named_sources(chain))
+    names = {role: stage.own_role(role) for role in stage.reads().roles}
     return PreparedData(
         prepared,
         {
-            role: (made if name in makers else prepared, name)
+            role: (made if name in known else prepared, name)
             for role, name in names.items()
-            if name != role or name in makers
+            if name != role or name in known
         },
     )
 
@@ -112,49 +101,29 @@ def prepare_rows(
             preparation = prepare.preparation(dict.fromkeys(ROLES) | sources, base, Path(scratch))
             preparation.prepare(progress)
         except NoRowsError as error:
-            advice = [chain[maker].offer_advice() for maker in stage.makers]
+            advice = [chain[maker].offer_advice() for maker in makers(stage, chain)]
             raise ConfigError(" ".join([str(error), *advice])) from None
         preparation.write(directory)
         preparation.show(progress.console)
 
 
-def made_roles(stage: Stage, chain: Mapping[str, Stage]) -> dict[str, SourceConfig]:
-    """The roles of a stage whose rows others make, and where each comes from."""
-    sources = named_sources(chain)
-    makers = made_by(sources)
-    names = (stage.own_role(role) for role in stage.datasets())
-    found: dict[str, Any] = {name: sources[name] for name in names if name in makers}
-    return found
-
-
-def preparing(stage: Stage, chain: Mapping[str, Stage]) -> dict[str, Any]:
-    """What decides how made rows are split and checked: a part of the artifact's key."""
-    prepare = chain["prepare"]
-    return {
-        "knobs": prepare.knobs(),
-        "version": prepare.version,
-        "sources": {
-            role: source.model_dump(mode="json") for role, source in made_roles(stage, chain).items()
-        },
-    }
-
-
 def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostContext:
     """The context with the lengths of a stage's data; of rows that are still to be made, the most that there
     can be."""
-    makers, sizes = made_by(named_sources(chain)), on.sizes
+    known, sizes = made_by(named_sources(chain)), on.sizes
 
     def size(role: str, split: Split) -> LengthStats:
         name = stage.own_role(role)
-        if name not in makers:
+        if name not in known:
             return sizes(name, split)
-        maker = chain[makers[name]]
+        maker = chain[known[name]]
         found = maker.offered_lengths(context_of(maker, chain, on), chain)
         share = dict(chain["prepare"])["held_out_fraction"]
         return found._replace(rows=max(1, round(found.rows * (share if split == "held_out" else 1 - share))))
 
-    has_own = any(stage.own_role(role) != role for role in stage.datasets())
-    return replace(on, sizes=size) if has_own or stage.makers else on
+    names = {role: stage.own_role(role) for role in stage.reads().roles}
+    is_other = any(name != role or name in known for role, name in names.items())
+    return replace(on, sizes=size) if is_other else on
 
 
 def _check_offer(role: str, maker: str, chain: Mapping[str, Stage]) -> None:
@@ -162,8 +131,8 @@ def _check_offer(role: str, maker: str, chain: Mapping[str, Stage]) -> None:
     if maker not in chain:
         raise ConfigError(f"{said}: there is no such stage.{did_you_mean(maker, chain)}")
     if kind_of(role) not in chain[maker].offers:
-        makers = [name for name, stage in chain.items() if kind_of(role) in stage.offers]
-        others = f"Stages that do: {', '.join(makers)}." if makers else "No stage does. Name a file."
+        can = [name for name, stage in chain.items() if kind_of(role) in stage.offers]
+        others = f"Stages that do: {', '.join(can)}." if can else "No stage does. Name a file."
         raise ConfigError(f"{said}: {maker} makes no such rows. {others}")
 
 
@@ -179,6 +148,6 @@ def _file(
 
 def roles_read(stages: Iterable[Stage], chain: Mapping[str, Stage]) -> Iterator[str]:
     """The roles whose rows these stages need and `prepare` reads."""
-    makers = made_by(named_sources(chain))
+    known = made_by(named_sources(chain))
     for stage in stages:
-        yield from (name for name in map(stage.own_role, stage.needs(chain)) if name not in makers)
+        yield from (name for name in map(stage.own_role, stage.needs(chain)) if name not in known)

@@ -27,7 +27,9 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import rehearse
 from rlhf.models.start import counts_alike, directory_of
 from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.fields import peft_of
 from rlhf.pipeline.forecast import Prediction
+from rlhf.pipeline.graph import answering, init_directory
 from rlhf.pipeline.made_rows import context_of
 from rlhf.pipeline.stage import Stage
 from rlhf.tracking.progress import clock
@@ -99,8 +101,8 @@ def check_before_loading(
             console.print(line, highlight=False, markup=False, style="yellow")
         models = {stage.name: own_skeleton(stage, base) or model for stage in stages}
         for index, stage in enumerate(stages):
-            is_known = (stage.peft_config(), stage.init_directory()) in [
-                (before.peft_config(), before.init_directory()) for before in stages[:index]
+            is_known = (peft_of(stage), init_directory(stage)) in [
+                (peft_of(before), init_directory(before)) for before in stages[:index]
             ]
             check_tunes(stage, models[stage.name], check_attachable if is_known else rehearse)
         for line in adapter_notes(stages, models):
@@ -122,7 +124,7 @@ def check_before_loading(
     disk = Disk(store, shutil.disk_usage(store).free)
     needed = [experiment.stages[name] for name in experiment.needed()]
     longest = None if on.vllm is None else longest_sampled(needed, experiment.stages, on, base)
-    teaches = any("sft" in stage.datasets() for stage in needed)
+    teaches = any("sft" in stage.reads().roles for stage in needed)
     checked = preflight(
         stages, experiment.stages, on, disk, settings.checkpoint, begun=pending, ways=ways, longest=longest,
         answer_tokens=data.mean_answer("sft") if teaches else None,
@@ -189,7 +191,7 @@ def check_tunes(
     Raises:
         ConfigError: why.
     """
-    peft = stage.peft_config()
+    peft = peft_of(stage)
     if peft is None:
         return
     with said_as({"STAGE": stage.name}):
@@ -198,7 +200,7 @@ def check_tunes(
 
 def own_skeleton(stage: Stage, base: BaseModelFiles) -> PreTrainedModel | None:
     """The user's own model that a stage trains, on the meta device; None if it trains the base model."""
-    directory = stage.init_directory()
+    directory = init_directory(stage)
     if directory is None:
         return None
     files = replace(base, directory=directory)
@@ -215,7 +217,7 @@ def adapter_notes(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]
 
     lines: dict[str, list[str]] = {}
     for stage in stages:
-        peft = stage.peft_config()
+        peft = peft_of(stage)
         line = None if peft is None else described_targets(models[stage.name], peft)
         if line is not None:
             lines.setdefault(line, []).append(stage.name)
@@ -238,7 +240,7 @@ def eager_notes(base: PreTrainedModel, attention: str) -> Iterator[str]:
 def padding_notes(stages: Sequence[Stage], attention: str) -> Iterator[str]:
     """A line if a method of tuning pads rows that would otherwise be packed."""
     for stage in stages:
-        peft = stage.peft_config()
+        peft = peft_of(stage)
         if peft is not None and METHODS[peft.method].pads and attention == "auto":
             yield (
                 f"{stage.name}.peft={peft.method}: rows are padded, one sequence a row: laid end to end only "
@@ -437,7 +439,7 @@ def fits(
 
 def is_taken(stage: Stage, on: CostContext) -> bool:
     """Whether the stage can run on these ranks."""
-    if stage.peft_config() is None:
+    if peft_of(stage) is None:
         return True
     try:
         stage.check_compute(Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks))
@@ -505,7 +507,7 @@ def longest_sampled(
     costs = [stage.cost(context_of(stage, chain, on), chain) for stage in sampling]
     if not costs or any(not cost.sampled for cost in costs):
         return None
-    own = {directory_of(init) for stage in sampling for _, init in stage.answering(chain)} - {None}
+    own = {directory_of(init) for stage in sampling for _, init in answering(stage, chain)} - {None}
     if any(not counts_alike(load_tokenizer(each, base.config), base) for each in own if each):
         return None
     return round(max(min(cost.sampled, cost.context, on.shape.context) for cost in costs))
@@ -514,9 +516,9 @@ def longest_sampled(
 def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
     """The stage whose key the user types: stages of the chain that train nothing repeat that of one that
     does (`generate.max_new_tokens: ${ppo.max_new_tokens}`)."""
-    if stage.in_chain and not stage.is_instance and stage.peft_config() is None:
+    if stage.in_chain and not stage.is_instance and peft_of(stage) is None:
         for other in chain.values():
-            if other.peft_config() is not None and other.model_dump().get(key) == stage.model_dump()[key]:
+            if peft_of(other) is not None and other.model_dump().get(key) == stage.model_dump()[key]:
                 return other.name
     return stage.name
 

@@ -48,7 +48,7 @@ def rehearse_rewards(
     tokenizer = cache(base.load_tokenizer)
     asked: list[RewardPart] = []
     for stage in sorted(stages, key=lambda stage: stage.repeats_keys):
-        for key, part in keyed_parts(stage.rewards()):
+        for key, part in keyed_parts(stage.reads().rewards):
             check_columns(key, part, stage, data)
             one = part.model_copy(update={"weight": 1.0})
             if stage_of(part.source) or one in asked:
@@ -86,7 +86,7 @@ def check_columns(key: str, part: RewardPart, stage: Stage, data: PreparedData) 
     """
     for name in sorted(reward_kind(part.source).needs(part)):
         seen: dict[str, None] = {}
-        for row, _ in some_rows(stage, data) if stage.datasets() else [(PROMPT, ANSWER)]:
+        for row, _ in some_rows(stage, data) if stage.reads().roles else [(PROMPT, ANSWER)]:
             seen |= dict.fromkeys(row.columns)
             if name in row.columns:
                 break
@@ -100,7 +100,7 @@ def check_columns(key: str, part: RewardPart, stage: Stage, data: PreparedData) 
 
 def some_rows(stage: Stage, data: PreparedData) -> Iterator[tuple[PromptRow, str]]:
     """(prompt, answer) of the first data that a stage reads."""
-    for role in stage.datasets()[:1]:
+    for role in stage.reads().roles[:1]:
         rows: Sequence[Row] = data.rows(role, ROLES[role].splits[0])
         for row in rows:
             prompt, answer = row.exchanges()[0]

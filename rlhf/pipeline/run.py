@@ -17,6 +17,7 @@ from rlhf.disk import replace_text
 from rlhf.evaluation.sampled import Sampled
 from rlhf.locks import HeldError, Lock
 from rlhf.pipeline.defaults import Change
+from rlhf.pipeline.graph import inputs
 from rlhf.pipeline.metrics import healthy_curves
 from rlhf.pipeline.store import Artifact
 from rlhf.tracking.redaction import redacted
@@ -272,7 +273,7 @@ class Run:
             "policies": redacted(self.policies),
             "outcome": self.outcome,
             "judged_by": self.judged_by,
-            "reads": {name: [*dict.fromkeys(self.chain[name].inputs())] for name in self.needed},
+            "reads": {name: [*inputs(self.chain[name], self.chain)] for name in self.needed},
             "bounds": bounds,
             "healthy": healthy,
             "changed": [*self.changed],  # it holds no secret

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from rlhf.config import ConfigError, said_as
-from rlhf.data.prepared import PreparedData, role_digest
-from rlhf.digests import DirectoryDigest, Recipe
+from rlhf.data.prepared import PreparedData
+from rlhf.digests import Recipe
 from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.peak import forget_peak, held_bytes, peak_bytes
@@ -28,30 +28,25 @@ from rlhf.models.start import of_two_architectures
 from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.forecast import Forecast
+from rlhf.pipeline.graph import answering, inputs, makers, reads_base_model, users_words
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.kept_base import kept_base
-from rlhf.pipeline.made_rows import data_of, made_roles, prepare_rows, preparing, roles_read
+from rlhf.pipeline.key import Surroundings, digest_names, external_digests, recipe_of
+from rlhf.pipeline.made_rows import data_of, prepare_rows, roles_read
 from rlhf.pipeline.manifest import content_digest, make_manifest
 from rlhf.pipeline.preflight import Begun, Expected, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
 from rlhf.pipeline.sampling_engine import make_vllm, without_auto_generation
-from rlhf.pipeline.stage import Stage, users_words
+from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
 from rlhf.pipeline.yaml_text import to_yaml
-from rlhf.rewards.code import has_changed, imported_code, own_code
+from rlhf.rewards.code import has_changed, imported_code
 from rlhf.tracking.position import Position
 from rlhf.tracking.progress import Progress, clock
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker, make_tracker
 from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
-
-
-def external_digests(stage: Stage, digest: DirectoryDigest) -> dict[str, str]:
-    """Digests of what decides the result and lies outside the store: data, and the user's code."""
-    kind = type(stage)
-    with said_as(users_words(stage)):
-        return stage.external_digests(digest) | own_code(kind.__module__, kind.__name__)
 
 
 class UnsoundInputError(Exception):
@@ -287,7 +282,7 @@ class Pipeline:
         tracker.begin(scratch)
         chain, rows = self.experiment.stages, scratch.with_name(f"{scratch.name}.rows")
         prepared = artifacts["prepare"].path if "prepare" in artifacts else scratch
-        inputs = {other: made for other, made in artifacts.items() if other in stage.inputs()}
+        inputs = {other: made for other, made in artifacts.items() if other in self.inputs(stage)}
         job = Job(
             stage=name,
             seed=self.experiment.settings.seed,
@@ -312,7 +307,7 @@ class Pipeline:
             reward_server=self.experiment.settings.reward_server,
             run_directory=run.directory,
             external_digests=self.external_digests[name],
-            digest_names={model: stage.digest_name(key) for key, model in stage.models()},
+            digest_names=digest_names(stage),
             vllm=self.vllm,
             local_sampling=self.expected.ways.get(name, "layers"),
             experiment=self.experiment,
@@ -325,7 +320,7 @@ class Pipeline:
         is_measured = forget_peak(self.compute)
         try:
             with progress.shown(name), naming(scratch), said_as(users_words(stage, base)):
-                if stage.makers:
+                if makers(stage, chain):
                     self.compute.main_only(lambda: prepare_rows(stage, chain, inputs, base, rows, progress))
                     stage.check_data(job.data, base)
                 metrics = {metric: float(value) for metric, value in stage.run(job).items()}
@@ -387,8 +382,8 @@ class Pipeline:
     def damaged_input(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> DamagedError | None:
         """Read what the stage will load, and compare it with the manifest."""
         bases = [] if self.base is None else [self.base]
-        loaded = [artifacts[name] for name in stage.inputs()]
-        loaded += bases if stage.reads_base_model() else []
+        loaded = [artifacts[name] for name in self.inputs(stage)]
+        loaded += bases if reads_base_model(stage) else []
         try:
             for artifact in loaded:  # it grows
                 self.store.verify(artifact, read=True)
@@ -407,9 +402,9 @@ class Pipeline:
         settings, before = self.experiment.settings, self.external_digests[stage.name]
         now = external_digests(stage, partial(self.store.directory_digest, read=True))
         changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
-        if stage.reads_base_model() and settings.model.kind == "hub":
+        if reads_base_model(stage) and settings.model.kind == "hub":
             check_hub_files(settings.model, base.directory, self.store.memory(base.directory))
-        if stage.reads_base_model() and settings.model.kind == "local":
+        if reads_base_model(stage) and settings.model.kind == "local":
             identity = base_identity(
                 settings.model, weights=self.needs_weights, memory=self.store.memory, read=True
             )
@@ -424,10 +419,14 @@ class Pipeline:
             if source.startswith("python:") and has_changed(source):
                 self.log(f"{stage.name}: the code of {source} has changed; this run keeps what it imported")
 
+    def inputs(self, stage: Stage) -> tuple[str, ...]:
+        """The stages that a stage reads."""
+        return inputs(stage, self.experiment.stages)
+
     def input_digests(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
         """Content digests of a stage's inputs. Those of the prepared sets are in its recipe."""
-        inputs = {name: content_digest(artifacts[name]) for name in stage.inputs() if name != "prepare"}
-        if stage.reads_base_model() and self.base is not None:
+        inputs = {name: content_digest(artifacts[name]) for name in self.inputs(stage) if name != "prepare"}
+        if reads_base_model(stage) and self.base is not None:
             inputs["base"] = content_digest(self.base)
         return inputs
 
@@ -451,7 +450,7 @@ class Pipeline:
             return
         self.begin_to_compute(base)
         for stage in stages:
-            if not stage.makers:
+            if not makers(stage, chain):
                 with said_as(users_words(stage, base)):
                     stage.check_data(data_of(stage, prepared.path, chain, prepared.path), base)
         self.compute.main_only(lambda: self.check_fits(pending, data, base))
@@ -479,8 +478,8 @@ class Pipeline:
             for each in stage.misfits(data_of(stage, data.directory, chain, data.directory), base, chain)
         ]
         if self.vllm is not None:
-            answering = (each for name in pending for each in chain[name].answering(chain))
-            complaints += of_two_architectures(answering, base)
+            models = (each for name in pending for each in answering(chain[name], chain))
+            complaints += of_two_architectures(models, base)
         if complaints:
             raise ConfigError("\n".join([*complaints, "Nothing was loaded."]))
 
@@ -492,7 +491,7 @@ class Pipeline:
             if name == "prepare":
                 continue
             stage = self.experiment.stages[name]
-            if not set(stage.inputs()) <= set(known):
+            if not set(self.inputs(stage)) <= set(known):
                 pending[name] = Begun()  # without its inputs it cannot have begun
                 continue
             recipe = self.recipe(stage, known)
@@ -521,35 +520,13 @@ class Pipeline:
         return found
 
     def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
-        """Everything that decides the artifact. Secrets are left out: a new password is no new model."""
-        made = made_roles(stage, self.experiment.stages)
-        recipe: Recipe = {
-            "stage": stage.name,
-            "version": stage.version,
-            "knobs": stage.knobs(),
-            "external": self.external_digests[stage.name],
-            "inputs": {name: artifacts[name].key for name in stage.inputs() if name != "prepare"},
-        }
-        if stage.datasets():  # the content of the prepared sets, not the key of `prepare`: see docs/store.md
-            files, names = artifacts["prepare"].manifest.files, map(stage.own_role, stage.datasets())
-            recipe["data"] = {role: role_digest(role, files) for role in names if role not in made}
-        if stage.records:
-            recipe["recorded"] = stage.recorded(artifacts, self.external_digests[stage.name])
-        if made:
-            recipe["rows"] = preparing(stage, self.experiment.stages)
-        if stage.reads_base_model():
-            recipe["model"] = self.model_identity
-        if stage.random:
-            recipe["seed"] = self.experiment.settings.seed
-            recipe["dtype"] = self.compute.dtype_name
-        if stage.samples and self.vllm is not None:
-            recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
-            if stage.is_timed:
-                recipe["vllm"] = self.experiment.settings.vllm.model_dump()
-        if not stage.cacheable:  # each run makes its own, and must not replace another's
-            recipe["run"] = str(self.results.directory.resolve())
-        found: Recipe = redacted(recipe)
-        return found
+        """Everything that decides the artifact."""
+        settings = self.experiment.settings
+        around = Surroundings(
+            model=self.model_identity, seed=settings.seed, dtype=self.compute.dtype_name,
+            vllm=settings.vllm if self.vllm is not None else None, run=self.results.directory,
+        )  # fmt: skip
+        return recipe_of(stage, self.experiment.stages, artifacts, self.external_digests[stage.name], around)
 
     def check_gates(self, name: str, artifact: Artifact) -> None:
         """Compare the stage's summary with its bounds."""

@@ -13,6 +13,8 @@ from rlhf.generation.vllm import Vllm, check_groups
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import directory_of, of_two_architectures
+from rlhf.pipeline.fields import peft_of
+from rlhf.pipeline.graph import answering
 from rlhf.pipeline.stage import Stage
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ def why_local(
     for stage in stages.values():
         if complaint := unusable_by_vllm(stage):
             return complaint
-    models = [each for stage in stages.values() for each in stage.answering(stages)]
+    models = [each for stage in stages.values() for each in answering(stage, stages)]
     if any(directory_of(init) for _, init in models) and any(of_two_architectures(models, base)):
         return "one vLLM engine answers for all models, and these are of two architectures"
     return None
@@ -126,7 +128,7 @@ def why_local(
 
 def unusable_by_vllm(stage: Stage) -> str | None:
     """Why vLLM cannot sample from what the stage trains; None if it can, or if nothing samples from it."""
-    peft = stage.peft_config()
+    peft = peft_of(stage)
     if peft is None:
         return None
     key = f"{stage.name}.peft={peft.method}"

@@ -5,27 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import PrivateAttr
 
-from rlhf.config import Bound, ConfigError, Strict, did_you_mean
+from rlhf.config import Bound, Strict
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import LengthStats, PreparedData
-from rlhf.data.roles import ROLES, Role
-from rlhf.data.sources import Sources
+from rlhf.data.roles import Role
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.peft.config import PeftConfig
-from rlhf.models.start import IS_MODEL, directory_of, init_digest, init_in_key, inputs_of
+from rlhf.pipeline.fields import Mark, Reads, fields_of, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
-from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.store import Artifact
-from rlhf.rewards.kinds import RewardMix, keyed_parts, reward_digest, stage_of
-from rlhf.tracking.redaction import redacted
 
 
 class Mount(NamedTuple):
@@ -79,13 +74,7 @@ class Stage(Strict, ABC):
     """Data roles that it brings along, by name: `prepare` reads, checks, splits and counts their rows."""
     offers: ClassVar[Mapping[str, str]] = {}
     """Roles that may read what it makes, as `stage:NAME`: the file in its artifact with their rows."""
-    divided: ClassVar[tuple[str, ...]] = ()
-    """Its knobs that are sizes of batches over all ranks, which must be able to share them equally."""
-    not_in_key: ClassVar[frozenset[str]] = frozenset()
-    """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
-
     _mount: Mount = PrivateAttr(Mount(""))
-    _makers: tuple[str, ...] = PrivateAttr(())
     gates: dict[str, Bound | None]
     """Summary metric -> the range it must lie in. Checked after every run and every reuse;
     null turns a bound off."""
@@ -115,52 +104,9 @@ class Stage(Strict, ABC):
         label = self._mount.label
         return words.replace("{title}", self.full_title).replace("{label}", f" {label}" if label else "")
 
-    def inputs(self) -> tuple[str, ...]:
-        """The stages whose artifacts this one reads: by default all that its other hooks name."""
-        return (
-            *(("prepare",) if self.datasets() else ()),
-            *(name for _, model in self.models() for name in inputs_of(model)),
-            *(name for _, name in self.named_policies()),
-            *self._makers,
-            *filter(None, (stage_of(part.source) for _, part in keyed_parts(self.rewards()))),
-            *(("generate",) if kind_of(self.name) != "generate" and any(self.normalized_rewards()) else ()),
-        )
-
-    def starts_from(self) -> tuple[str, str] | None:
-        """The model that it trains or samples from, where a key names it: that key without the stage's name,
-        and its value (a stage, `base` or a directory)."""
-        return None
-
-    def models(self) -> Iterator[tuple[str, str]]:
-        """All models that its keys name: that of `starts_from`, and those of type `Init`. Keys without the
-        stage's name, and values. What the models hold decides the result."""
-        start = self.starts_from()
-        if start:
-            yield start
-        for key, info in type(self).model_fields.items():
-            marks = [*info.metadata]
-            for each in get_args(info.annotation):  # of `Init | None`
-                marks += getattr(each, "__metadata__", ())
-            if IS_MODEL in marks and (model := getattr(self, key)) is not None and (key, model) != start:
-                yield key, model
-
-    def digest_name(self, key: str) -> str:
-        """What the digest of a model that this key names is called in `external_digests`."""
-        start = self.starts_from()
-        return "init" if start and key == start[0] else key
-
-    def datasets(self) -> tuple[str, ...]:
-        """The roles whose prepared data this one reads: names in `rlhf.data.roles.ROLES`."""
-        return ()
-
-    @property
-    def makers(self) -> tuple[str, ...]:
-        """The stages that make rows which it reads: see rlhf/pipeline/made_rows.py."""
-        return self._makers
-
-    def know_makers(self, names: Iterable[str]) -> None:
-        """These stages make rows that it reads."""
-        self._makers = tuple(dict.fromkeys(names))
+    def reads(self) -> Reads:
+        """What it reads: by default what its fields name."""
+        return reads_of(self)
 
     def own_role(self, role: str) -> str:
         """What a role that it reads is called in the table of roles."""
@@ -199,39 +145,12 @@ class Stage(Strict, ABC):
         return True
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
-        """Those of `datasets` that it cannot do without: a run that lacks their data is refused."""
-        return self.datasets()
-
-    def named_policies(self) -> Iterator[tuple[str, str]]:
-        """The stages whose policies it reads by name: a key, and the stage that it names."""
-        yield from ()
-
-    def rewards(self) -> Mapping[str, str | RewardMix]:
-        """Key -> the reward that it names, such as `ppo.reward` -> `vader`; without those that are null."""
-        return {}
-
-    def normalized_rewards(self) -> Iterator[tuple[str, RewardMix]]:
-        """Those whose parts are normalised as `generate` measured them."""
-        for key, source in self.rewards().items():
-            if not isinstance(source, str) and source.normalize:
-                yield key, source
-
-    def init_directory(self) -> Path | None:
-        """A directory of the user's that holds the model it trains, instead of the base or the SFT model."""
-        start = self.starts_from()
-        return directory_of(start[1]) if start and self.peft_config() is not None else None
-
-    def reads_base_model(self) -> bool:
-        """Whether the base model itself (not only a stage's output) decides the result."""
-        return any(model == "base" for _, model in self.models())
+        """The roles that it reads and cannot do without: a run that lacks their data is refused."""
+        return self.reads().roles
 
     def more_metrics(self) -> Iterable[str]:
         """Names of metrics that follow from its keys, beside those of `metrics`."""
         return ()
-
-    def peft_config(self) -> PeftConfig | None:
-        """Which parameters it trains; None where it trains none."""
-        return None
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Refuse what does not fit together with the other stages' knobs.
@@ -260,50 +179,37 @@ class Stage(Strict, ABC):
         user's own keys; asked before any stage trains, where the store lacks what this one makes."""
         yield from ()
 
-    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
-        """The models that it samples from: a key, and where their training began (`base` or a directory). By
-        default the one that `starts_from` names, where it samples."""
-        start = self.starts_from()
-        if self.samples and start:
-            yield root_of(f"{self.name}.{start[0]}", start[1], chain)
-
     def check_compute(self, compute: Compute) -> None:
         """Refuse what these ranks and this machine cannot do; called before any stage trains, where the store
-        lacks what this one makes. By default: `divided` sizes that the ranks cannot share equally.
+        lacks what this one makes. By default: fields of the type `Batch` that the ranks cannot share equally.
 
         Raises:
             ConfigError: with what they can.
         """
-        for name in self.divided:
+        for name in fields_of(type(self), Mark.BATCH):
             compute.check_divides(f"{self.name}.{name}", getattr(self, name), self.unit())
 
     def unit(self) -> int:
-        """Sizes in `divided` are multiples of it."""
+        """Sizes of batches are multiples of it."""
         return 1
 
     def not_checked(self) -> dict[str, str]:
         """Gates that do not apply with these knobs, and why: they are not checked, and the run says so."""
         return {}
 
+    def unkeyed(self) -> tuple[str, ...]:
+        """Knobs that decide nothing, as others turn them off; beside those of the type `Memory` and those
+        that are `UNKEYED`."""
+        return ()
+
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-        """Digests of what lies outside the store and decides the result: by default those of the rewards that
-        it names, and of the user's models that it reads.
+        """Digests of what lies outside the store and decides the result, beside the rewards and models that
+        its fields name.
 
         Args:
             digest: takes those of directories; by default everything is read.
         """
-        found: dict[str, str] = {}
-        for source in self.rewards().values():
-            found |= reward_digest(source, digest)
-        for key, model in self.models():
-            found |= init_digest(f"{self.name}.{key}", model, digest, name=self.digest_name(key))
-        return found
-
-    def knobs(self) -> dict[str, Any]:
-        """The knobs that decide the result, as plain JSON values: part of the artifact's key. Of a model's
-        directory the content decides, not the place."""
-        knobs = self.model_dump(mode="json", exclude={"gates", *self.not_in_key})
-        return knobs | {key: init_in_key(model) for key, model in self.models()}
+        return {}
 
     @abstractmethod
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
@@ -321,106 +227,3 @@ class Stage(Strict, ABC):
         Returns:
             The summary metrics, by names without the stage's. The pipeline publishes them with the directory.
         """
-
-
-def root_of(key: str, init: str, chain: Mapping[str, Stage]) -> tuple[str, str]:
-    """Where the training of a model began, however many stages there are between: the key that says so, and
-    `base` or a directory.
-
-    Args:
-        key: what names `init`: a stage that makes a policy, `base` or a directory.
-    """
-    while init in chain:
-        name, start = init, chain[init].starts_from()
-        key, init = (f"{name}.{start[0]}", start[1]) if start else (key, "base")
-    return key, init
-
-
-def chain_of(name: str, chain: Mapping[str, Stage]) -> set[str]:
-    """A stage and all that it is made from; nothing of what is no stage."""
-    if name not in chain:
-        return set()
-    return {name}.union(*(chain_of(other, chain) for other in chain[name].inputs()))
-
-
-def users_words(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:
-    """What complaints from inside a stage call a thing -> what the user wrote: see `rlhf.config.said_as`.
-
-    Args:
-        base: the base model's files, once they are known.
-    """
-    words = {"STAGE": stage.name}
-    for key, part in keyed_parts(stage.rewards()):
-        if ":" in part.source:  # others are usual words
-            said = redacted(part.source)
-            words.setdefault(said, f"{key}={said}")
-            words.setdefault(part.source.removeprefix("model:"), f"{key}={said}")
-    if (directory := stage.init_directory()) is not None:
-        words[str(directory)] = f"{stage.name}.init={directory}"
-    if base is not None:
-        words.setdefault(str(base.directory), base.config.said)
-    return words
-
-
-def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
-    """The stages, every one behind those that it reads, else as they are mounted.
-
-    Raises:
-        ConfigError: a stage reads what is not there, or what is made from it.
-    """
-    found: dict[str, Stage] = {}
-
-    def visit(name: str, readers: tuple[str, ...]) -> None:
-        if name in readers:
-            circle = " reads ".join((*readers[readers.index(name) :], name))
-            raise ConfigError(
-                f"{circle}: they read each other, so none can run first. Let one of them read another stage."
-            )
-        if name in found:
-            return
-        if name not in stages:
-            add = (
-                f"`{name}: {{}}` to `instances`"
-                if "@" in name
-                else f"`- stages@{name}: {name}` to the defaults"
-            )
-            raise ConfigError(
-                f"{readers[-1]}: it reads {name}, and there is no such stage.{did_you_mean(name, stages)} "
-                f"Add {add}, or let it read another stage."
-            )
-        for other in stages[name].inputs():
-            visit(other, (*readers, name))
-        found[name] = stages[name]
-
-    for name in stages:
-        visit(name, ())
-    return found
-
-
-def named_sources(chain: Mapping[str, Stage]) -> Sources:
-    """What each role's key names, in the stages' own configs.
-
-    Raises:
-        ConfigError: a role's key is none of theirs.
-    """
-    return {name: named_source(chain, name) for name in ROLES}
-
-
-def named_source(chain: Mapping[str, Stage], role: str) -> Any:
-    """What the key of one role names.
-
-    Raises:
-        ConfigError: the key is none of these stages'.
-    """
-    key = ROLES[role].key
-    section, *names = key.split(".")
-    try:
-        found: Any = chain[section]
-        for name in names:
-            found = dict(found)[name]
-    except KeyError:
-        raise ConfigError(
-            f"{key}: the role {role} is read from there, and there is no such key. Add it to the stage, or "
-            "change the role's key."
-        ) from None
-    return found

@@ -21,6 +21,7 @@ from rlhf.models.peft.attach import check_attachable
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment, check_method
+from rlhf.pipeline.fields import Mark, fields_of, peft_of
 from rlhf.pipeline.preflight import FITS, check_tunes, shortage, tightest
 from rlhf.pipeline.stage import Stage
 from rlhf.planner.report import DOES_NOT_FIT, LARGER, time_of
@@ -242,7 +243,7 @@ def tuned(
     found = best or tried._replace(refused=list(refused_by_stages(tried, given, base)))
     larger = attempted([with_larger_batches(stage) for stage in found.stages], given, found.on)
     setting, changed, cost, refused = found.on, found.stages, found.cost, found.refused
-    peft = changed[0].peft_config()
+    peft = peft_of(changed[0])
     assert peft is not None
     count = COSTS[name].published(on.shape, peft)
     strategy = Strategy(
@@ -271,7 +272,9 @@ def tuned(
 
 def with_larger_batches(stage: Stage) -> Stage:
     """The stage with `LARGER` times the rows in each batch."""
-    return stage.model_copy(update={size: LARGER * dict(stage)[size] for size in stage.divided})
+    return stage.model_copy(
+        update={size: LARGER * dict(stage)[size] for size in fields_of(type(stage), Mark.BATCH)}
+    )
 
 
 def attempted(stages: list[Stage], given: Experiment, on: CostContext) -> Attempt:
@@ -378,7 +381,7 @@ def with_method(
     peft = knobs["peft"]
     if peft.method != name:
         knobs["peft"] = PeftConfig.model_validate({"method": name})
-    for size in stage.divided:
+    for size in fields_of(type(stage), Mark.BATCH):
         step = math.lcm(on.ranks, stage.unit())
         knobs[size] = math.ceil(knobs[size] / step) * step
     if use.longest is not None and "max_new_tokens" in knobs:
@@ -405,7 +408,7 @@ def experiment(
     for old, new in zip(before, after, strict=True):
         was, now = old.model_dump(), new.model_dump(warnings=False)
         keys = ("activation_checkpointing", "micro_batch_tokens", "frozen_placement", "max_new_tokens")
-        for key in (*new.divided, *keys):
+        for key in (*fields_of(type(new), Mark.BATCH), *keys):
             if was.get(key) != now.get(key):
                 found[f"{new.name}.{key}"] = now[key]
         turned_off = (gate for gate, bound in new.gates.items() if bound is None and old.gates[gate])

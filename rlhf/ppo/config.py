@@ -5,7 +5,7 @@ Values: conf/stages/ppo.yaml. The others' own keys: rlhf/ppo/group_config.py.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -13,8 +13,8 @@ from rlhf.config import Strict
 from rlhf.data.sources import PromptSource, SourceConfig
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import Init
-from rlhf.rewards.kinds import RewardSource, critic_part
+from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows, Score
+from rlhf.rewards.kinds import critic_part
 from rlhf.training.config import OptimConfig
 
 WHICH = " (of several rewards: the only model, in a sum, with a positive weight)"
@@ -74,7 +74,7 @@ class PtxConfig(Strict):
 
     coef: NonNegativeFloat
     """Weight of this loss, added to the policy loss; 0 turns it off."""
-    data: SourceConfig | None
+    data: Annotated[SourceConfig | None, Rows("ptx", otherwise="sft")]
     """General texts or conversations that the policy should not forget: whole texts, and the answers
     of conversations. Null uses sft.data."""
     rows: PositiveInt
@@ -84,18 +84,18 @@ class PtxConfig(Strict):
 class PolicyConfig(Strict):
     """The knobs of every stage that samples from a policy, scores what it said and learns from that."""
 
-    init: Init
+    init: Model
     """The model that the policy starts from, which is the reference too: `base`, a stage that makes a policy
     (`sft`, `dpo`, ...), or a `save_pretrained` directory. Unless it is `sft`, no SFT stage is needed."""
-    reward: RewardSource
+    reward: Score
     """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
     classification model), `python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, `judge:URL`, or the URL of
     a server; or a list of several: docs/rewards.md."""
     steps: PositiveInt
     """Number of rollouts. The policy learns from each of them in `epochs` passes."""
-    batch_episodes: PositiveInt
+    batch_episodes: Batch
     """Episodes per rollout, over all ranks."""
-    minibatch_episodes: PositiveInt
+    minibatch_episodes: Batch
     """Episodes per optimizer step, over all ranks."""
     epochs: PositiveInt
     """Passes over the episodes of each rollout."""
@@ -122,24 +122,24 @@ class PolicyConfig(Strict):
     published, and judged on the other half."""
     evaluate_prompts: int = Field(ge=2)
     """How many held-out prompts, the first ones."""
-    max_bad_steps: NonNegativeInt
+    max_bad_steps: Annotated[NonNegativeInt, UNKEYED]
     """How many steps may be skipped because a reward, loss or gradient is not finite. One more ends the
     run."""
-    max_kl: PositiveFloat | None
+    max_kl: Annotated[PositiveFloat | None, UNKEYED]
     """The run stops before it learns from a rollout with a larger KL, nats per sequence from the reference;
     null for no limit."""
-    batch_rows: PositiveInt | None
+    batch_rows: Memory | None
     """Rows that are decoded together on each rank; null for all. Lower it when memory runs out while
     sampling."""
-    frozen_placement: Literal["auto", "replicated", "sharded", "offloaded"]
+    frozen_placement: Annotated[Literal["auto", "replicated", "sharded", "offloaded"], UNKEYED]
     """Reference and reward model: whole on every rank (replicated); sharded over them (ZeRO-3 inference, or
     FSDP2); or in each rank's host memory, and whole on its GPU only while they are used (offloaded). `auto`
     shards them where `zero=` shards the weights that train, and replicates them elsewhere. With LoRA the
     reference is the policy without its adapter, and only the reward model is placed, unless whole copies are
     wanted of sharded weights."""
-    micro_batch_tokens: PositiveInt
+    micro_batch_tokens: Memory
     """Tokens per forward pass; lower it when memory runs out."""
-    activation_checkpointing: bool
+    activation_checkpointing: Annotated[bool, UNKEYED]
     """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
     more time, the same result."""
 
@@ -194,7 +194,7 @@ class PolicyConfig(Strict):
 class PpoConfig(PolicyConfig):
     """Every knob of the PPO stage. Sources of the details: docs/algorithms/ppo.md."""
 
-    prompts: PromptSource | None
+    prompts: Annotated[PromptSource | None, Rows("ppo")]
     """The prompts that PPO answers and learns from: a source, or `sft.data` or `reward.pairs` for the prompts
     of those rows. `auto` uses the demo's; if some data is yours, the prompts of sft.data, else those of
     reward.pairs."""

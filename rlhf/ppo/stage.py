@@ -14,15 +14,16 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import check_start, misfits
+from rlhf.pipeline.fields import Reads, reads_of
+from rlhf.pipeline.graph import chain_of, root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
-from rlhf.pipeline.stage import Stage, chain_of, root_of
+from rlhf.pipeline.stage import Stage
 from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.cost import policy_cost
-from rlhf.rewards.kinds import RewardMix, models_of, stage_of
+from rlhf.rewards.kinds import models_of, stage_of
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PolicyTrainer
@@ -54,11 +55,6 @@ class PolicyStage(PolicyConfig, Stage):
         "skipped_minibatches": Metric(healthy=Healthy(max=0.0), is_curve=True),
     }  # fmt: skip
     samples: ClassVar[bool] = True
-    divided: ClassVar[tuple[str, ...]] = ("batch_episodes", "minibatch_episodes")
-    not_in_key: ClassVar[frozenset[str]] = frozenset({
-        "batch_rows", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl",
-        "frozen_placement",
-    })  # fmt: skip
 
     @property
     def prompts_said(self) -> str:
@@ -70,29 +66,15 @@ class PolicyStage(PolicyConfig, Stage):
         """What needs no scores of the start, in the user's own keys."""
         return f"{self.name}.score.normalize=running"
 
-    def inputs(self) -> tuple[str, ...]:
-        """Also what normalises the scores."""
-        return (*super().inputs(), *(("generate",) if self.score.normalize == "sft" else ()))
-
-    def starts_from(self) -> tuple[str, str]:
-        """The model that it trains."""
-        return "init", self.init
-
-    def datasets(self) -> tuple[str, ...]:
-        """Reads prompts."""
-        return ("ppo",)
+    def reads(self) -> Reads:
+        """Prompts, and what normalises the scores."""
+        found = reads_of(self)
+        needs_moments = self.score.normalize == "sft"
+        return found._replace(roles=found.roles or ("ppo",), stages=("generate",) if needs_moments else ())
 
     def unit(self) -> int:
         """Batches have whole groups."""
         return self.group_size
-
-    def peft_config(self) -> PeftConfig:
-        """Of the policy; a critic is trained in the same way."""
-        return self.peft
-
-    def rewards(self) -> Mapping[str, str | RewardMix]:
-        """What scores each episode."""
-        return {f"{self.name}.reward": self.reward}
 
     def not_checked(self) -> dict[str, str]:
         """Some methods change the policy before its first step."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.graph import inputs, starts_from
 from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
@@ -116,7 +117,7 @@ def asks_otherwise(run: Run, stage: str) -> bool:
 def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
     """The reward that the first policy of the chain learned from, which does not go with the gold score."""
     for name, stage in run.chain.items():
-        if stage.publishes == "policy" and stage.rewards():
+        if stage.publishes == "policy" and stage.reads().rewards:
             reward, figure = reward_of(run, name), f"{gate.name} = {gate.figure}"
             is_against = (gate.value if gate.sampled is None else gate.sampled.high) < 0
             if is_against and (counted := counted_against(stage, reward)):
@@ -134,7 +135,7 @@ def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
 def counted_against(stage: Stage, reward: str | None) -> str:
     """That all that scores a policy's answers has a weight below 0, where a reward model does that too; else
     empty."""
-    parts = keyed_parts(stage.rewards())
+    parts = keyed_parts(stage.reads().rewards)
     learned = [each for each in parts if reward is not None and stage_of(each[1].source) == reward]
     if not all(part.weight < 0 for _, part in learned or parts):
         return ""
@@ -168,7 +169,7 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
             f"{policy}: {said}. The reward hardly pays for length: is what {policy} starts from much shorter "
             f"or longer than the answers of {reward}.pairs?"
         )
-    blamed = reward or (f"the reward of {policy}" if stage.rewards() else policy)
+    blamed = reward or (f"the reward of {policy}" if stage.reads().rewards else policy)
     return (
         reward or policy,
         f"{blamed}: {said}. What it learned from may pay for {form} and not for what is said.",
@@ -231,7 +232,7 @@ def broken_start(run: Run) -> dict[str, str]:
     and so before any step; else empty."""
     evaluation, metrics = last_evaluation(run.stages)
     init = getattr(run.chain.get(evaluation), "init", None)
-    starts = {name: start for name, stage in run.chain.items() if (start := stage.starts_from())}
+    starts = {name: start for name, stage in run.chain.items() if (start := starts_from(stage))}
     asking = [name for name, (_, model) in starts.items() if model == init]
     learner = next((name for name in asking if run.chain[name].publishes == "policy"), None)
     for gate in run.gates:
@@ -248,5 +249,5 @@ def broken_start(run: Run) -> dict[str, str]:
 
 def reward_of(run: Run, policy: str) -> str | None:
     """The reward model that a policy learned from."""
-    inputs = run.chain[policy].inputs()
-    return next((name for name in inputs if run.chain[name].publishes == "reward"), None)
+    read = inputs(run.chain[policy], run.chain)
+    return next((name for name in read if run.chain[name].publishes == "reward"), None)

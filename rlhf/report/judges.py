@@ -17,9 +17,10 @@ from rlhf.data.roles import ROLES
 from rlhf.data.schema import PairRow
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import ENOUGH, JUDGE
+from rlhf.pipeline.graph import chain_of, makers, named_source, own_roles, starts_from
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
-from rlhf.pipeline.stage import Stage, chain_of, named_source
+from rlhf.pipeline.stage import Stage
 from rlhf.report.convictions import answers
 from rlhf.rewards.kinds import RewardMix, RewardPart, keyed_parts, parts_of, reward_kind, stage_of
 
@@ -105,11 +106,11 @@ def votes(run: Run) -> Iterator[Voted]:
         answers = getattr(stage, "answers", ())
         if kind_of(label) != "label" or getattr(stage, "annotator", "") != "human" or len(answers) != 2:
             continue
-        asked = {each: start[1] for each in answers if (start := run.chain[each].starts_from()) is not None}
+        asked = {each: start[1] for each in answers if (start := starts_from(run.chain[each])) is not None}
         is_new = all(getattr(run.chain[each], "splits", ()) == ["held_out"] for each in answers)
         for answer, policy in asked.items():
             sampled = Sampled.found(f"{VOTES}/{answer}", run.metrics_of(label))
-            start = run.chain[policy].starts_from() if policy in run.chain else None
+            start = starts_from(run.chain[policy]) if policy in run.chain else None
             if sampled is not None and start is not None and start[1] in asked.values():
                 yield Voted(label, policy, start[1], sampled, is_new)
 
@@ -136,15 +137,15 @@ def made_from(run: Run) -> set[str]:
 def learns_from_scores(stage: Stage, chain: Mapping[str, Stage]) -> bool:
     """Whether a stage learns a policy from scores, preferences, or answers that scores chose: then what it
     measures judges itself."""
-    chosen = any(chain[maker].rewards() for maker in stage.makers)
-    return stage.publishes == "policy" and (bool(stage.rewards()) or chosen or any(preference_roles(stage)))
+    chosen = any(chain[maker].reads().rewards for maker in makers(stage, chain))
+    return stage.publishes == "policy" and (
+        bool(stage.reads().rewards) or chosen or any(preference_roles(stage))
+    )
 
 
 def preference_roles(stage: Stage) -> Iterator[str]:
     """The roles of the pairs that a stage learns from."""
-    yield from (
-        stage.own_role(role) for role in stage.datasets() if PairRow in ROLES[stage.own_role(role)].row_types
-    )
+    yield from (role for role in own_roles(stage) if PairRow in ROLES[role].row_types)
 
 
 def unproven_rewards(run: Run) -> list[str]:
@@ -231,7 +232,7 @@ def learned_from(run: Run) -> Iterator[RewardPart]:
             yield from parts_of(chose)
         for each in chain_of(name, run.chain):
             if learns_from_scores(run.chain[each], run.chain) or kind_of(each) == "generate":
-                yield from (part for _, part in keyed_parts(run.chain[each].rewards()))
+                yield from (part for _, part in keyed_parts(run.chain[each].reads().rewards))
 
 
 def is_verifier(part: RewardPart) -> bool:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.graph import chain_of, inputs
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
 from rlhf.pipeline.run import Run
-from rlhf.pipeline.stage import chain_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def cost_of(run: Run, policy: str) -> Cost | None:
     if policy == BEST_OF_N:
         evaluation, _ = last_evaluation(run.stages)
         judge = run.chain[evaluation]
-        rewards = [name for name in judge.inputs() if run.chain[name].publishes == "reward"]
+        rewards = [name for name in inputs(judge, run.chain) if run.chain[name].publishes == "reward"]
         start = str(getattr(judge, "start", ""))
         made_from = [*dict.fromkeys(each for name in (start, *rewards) for each in chain_of(name, run.chain))]
     elif policy in run.chain:

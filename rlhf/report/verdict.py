@@ -12,6 +12,7 @@ from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import AUTO
 from rlhf.pipeline.defaults import Change, references
+from rlhf.pipeline.graph import inputs
 from rlhf.pipeline.metrics import purpose
 from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
@@ -298,7 +299,7 @@ def reasons(
     for name, stage in run.chain.items():
         findings = [found[name] for found in (own, scored) if name in found]
         is_bad = any(finding.direction == "not better" for finding in findings)
-        is_spoiled = bool(spoiled & {*stage.inputs()})
+        is_spoiled = bool(spoiled & {*inputs(stage, run.chain)})
         if name in convicted:
             if not is_spoiled:
                 yield convicted[name]
@@ -339,7 +340,7 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
         assert found is not None
         why = found[1].failed
         if reward is None:
-            return f"{name}: {f'no model was trained to score, and {why}' if stage.rewards() else why}."
+            return f"{name}: {f'no model was trained to score, and {why}' if stage.reads().rewards else why}."
         if reward in own and own[reward].direction == "better":
             return f"{name}: the reward model ranks well, and {why}."
         return (
@@ -355,7 +356,7 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
                 "reward model ranks well enough to learn from."
             )
         return f"{name}: {against}, by the {by} on new prompts."
-    if not stage.rewards():
+    if not stage.reads().rewards:
         return f"{name}: it improved on its own data, and the {by} did not follow."
     on_new = dict(evaluated(run, LEARNED)).get(name)
     if on_new is not None and on_new.direction == "not better":
@@ -401,7 +402,7 @@ def learned_elsewhere(run: Run, policy: str) -> str:
 def out_of_sight(run: Run, policy: str) -> str:
     """That a reward model tells its pairs apart by what is not in the policy's answers; else empty."""
     reward = reward_of(run, policy)
-    readers = (name for name, stage in run.chain.items() if reward in stage.inputs())
+    readers = (name for name, stage in run.chain.items() if reward in inputs(stage, run.chain))
     generate = next((name for name in readers if kind_of(name) == "generate"), "generate")
     on_pairs = run.metrics_of(reward or "").get("score_deviation")
     on_answers = run.metrics_of(generate).get(deviation_of(run, generate, reward))
@@ -416,7 +417,7 @@ def out_of_sight(run: Run, policy: str) -> str:
 
 def deviation_of(run: Run, stage: str, reward: str | None) -> str:
     """What the stage's metrics call the deviation of a reward model's own scores, before they are weighed."""
-    sources = run.chain[stage].rewards().values() if stage in run.chain else ()
+    sources = run.chain[stage].reads().rewards.values() if stage in run.chain else ()
     for mix in (source for source in sources if isinstance(source, RewardMix)):
         for part, label in zip(mix.of, mix.labels, strict=True):
             if reward is not None and stage_of(part.source) == reward:

@@ -192,7 +192,7 @@ def keyed_parts(rewards: Mapping[str, str | RewardMix]) -> list[tuple[str, Rewar
     """Each reward with its key, such as `ppo.reward` or `ppo.reward[1]`.
 
     Args:
-        rewards: `Stage.rewards()`.
+        rewards: `Reads.rewards`.
     """
     return [
         (key if isinstance(source, str) else f"{key}[{index}]", part)

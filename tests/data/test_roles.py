@@ -15,7 +15,9 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import PACKAGED, ROLES, Role
 from rlhf.data.schema import PromptRow
 from rlhf.pipeline.experiment import check_roles, know_roles
-from rlhf.pipeline.stage import Stage, named_sources
+from rlhf.pipeline.fields import Reads
+from rlhf.pipeline.graph import named_sources
+from rlhf.pipeline.stage import Stage
 from rlhf.stages.merge import MergeStage
 
 
@@ -68,8 +70,8 @@ def test_two_roles_of_one_name_are_refused(name: str) -> None:
 
 def test_a_role_that_does_not_exist_is_told() -> None:
     class OwnStage(MergeStage):
-        def datasets(self) -> tuple[str, ...]:
-            return ("pair",)
+        def reads(self) -> Reads:
+            return Reads(roles=("pair",))
 
     with pytest.raises(ConfigError, match=r"merge: it reads the data of pair, .* Did you mean pairs\?"):
         check_roles(mounted("merge", OwnStage.model_construct(gates={}, alpha=0.5, policy="sft")))

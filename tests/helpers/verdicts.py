@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 
 from helpers.experiments import build
 from rlhf.config import Bound
+from rlhf.data.sources import SourceConfig
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.fields import Reads
+from rlhf.pipeline.graph import in_order
 from rlhf.pipeline.metrics import Metric
 from rlhf.pipeline.run import GateResult, Run
-from rlhf.pipeline.stage import Mount, Stage, in_order
+from rlhf.pipeline.stage import Mount, Stage
 from rlhf.report import verdict as judging
 from rlhf.stages.merge import MergeStage
 
@@ -31,8 +34,10 @@ class OwnStage(MergeStage):
 
     title: ClassVar[str] = "DPO"
 
-    def inputs(self) -> tuple[str, ...]:
-        return ("prepare", "sft")
+    data: SourceConfig | None = None
+
+    def reads(self) -> Reads:
+        return Reads(stages=("prepare", "sft"))
 
 
 class JudgedStage(OwnStage):

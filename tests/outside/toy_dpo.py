@@ -23,13 +23,13 @@ from rlhf.costs.training import training_cost
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import PairRow
 from rlhf.distributed.batching import shuffled_batches
-from rlhf.distributed.compute import Compute
 from rlhf.evaluation.intervals import share
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
 from rlhf.models.peft.attach import attach
-from rlhf.models.peft.config import Peft, PeftConfig
+from rlhf.models.peft.config import Peft
 from rlhf.models.peft.merge import publish_policy
+from rlhf.pipeline.fields import Batch, Memory, Reads
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.stage import Stage
@@ -65,31 +65,18 @@ class DpoStage(Stage):
         "accuracy": Metric("ranks right", ".2f"),
         **named("skipped_steps", "artifact_bytes", "adapter_bytes"),
     }
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
     role: ClassVar[str] = "pairs"
 
     optim: OptimConfig
     peft: Peft
     beta: PositiveFloat
     epochs: PositiveInt
-    batch_pairs: PositiveInt
-    micro_batch_tokens: PositiveInt
+    batch_pairs: Batch
+    micro_batch_tokens: Memory
 
-    def inputs(self) -> tuple[str, ...]:
-        """The prepared data, and the model that it starts from."""
-        return ("prepare", "sft")
-
-    def datasets(self) -> tuple[str, ...]:
-        """Preference pairs."""
-        return (self.role,)
-
-    def peft_config(self) -> PeftConfig:
-        """How it trains."""
-        return self.peft
-
-    def check_compute(self, compute: Compute) -> None:
-        """Every rank gets equally many pairs."""
-        compute.check_divides(f"{self.name}.batch_pairs", self.batch_pairs)
+    def reads(self) -> Reads:
+        """Preference pairs, and the SFT model."""
+        return Reads(roles=(self.role,), stages=("sft",))
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Both sides of every pair."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from toy_dpo import DpoStage
 
@@ -15,6 +15,7 @@ from rlhf.data.formats import prompt_row
 from rlhf.data.roles import Role
 from rlhf.data.schema import PairRow, PromptRow, RowError
 from rlhf.data.sources import SourceConfig
+from rlhf.pipeline.fields import Rows
 
 LABELS = ("odd", "even")
 
@@ -52,7 +53,7 @@ class LabelsStage(DpoStage):
         )
     }
 
-    data: SourceConfig | None
+    data: Annotated[SourceConfig | None, Rows("labels")]
 
     def pair(self, row: Any) -> PairRow:
         """The label that a row has, and the one that it has not."""

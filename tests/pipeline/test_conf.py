@@ -123,12 +123,6 @@ def test_values_stand_in_yaml_only(name: str) -> None:
         assert not with_default, section.__name__
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_knobs_outside_the_key_exist(name: str) -> None:
-    cls = stage_class(name)
-    assert set(cls.not_in_key) <= set(cls.model_fields)
-
-
 def test_stages_that_repeat_others_keys_are_checked_last() -> None:
     repeating = [name for name in STAGES if "${" in (CONF / "stages" / f"{name}.yaml").read_text()]
     assert repeating == [name for name in STAGES if stage_class(name).repeats_keys]

@@ -11,16 +11,13 @@ from helpers.chains import Chain
 
 CODE = """
 from rlhf.costs.stage_cost import StageCost
-from rlhf.models.start import Init
+from rlhf.pipeline.fields import Model
 from rlhf.pipeline.stage import Stage
 
 
 class DistilStage(Stage):
-    init: Init
-    teacher: Init | None
-
-    def starts_from(self):
-        return "init", self.init
+    init: Model
+    teacher: Model | None
 
     def cost(self, on, chain):
         return StageCost()

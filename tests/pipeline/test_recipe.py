@@ -12,6 +12,7 @@ from rlhf.cli.messages import readable
 from rlhf.config import ConfigError
 from rlhf.data.roles import ROLES
 from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.graph import inputs
 from rlhf.pipeline.made_rows import context_of
 from rlhf.pipeline.metrics import purpose
 from rlhf.pipeline.recipe import as_typed, typed_key
@@ -82,7 +83,7 @@ def test_each_round_starts_from_the_one_before(rounds: int) -> None:
         third = dict(found.stages["dpo@3"])
         assert (third["init"], str(third["data"])) == ("dpo@2", "stage:generate@3")
         assert dict(found.stages["generate@2"])["policy"] == "dpo", "the first round has no number"
-        assert found.stages["dpo@3"].inputs() == ("prepare", "dpo@2", "generate@3")
+        assert inputs(found.stages["dpo@3"], found.stages) == ("prepare", "dpo@2", "generate@3")
     assert dict(found.stages["evaluate"])["subject"] == (f"dpo@{rounds}" if rounds > 1 else "dpo")
 
 
@@ -104,7 +105,13 @@ def test_the_command_line_alone_makes_one() -> None:
 
 def test_a_second_reward_model_is_an_instance_too() -> None:
     found = on_command_line("ppo.reward=[learned,learned@wide]", "reward@wide.epochs=2", "stage=ppo")
-    assert found.stages["ppo"].inputs() == ("prepare", "sft", "reward", "reward@wide", "generate")
+    assert inputs(found.stages["ppo"], found.stages) == (
+        "prepare",
+        "sft",
+        "reward",
+        "reward@wide",
+        "generate",
+    )
     with pytest.raises(ConfigError, match=r"it reads reward@other, and there is no such .* to `instances`"):
         build("ppo.reward=learned@other")
 

@@ -14,6 +14,7 @@ from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
+from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.rehearsal import ANSWER, rehearse_rewards
 from rlhf.pipeline.stage import Stage
@@ -21,8 +22,8 @@ from rlhf.rewards.http import RewardServerConfig
 
 
 class ReadsNothing(Stage):
-    def rewards(self) -> Mapping[str, str]:
-        return {"reads_nothing.reward": "python:never_finite:score"}
+    def reads(self) -> Reads:
+        return Reads(rewards={"reads_nothing.reward": "python:never_finite:score"})
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         return StageCost()

@@ -10,7 +10,8 @@ import pytest
 from helpers.experiments import build, compose
 from rlhf.config import ConfigError
 from rlhf.pipeline.experiment import build_experiment
-from rlhf.pipeline.stage import in_order
+from rlhf.pipeline.graph import in_order, inputs
+from rlhf.pipeline.key import knobs
 from rlhf.stages.merge import MergeStage
 
 
@@ -20,7 +21,7 @@ def test_a_stage_stands_behind_what_it_reads_wherever_it_is_mounted() -> None:
     names = list(backwards.stages)
     assert sorted(names) == sorted(build().stages)
     for name, stage in backwards.stages.items():
-        assert {*stage.inputs()} <= {*names[: names.index(name)]}
+        assert {*inputs(stage, backwards.stages)} <= {*names[: names.index(name)]}
     assert backwards.needed() == ["prepare", "sft", "reward", "generate", "ppo", "evaluate"]
 
 
@@ -74,7 +75,8 @@ def test_only_a_stage_that_trains_is_planned(override: str, complaint: str) -> N
 
 def test_the_subject_of_evaluate_owns_its_gates() -> None:
     of_sft = ("evaluate.policies=[base,sft]", "evaluate.subject=sft", "ppo.init=base")
-    assert build("stage=evaluate", *of_sft).stages["evaluate"].inputs()[:2] == ("prepare", "sft")
+    chain = build("stage=evaluate", *of_sft).stages
+    assert inputs(chain["evaluate"], chain)[:2] == ("prepare", "sft")
     with pytest.raises(ConfigError, match=r"^evaluate\.subject=merge is not in evaluate\.policies=\[base,p"):
         build("stage=evaluate", "evaluate.subject=merge")
 
@@ -95,7 +97,7 @@ def test_the_subject_is_found_whatever_the_order_of_the_list(policies: str, subj
     for names in (policies.split(","), policies.split(",")[::-1]):
         override = f"evaluate.policies=[{','.join(names)}]"
         found = build("stage=evaluate", override, "evaluate.gates.win_rate=null").stages["evaluate"]
-        assert found.knobs()["subject"] == subject
+        assert knobs(found)["subject"] == subject
 
 
 def test_of_several_policies_without_ppo_one_is_to_be_named() -> None:

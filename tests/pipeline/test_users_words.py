@@ -12,7 +12,7 @@ from helpers.chains import Chain
 from helpers.experiments import build
 from rlhf.config import ConfigError, said_as
 from rlhf.models.base import BaseModelFiles, ModelConfig
-from rlhf.pipeline.stage import users_words
+from rlhf.pipeline.graph import users_words
 
 WORDS = {"STAGE": "sft", "mine": "ppo.init=mine", "python:m:f": "ppo.reward=python:m:f"}
 

@@ -18,8 +18,10 @@ from helpers.store import manifest
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.defaults import Change
+from rlhf.pipeline.graph import in_order
+from rlhf.pipeline.key import knobs
 from rlhf.pipeline.run import GateResult, Run
-from rlhf.pipeline.stage import Stage, in_order
+from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import write_manifest
 from rlhf.report import verdict as judging
 from rlhf.report.against import worked_before
@@ -44,7 +46,7 @@ def recipes_of(chain: Mapping[str, Stage]) -> dict[str, Any]:
     """As `Experiment` makes them; digests are words here."""
     found: dict[str, Any] = {
         name: {
-            "stage": name, "version": stage.version, "knobs": deepcopy(stage.knobs()), "inputs": {},
+            "stage": name, "version": stage.version, "knobs": deepcopy(knobs(stage)), "inputs": {},
             "external": dict(EXTERNAL.get(name, {})), "seed": 0, "dtype": "float32", "model": "m1",
         }
         for name, stage in chain.items()

@@ -10,6 +10,7 @@ import pytest
 
 from helpers.chains import Chain, Outcome
 from helpers.experiments import build, build_stage
+from rlhf.pipeline.key import knobs
 from rlhf.pipeline.metrics import Healthy, Metric, healthy_curves
 from rlhf.report.page.collect import read_run, stage_charts
 from rlhf.report.page.curves import Chart, Curve, healthy_range
@@ -84,9 +85,9 @@ def test_a_range_from_a_start_that_was_not_logged_is_none() -> None:
 
 
 def test_ranges_decide_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    known, shaded = build_stage(RewardStage).knobs(), Metric(healthy=Healthy(min=0.9), is_curve=True)
+    known, shaded = knobs(build_stage(RewardStage)), Metric(healthy=Healthy(min=0.9), is_curve=True)
     monkeypatch.setattr(RewardStage, "metrics", {**RewardStage.metrics, "train_accuracy": shaded})
-    assert build_stage(RewardStage).knobs() == known and "0.9" not in json.dumps(known)
+    assert knobs(build_stage(RewardStage)) == known and "0.9" not in json.dumps(known)
 
 
 def test_an_older_run_has_only_the_shades_of_its_gates(as_finished: Path) -> None:

@@ -11,8 +11,9 @@ from helpers.experiments import build
 from helpers.verdicts import DOWN, GOOD, NONE, UNKNOWN, UP, OwnStage, chain_of, run_of, verdict
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.graph import in_order
 from rlhf.pipeline.run import GateResult, Run
-from rlhf.pipeline.stage import Stage, in_order
+from rlhf.pipeline.stage import Stage
 from rlhf.report.verdict import UNTRAINED, outcome
 
 LEARNED = {name: figure for name, figure in GOOD.items() if name != "gold"}

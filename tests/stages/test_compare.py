@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from helpers.chains import Chain, Outcome
+from helpers.experiments import build
 from helpers.jobs import SmallJob
 from helpers.stages import ANIMALS, answers_of, asked, compare_stage, publish_tiny, run_compare
 from rlhf.compare.metrics import answer_found, rouge_l
+from rlhf.pipeline.graph import inputs
 from rlhf.pipeline.store import Store
 from rlhf.report.compare import contenders
 
@@ -175,8 +177,9 @@ def test_random_examples_are_the_same_for_all_questions(tiny_model: Path, tmp_pa
 
 
 def test_inputs_follow_the_artifacts_and_the_reward(tuned: str) -> None:
-    assert compare_stage(artifacts=[tuned]).inputs() == ("prepare",)
-    assert compare_stage(artifacts=["ppo", "sft"], reward="learned").inputs() == (
+    chain = build().stages
+    assert inputs(compare_stage(artifacts=[tuned]), chain) == ("prepare",)
+    assert inputs(compare_stage(artifacts=["ppo", "sft"], reward="learned"), chain) == (
         "prepare",
         "ppo",
         "sft",

@@ -21,6 +21,7 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.digests import weights_digest
 from rlhf.models import base
 from rlhf.models.start import check_start, init_digest, of_two_architectures
+from rlhf.pipeline.graph import answering
 
 
 def weights(outcome: Outcome, stage: str) -> dict[str, torch.Tensor]:
@@ -294,8 +295,8 @@ def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_
     def complaints(*overrides: str) -> list[str]:
         chain = build("model=tiny", *overrides).stages
         names = ("ppo", "evaluate", "compare")
-        answering = [each for name in names for each in chain[name].answering(chain)]
-        return list(of_two_architectures(answering, base))
+        models = [each for name in names for each in answering(chain[name], chain)]
+        return list(of_two_architectures(models, base))
 
     wider, other_tokens = (f"ppo.init={other_models[name]}" for name in ("wider", "other-tokens"))
     assert complaints() == complaints(other_tokens) == []  # the engine reads ids alone

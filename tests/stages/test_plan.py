@@ -25,6 +25,7 @@ from rlhf.data.prepared import LengthStats
 from rlhf.models.base import skeleton
 from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.fields import peft_of
 from rlhf.planner.report import experiment_file
 from rlhf.planner.strategies import Use, rank_strategies
 
@@ -276,7 +277,7 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
         assert not [why for why in strategy.against if "peft" in why or "ppo." in why], strategy.against
         (tmp_path / "experiment" / f"{name}.yaml").write_text(experiment_file(before.resolved, strategy, ""))
         experiment = build_here(f"+experiment={name}")
-        peft = experiment.stages[trains[-1]].peft_config()
+        peft = peft_of(experiment.stages[trains[-1]])
         assert peft is not None and peft.method == name
         found[name] = experiment.stages["ppo"].model_dump()
     assert [name for name in found if found[name]["critic"]["init"] == "sft"] == [*from_sft]

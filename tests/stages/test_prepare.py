@@ -15,6 +15,7 @@ from rlhf.data.chat_template import prompt_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import QuestionRow, TextRow, prompt_identity
+from rlhf.pipeline.key import knobs
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -203,7 +204,7 @@ def test_the_key_is_the_content_of_the_sources_not_their_place(bench: Bench) -> 
     moved = shutil.copy(bench.directory / "ppo.jsonl", bench.directory / "elsewhere.jsonl")
     bench.sources["ppo"] = str(moved)
     after = bench.stage()
-    assert (after.external_digests(), after.knobs()) == (before.external_digests(), before.knobs())
+    assert (after.external_digests(), knobs(after)) == (before.external_digests(), knobs(before))
     bench.sources["ppo"] = {"path": str(moved), "limit": 3}
     changed = {
         role for role in ROLES if bench.stage().external_digests()[role] != before.external_digests()[role]

@@ -267,8 +267,8 @@ def test_replay_needs_something_to_replay(tmp_path: Path, tiny_model: Path) -> N
         ConfigError, match=r"sft\.replay=samples:retention_sentences: no row .* sft\.max_tokens=80"
     ):
         run_in(stage, job)
-    assert sft_stage(REPLAY).datasets() == ("sft",)
-    assert stage.datasets() == ("sft", "replay")
+    assert sft_stage(REPLAY).reads().roles == ("sft",)
+    assert stage.reads().roles == ("sft", "replay")
 
 
 def test_rows_of_which_nothing_is_left_to_learn_are_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,0 +1,136 @@
+"""Types of a stage's fields. They say what a stage reads, and what of it decides the result."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
+
+from pydantic import BaseModel, Field, PositiveInt
+from pydantic.fields import FieldInfo
+
+from rlhf.models.peft.config import PeftConfig
+from rlhf.rewards.kinds import RewardMix, RewardSource
+
+if TYPE_CHECKING:
+    from rlhf.pipeline.stage import Stage
+
+
+class Mark(Enum):
+    """What a field is, beside its values."""
+
+    MODEL = auto()
+    POLICY = auto()
+    SCORE = auto()
+    BATCH = auto()
+    UNKEYED = auto()
+    """It cannot change the result (sizes of micro-batches, intervals), so it is in no key."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The field names the source of a role's rows: `Annotated[SourceConfig | None, Rows("sft")]`. The content
+    of the prepared rows decides the result, and not the source."""
+
+    role: str
+    """A name in `rlhf.data.roles.ROLES`."""
+    otherwise: str | None = None
+    """The role that is read where the field is null. None: that of `role`, which then has no rows."""
+
+
+UNKEYED = Mark.UNKEYED
+Model = Annotated[str, Field(min_length=1), Mark.MODEL]
+"""A stage that makes a policy (`sft`, `dpo`, ...), `base` or a `save_pretrained` directory. Its name is
+checked, its stage is read, and what it holds is in the key. A stage's first field of this type is the model
+that it trains or samples from."""
+Policy = Annotated[str, Mark.POLICY]
+"""A stage that makes a policy."""
+Score = Annotated[RewardSource, Mark.SCORE]
+"""A reward. It is tested on two rows before anything trains, and its content is in the key."""
+Batch = Annotated[PositiveInt, Mark.BATCH]
+"""The size of a batch over all ranks, which must be able to share it equally."""
+Memory = Annotated[PositiveInt, Mark.UNKEYED]
+"""How much is computed at once: it changes memory and speed, and not the result."""
+
+
+class Reads(NamedTuple):
+    """What a stage reads."""
+
+    models: Mapping[str, str] = {}
+    """Key -> base, a stage or a directory. The first is the model that the stage trains or samples from."""
+    policies: tuple[tuple[str, str], ...] = ()
+    """(key with the stage's name, the stage whose policy it names)."""
+    rewards: Mapping[str, str | RewardMix] = {}
+    """Key with the stage's name -> the reward, such as `ppo.reward` -> `vader`."""
+    roles: tuple[str, ...] = ()
+    """Of the prepared data: names in `rlhf.data.roles.ROLES`."""
+    stages: tuple[str, ...] = ()
+    """Others whose artifacts it reads."""
+    base: bool = False
+    """Whether it reads the base model, also where no key names it."""
+    sampled: tuple[tuple[str, str], ...] = ()
+    """(key with the stage's name, the model that it samples from, as of `models`)."""
+
+
+def reads_of(stage: Stage, without: Collection[str] = ()) -> Reads:
+    """What the stage's fields name.
+
+    Args:
+        without: fields that others turn off, such as `replay` or `ptx.data`.
+    """
+    fields = [each for each in marked(stage) if each.key not in without]
+
+    def given(mark: Mark, prefix: str = "") -> dict[str, Any]:
+        found = (each for each in fields if mark in each.marks and each.value is not None)
+        return {f"{prefix}{each.key}": each.value for each in found}
+
+    with_name = f"{stage.name}."
+    return Reads(
+        models=given(Mark.MODEL),
+        policies=tuple(given(Mark.POLICY, with_name).items()),
+        rewards=given(Mark.SCORE, with_name),
+        roles=tuple(
+            mark.role if each.value is not None else mark.otherwise or mark.role
+            for each in fields
+            for mark in each.marks
+            if isinstance(mark, Rows)
+        ),
+        sampled=tuple(given(Mark.MODEL, with_name).items())[:1] if stage.samples else (),
+    )
+
+
+class MarkedField(NamedTuple):
+    """A field of a stage, or of a section in it."""
+
+    key: str
+    """Without the stage's name: `ptx.data`."""
+    value: Any
+    marks: list[Any]
+
+
+def marked(config: BaseModel, prefix: str = "") -> Iterator[MarkedField]:
+    """The fields that are more than their values."""
+    for name, info in type(config).model_fields.items():
+        value, marks = getattr(config, name), _marks(info)
+        if marks:
+            yield MarkedField(f"{prefix}{name}", value, marks)
+        elif isinstance(value, BaseModel):
+            yield from marked(value, f"{prefix}{name}.")
+
+
+def fields_of(kind: type[BaseModel], mark: Mark) -> list[str]:
+    """The names of a stage's fields of a kind."""
+    return [name for name, info in kind.model_fields.items() if mark in _marks(info)]
+
+
+def peft_of(stage: Stage) -> PeftConfig | None:
+    """Which parameters a stage trains; None where it trains none."""
+    return next((value for _, value in stage if isinstance(value, PeftConfig)), None)
+
+
+def _marks(info: FieldInfo) -> list[Any]:
+    found = [*info.metadata]
+    for each in get_args(info.annotation):  # of `Model | None`
+        found += getattr(each, "__metadata__", ())
+    return [each for each in found if isinstance(each, Mark | Rows)]

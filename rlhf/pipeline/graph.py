@@ -1,0 +1,202 @@
+"""Which stage reads which: the order of the chain, and where a model or rows come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import ConfigError, did_you_mean
+from rlhf.data.roles import ROLES
+from rlhf.data.sources import SourceConfig, Sources
+from rlhf.models.base import BaseModelFiles
+from rlhf.models.start import directory_of, inputs_of
+from rlhf.pipeline.fields import peft_of
+from rlhf.pipeline.recipe import kind_of
+from rlhf.pipeline.stage import Stage
+from rlhf.rewards.kinds import RewardMix, keyed_parts, stage_of
+from rlhf.tracking.redaction import redacted
+
+
+def inputs(stage: Stage, chain: Mapping[str, Stage]) -> tuple[str, ...]:
+    """The stages whose artifacts a stage reads."""
+    reads = stage.reads()
+    found = (
+        *(("prepare",) if reads.roles else ()),
+        *(name for model in reads.models.values() for name in inputs_of(model)),
+        *(name for _, name in reads.policies),
+        *makers(stage, chain),
+        *scoring_stages(stage),
+        *reads.stages,
+    )
+    return tuple(dict.fromkeys(found))
+
+
+def scoring_stages(stage: Stage) -> Iterator[str]:
+    """Those of them that make its scores: reward stages, and `generate` for what normalises them."""
+    yield from filter(None, (stage_of(part.source) for _, part in keyed_parts(stage.reads().rewards)))
+    if kind_of(stage.name) != "generate" and any(normalized_rewards(stage)):
+        yield "generate"
+
+
+def makers(stage: Stage, chain: Mapping[str, Stage]) -> tuple[str, ...]:
+    """The stages that make rows which a stage reads: see rlhf/pipeline/made_rows.py."""
+    return tuple(
+        dict.fromkeys(made_by({role: named_source(chain, role) for role in own_roles(stage)}).values())
+    )
+
+
+def own_roles(stage: Stage) -> Iterator[str]:
+    """The roles that it reads, as they stand in the table."""
+    return map(stage.own_role, stage.reads().roles)
+
+
+def normalized_rewards(stage: Stage) -> Iterator[tuple[str, RewardMix]]:
+    """The rewards whose parts are normalised as `generate` measured them."""
+    for key, source in stage.reads().rewards.items():
+        if not isinstance(source, str) and source.normalize:
+            yield key, source
+
+
+def starts_from(stage: Stage) -> tuple[str, str] | None:
+    """The model that a stage trains or samples from, where a key names it: that key without the stage's
+    name, and its value (a stage, `base` or a directory)."""
+    return next(iter(stage.reads().models.items()), None)
+
+
+def init_directory(stage: Stage) -> Path | None:
+    """A directory of the user's that holds the model that a stage trains, instead of the base or the SFT
+    model."""
+    start = starts_from(stage)
+    return directory_of(start[1]) if start and peft_of(stage) is not None else None
+
+
+def reads_base_model(stage: Stage) -> bool:
+    """Whether the base model itself (not only a stage's output) decides the result."""
+    reads = stage.reads()
+    return reads.base or "base" in reads.models.values()
+
+
+def root_of(key: str, init: str, chain: Mapping[str, Stage]) -> tuple[str, str]:
+    """Where the training of a model began, however many stages there are between: the key that says so, and
+    `base` or a directory.
+
+    Args:
+        key: what names `init`: a stage that makes a policy, `base` or a directory.
+    """
+    while init in chain:
+        name, start = init, starts_from(chain[init])
+        key, init = (f"{name}.{start[0]}", start[1]) if start else (key, "base")
+    return key, init
+
+
+def answering(stage: Stage, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+    """The models that a stage samples from: a key, and where their training began (`base` or a directory)."""
+    yield from (root_of(key, model, chain) for key, model in stage.reads().sampled)
+
+
+def chain_of(name: str, chain: Mapping[str, Stage]) -> set[str]:
+    """A stage and all that it is made from; nothing of what is no stage."""
+    if name not in chain:
+        return set()
+    return {name}.union(*(chain_of(other, chain) for other in inputs(chain[name], chain)))
+
+
+def made_by(sources: Sources) -> dict[str, str]:
+    """Role -> the stage that makes its rows."""
+    return {
+        role: source.stage
+        for role, source in sources.items()
+        if isinstance(source, SourceConfig) and source.stage is not None
+    }
+
+
+def users_words(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:
+    """What complaints from inside a stage call a thing -> what the user wrote: see `rlhf.config.said_as`.
+
+    Args:
+        base: the base model's files, once they are known.
+    """
+    words = {"STAGE": stage.name}
+    for key, part in keyed_parts(stage.reads().rewards):
+        if ":" in part.source:  # others are usual words
+            said = redacted(part.source)
+            words.setdefault(said, f"{key}={said}")
+            words.setdefault(part.source.removeprefix("model:"), f"{key}={said}")
+    if (directory := init_directory(stage)) is not None:
+        words[str(directory)] = f"{stage.name}.init={directory}"
+    if base is not None:
+        words.setdefault(str(base.directory), base.config.said)
+    return words
+
+
+def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    """The stages, every one behind those that it reads, else as they are mounted.
+
+    Raises:
+        ConfigError: a stage reads what is not there, or what is made from it.
+    """
+    found: dict[str, Stage] = {}
+
+    def visit(name: str, readers: tuple[str, ...]) -> None:
+        if name in readers:
+            circle = " reads ".join((*readers[readers.index(name) :], name))
+            raise ConfigError(
+                f"{circle}: they read each other, so none can run first. Let one of them read another stage."
+            )
+        if name in found:
+            return
+        if name not in stages:
+            add = (
+                f"`{name}: {{}}` to `instances`"
+                if "@" in name
+                else f"`- stages@{name}: {name}` to the defaults"
+            )
+            raise ConfigError(
+                f"{readers[-1]}: it reads {name}, and there is no such stage.{did_you_mean(name, stages)} "
+                f"Add {add}, or let it read another stage."
+            )
+        for other in inputs(stages[name], stages):
+            visit(other, (*readers, name))
+        found[name] = stages[name]
+
+    for name in stages:
+        visit(name, ())
+    return found
+
+
+def made_roles(stage: Stage, chain: Mapping[str, Stage]) -> dict[str, SourceConfig]:
+    """The roles of a stage whose rows others make, and where each comes from."""
+    sources = named_sources(chain)
+    known = made_by(sources)
+    found: dict[str, Any] = {name: sources[name] for name in own_roles(stage) if name in known}
+    return found
+
+
+def named_sources(chain: Mapping[str, Stage]) -> Sources:
+    """What each role's key names, in the stages' own configs.
+
+    Raises:
+        ConfigError: a role's key is none of theirs.
+    """
+    return {name: named_source(chain, name) for name in ROLES}
+
+
+def named_source(chain: Mapping[str, Stage], role: str) -> Any:
+    """What the key of one role names.
+
+    Raises:
+        ConfigError: the key is none of these stages'.
+    """
+    key = ROLES[role].key
+    section, *names = key.split(".")
+    try:
+        found: Any = chain[section]
+        for name in names:
+            found = dict(found)[name]
+    except KeyError:
+        raise ConfigError(
+            f"{key}: the role {role} is read from there, and there is no such key. Add it to the stage, or "
+            "change the role's key."
+        ) from None
+    return found
