@@ -47,13 +47,12 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import training_roles
 from rlhf.data.schema import PromptRow
 from rlhf.data.sources import SourceConfig
-from rlhf.digests import DirectoryDigest, directory_digest
+from rlhf.digests import DirectoryDigest
 from rlhf.distributed.device import hardware
-from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.fields import UNKEYED, Memory, Reads, Score, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.report.compare import Quality, comparison_cells, draw, write_csv
 from rlhf.rewards.kinds import models_of
 
@@ -117,7 +116,7 @@ class CompareStage(Stage):
     micro_batch_tokens: Memory
     """Tokens per forward pass that measures or embeds; lower it when memory runs out."""
     _sizes: Sizes | None = PrivateAttr(None)
-    """Measured by `check_data`, for `cost`."""
+    """Measured by `complaints`, for `cost`."""
 
     @model_validator(mode="after")
     def _quality_can_be_measured(self) -> Self:
@@ -125,19 +124,21 @@ class CompareStage(Stage):
             raise ValueError("KEY.quality=score needs KEY.reward. Give one, or choose another KEY.quality")
         return self
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """What it needs beside the other stages' packages is there."""
-        missing = [package for package in PACKAGES if find_spec(package) is None]
-        if missing:
-            raise ConfigError(f"stage=compare needs {', '.join(missing)}: pip install -e '.[compare]'.")
-        for name in self.artifacts:
-            if not is_of_this_run(name):
-                found = tuned_artifact(name)
-                check_policy(name, found, chain)
-                training_seconds(found)
-
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """Every question, corpus and example can be had, and each question fits the base model's context."""
+    def complaints(self, view: View) -> Iterator[str]:
+        """What it needs beside the other stages' packages is there. Then: every question, corpus and example
+        can be had, and each question fits the base model's context."""
+        if view.prepared is None:
+            missing = [package for package in PACKAGES if find_spec(package) is None]
+            if missing:
+                yield f"stage=compare needs {', '.join(missing)}: pip install -e '.[compare]'."
+                return
+            for name in self.artifacts:
+                if not is_of_this_run(name):
+                    found = tuned_artifact(name)
+                    check_policy(name, found, view.chain)
+                    training_seconds(found)
+            return
+        data, base = view.prepared
         questions, _, library = self.material(data)
         room = ContextBudget(base.load_tokenizer(), base.context_length, self.max_new_tokens)
         self._sizes = measured(room, questions, library, {*self.ways()}, self.few_shot, self.retrieval)
@@ -163,7 +164,7 @@ class CompareStage(Stage):
         asked += [contender(name, method) for name in self.artifacts for method in self.tuned_methods]
         yield from (f"*/{name}" for name in asked)
 
-    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """Questions, corpus, artifacts from elsewhere, and the machine that is timed."""
         sources = {QUESTIONS: self.questions, CORPUS: self.corpus}
         digests = {key: source.reading_digest(key) for key, source in sources.items() if source is not None}
@@ -178,7 +179,7 @@ class CompareStage(Stage):
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions
         are asked one at a time, so a single rank answers."""
-        assert self._sizes is not None, "check_data comes first"
+        assert self._sizes is not None, "complaints come first"
         alone = replace(on, machine=replace(on.machine, ranks=1))
         cost = replace(self.cost_on(alone), sampled=0)  # examples and passages fill what the model can read
         return replace(cost, phases=self.cost_on(on).phases) if on.shards_weights else cost

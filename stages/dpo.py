@@ -24,20 +24,19 @@ from rlhf.costs.memory import MemoryPhase, frozen_runs, logits, reading
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel, joined
 from rlhf.costs.training import training_cost
-from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import TRAINING
 from rlhf.data.schema import Split, ThumbRow
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
-from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import check_start, directory_of, misfits
+from rlhf.models.start import directory_of
+from rlhf.pipeline.checks import too_long
 from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
 from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.supervised.preferences import (
     REFERENCE,
     Measured,
@@ -135,28 +134,25 @@ class DpoStage(PreferenceConfig, Stage):
         """What the user calls them."""
         return "reward.pairs" if self.data is None else f"{self.name}.data={self.data}"
 
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """The user's own model is whole, the rows fit the loss, and there are two halves of held-out ones."""
-        check_start(f"{self.name}.init", self.init, base)
-        if self.loss != "kto" and self.data is not None:
-            rows = itertools.chain.from_iterable(data.rows(self.role, split) for split in TRAINING)
-            if any(isinstance(row, ThumbRow) for row in rows):
-                raise ConfigError(
-                    f"{self.name}.loss={self.loss}: {self.source} has rows with a thumb, and this loss "
-                    f"compares two answers. Use {self.name}.loss=kto, or give pairs of answers."
-                )
-        held_out = len(data.rows(self.role, "held_out"))
-        if held_out < 2:
-            raise ConfigError(
-                f"{self.source}: {held_out} held-out row, but at least 2 are needed: one half chooses the "
-                "weights, the other half judges them. Give more rows, or raise prepare.held_out_fraction."
+    def complaints(self, view: View) -> Iterator[str]:
+        """The rows fit the loss and the model, and there are two halves of held-out ones."""
+        yield from super().complaints(view)
+        if view.data is None:
+            return
+        train, held_out = (view.data.rows(self.role, split) for split in TRAINING)
+        is_rated = any(isinstance(row, ThumbRow) for row in itertools.chain(train, held_out))
+        if self.loss != "kto" and self.data is not None and is_rated:
+            yield (
+                f"{self.name}.loss={self.loss}: {self.source} has rows with a thumb, and this loss "
+                f"compares two answers. Use {self.name}.loss=kto, or give pairs of answers."
             )
-
-    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
-        """Rows that the model cannot read, and that `max_tokens` does not leave out."""
-        rows = itertools.chain.from_iterable(data.rows(self.role, split) for split in TRAINING)
-        yield from misfits(
-            *root_of(f"{self.name}.init", self.init, chain), base, self.source, rows,
+        if len(held_out) < 2:
+            yield (
+                f"{self.source}: {len(held_out)} held-out row, but at least 2 are needed: one half chooses "
+                "the weights, the other half judges them. Give more rows, or raise prepare.held_out_fraction."
+            )
+        yield from too_long(
+            view, f"{self.name}.init", self.init, self.source, lambda: itertools.chain(train, held_out),
             beside=self.virtual_tokens, most=self.max_tokens,
             mend=f"Lower {self.name}.max_tokens={self.max_tokens} to that, so that longer rows are left out, "
             "or start from a model with a longer context.",
@@ -218,7 +214,6 @@ class DpoStage(PreferenceConfig, Stage):
         from rlhf.models.recompute import checkpoint_layers
         from rlhf.supervised.loop import train_batches
 
-        self.check_compute(job.compute)
         compute, start = job.compute, job.start(self.init)
         tokenizer = start.load_tokenizer()
         train, held_out = self.rows(job, tokenizer)

@@ -18,24 +18,23 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import did_you_mean
 from rlhf.costs.sampling import most_added, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow
 from rlhf.data.sources import PromptSource, SourceList
-from rlhf.digests import DirectoryDigest, directory_digest
-from rlhf.distributed.compute import Compute
+from rlhf.digests import DirectoryDigest
 from rlhf.evaluation.lm_eval import Harness
-from rlhf.models.base import BaseModelFiles
-from rlhf.models.start import check_start, directory_of, misfits
+from rlhf.models.start import directory_of
+from rlhf.pipeline.checks import too_long
 from rlhf.pipeline.fields import UNKEYED, Memory, Model, Reads, Rows, Score, peft_of, reads_of
 from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import INTERVAL, Metric, named
 from rlhf.pipeline.recipe import BEST_OF_N
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.rewards.kinds import columns_needed, is_remote, models_of, stage_of
 from rlhf.rewards.reward import with_token_ids
 
@@ -233,31 +232,19 @@ class EvaluateStage(Stage):
         yield from (f"{metric}/{name}" for name in self.policies for metric in OF_EACH)
         yield from (("lm_eval/*",) if self.lm_eval else ())
 
-    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """lm-eval's version and task files."""
         return {"lm_eval": self.harness.digest()} if self.lm_eval else {}
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """lm-eval is there and has the tasks."""
-        if self.lm_eval:
+    def complaints(self, view: View) -> Iterator[str]:
+        """lm-eval is there and has the tasks, and their data can be had; what a gate bounds is in the
+        retention set, where there is one; PPO's start, and so the model that PPO makes, can read prompts and
+        retention rows."""
+        if self.lm_eval and view.base is None:
             self.harness.check()
-
-    @property
-    def harness(self) -> Harness:
-        """What lm-eval is asked for."""
-        folder = None if self.lm_eval_tasks is None else Path(self.lm_eval_tasks)
-        return Harness(self.lm_eval, folder, self.lm_eval_limit)
-
-    def check_compute(self, compute: Compute) -> None:
-        """The data of lm-eval's tasks can be had on this machine."""
-        if self.lm_eval:
-            compute.main_only(self.harness.fetch)
-
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """The user's own model is whole; what a gate bounds is in the retention set, where there is one."""
-        if "init" in self.policies:
-            check_start("evaluate.init", self.init, base)
-        if self.retention is None:
+        if self.lm_eval and view.compute is not None:
+            view.compute.main_only(self.harness.fetch)
+        if (data := view.data) is None:
             return
         rows = data.rows("retention", "evaluation")
         has_questions = any(isinstance(row, QuestionRow) for row in rows)
@@ -266,23 +253,26 @@ class EvaluateStage(Stage):
             ("retention_perplexity_ratio", "texts", has_texts),
             ("question_accuracy_change", "questions", has_questions),
         ):
-            if not is_there and self.gates.get(gate) is not None:
-                raise ConfigError(
+            if self.retention is not None and not is_there and self.gates.get(gate) is not None:
+                yield (
                     f"evaluate.retention={', '.join(map(str, self.retention))} holds no {words}, which gate "
                     f"{gate} needs. Add a source that does, or turn it off with evaluate.gates.{gate}=null."
                 )
-
-    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
-        """Prompts and retention rows that PPO's start, and so the model that PPO makes, cannot read."""
-        start = root_of("evaluate.init", self.init, chain)
-        yield from misfits(
-            *start, base, f"evaluate.prompts={self.prompts}", self.rows(data), beside=self.max_new_tokens,
+        yield from too_long(
+            view, "evaluate.init", self.init, f"evaluate.prompts={self.prompts}", lambda: self.rows(data),
+            beside=self.max_new_tokens,
             mend=f"Lower evaluate.max_new_tokens={self.max_new_tokens}, or leave out the longest prompts.",
         )  # fmt: skip
-        yield from misfits(
-            *start, base, "evaluate.retention", data.rows("retention", "evaluation"), beside=0,
+        yield from too_long(
+            view, "evaluate.init", self.init, "evaluate.retention", lambda: rows, beside=0,
             mend="Leave out the longest rows.",
         )  # fmt: skip
+
+    @property
+    def harness(self) -> Harness:
+        """What lm-eval is asked for."""
+        folder = None if self.lm_eval_tasks is None else Path(self.lm_eval_tasks)
+        return Harness(self.lm_eval, folder, self.lm_eval_limit)
 
     def rows(self, data: PreparedData) -> Sequence[PromptRow]:
         """The prompts that are answered."""

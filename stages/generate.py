@@ -22,13 +22,13 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.schema import PromptRow
-from rlhf.models.base import BaseModelFiles
-from rlhf.models.start import check_start, directory_of, misfits
+from rlhf.models.start import directory_of
+from rlhf.pipeline.checks import too_long
 from rlhf.pipeline.fields import UNKEYED, Memory, Model, Reads, Score, peft_of, reads_of
 from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.rewards.kinds import models_of
 from rlhf.rewards.reward import RewardError, with_token_ids
 
@@ -111,18 +111,16 @@ class GenerateStage(Stage):
             found["score_reliability"] = f"a model scores in {self.name}.reward"
         return found
 
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """The user's own model is whole."""
-        check_start(f"{self.name}.policy", self.policy, base)
-
-    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[str]:
         """Prompts that leave no room for an answer."""
-        yield from misfits(
-            *root_of(f"{self.name}.policy", self.policy, chain), base, "ppo.prompts", self.rows(data),
-            beside=self.max_new_tokens,
-            mend=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
-            "take a model with a longer context.",
-        )  # fmt: skip
+        yield from super().complaints(view)
+        if (data := view.data) is not None:
+            yield from too_long(
+                view, f"{self.name}.policy", self.policy, "ppo.prompts", lambda: self.rows(data),
+                beside=self.max_new_tokens,
+                mend=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest "
+                "prompts, or take a model with a longer context.",
+            )  # fmt: skip
 
     def rows(self, data: PreparedData) -> Iterator[PromptRow]:
         """The prompts that are answered."""

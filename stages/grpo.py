@@ -45,5 +45,4 @@ class GrpoStage(GrpoConfig, PolicyStage):
         from rlhf.ppo.build import build_loop
         from rlhf.ppo.group_objective import GroupObjective
 
-        self.check_compute(job.compute)
         return build_loop(self, GroupObjective(self), job, self.mismatch_limit)

@@ -35,7 +35,7 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import LengthStats
 from rlhf.data.schema import PromptRow
 from rlhf.data.sources import SourceConfig
-from rlhf.digests import DirectoryDigest, digest_of, directory_digest
+from rlhf.digests import DirectoryDigest, digest_of
 from rlhf.label.draw import Draw, DrawConfig
 from rlhf.label.pairs import Pair, pair_id, pairs_of_answers, pairs_of_file, rows_in
 from rlhf.label.server_config import ServerConfig
@@ -46,13 +46,13 @@ from rlhf.pipeline.graph import scoring_stages
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.recipe import kind_of
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.pipeline.store import Artifact
 from rlhf.rewards.kinds import models_of, parts_of
 from rlhf.tracking.redaction import redacted
 
 if TYPE_CHECKING:
-    from rlhf.distributed.compute import Compute
+    pass
 
 Person = Annotated[str, Field(pattern=r"^[\w-]{1,40}$")]
 
@@ -136,24 +136,19 @@ class LabelStage(Stage):
         """The `generate` stages whose answers are judged."""
         return [] if self.pairs is not None else self.answers
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """What it reads is of the right kind, and what its page needs is installed.
-
-        Raises:
-            ConfigError: in the user's own keys.
-        """
+    def complaints(self, view: View) -> Iterator[str]:
+        """What it reads is of the right kind, what its page needs is installed, and people judge in a run of
+        one process."""
         missing = [package for package in PACKAGES if find_spec(package) is None]
         if self.annotator == "human" and missing:
-            raise ConfigError(
-                f"{self.name}.annotator=human needs {' and '.join(missing)}: pip install -e '.[label]'."
-            )
+            yield f"{self.name}.annotator=human needs {' and '.join(missing)}: pip install -e '.[label]'."
         if self.pairs is not None and self.pairs.stage is not None:
-            raise ConfigError(
+            yield (
                 f"{self.name}.pairs={self.pairs}: name a file. Answers of stages are "
                 f"{self.name}.answers=[NAME]."
             )
         if self.pairs is None and len(self.answers) not in (1, 2):
-            raise ConfigError(
+            yield (
                 f"{self.name}.answers=[{', '.join(self.answers)}]: name one generate stage or two, or "
                 f"{self.name}.pairs=FILE."
             )
@@ -164,23 +159,15 @@ class LabelStage(Stage):
         ):
             for name in names:
                 if kind_of(name) != kind:
-                    raise ConfigError(
+                    yield (
                         f"{self.name}.{key}: {name} is no {kind} stage. Name {kind}, or an instance "
                         f"such as {kind}@2."
                     )
-
-    def check_compute(self, compute: Compute) -> None:
-        """People judge in a run of one process.
-
-        Raises:
-            ConfigError: there are more.
-        """
-        if self.annotator == "human" and compute.world_size > 1:
-            raise ConfigError(
-                f"{self.name}.annotator=human: {compute.world_size} processes would wait for people. "
-                f"Let them "
-                f"judge first, with stage={self.name} launch.processes=1; then run the rest, which "
-                f"finds the votes."
+        if self.annotator == "human" and view.compute is not None and view.compute.world_size > 1:
+            yield (
+                f"{self.name}.annotator=human: {view.compute.world_size} processes would wait for people. "
+                f"Let them judge first, with stage={self.name} launch.processes=1; then run the rest, which "
+                "finds the votes."
             )
 
     def check_offers(self, said: str, chain: Mapping[str, Stage]) -> None:
@@ -212,7 +199,7 @@ class LabelStage(Stage):
             rows += chain[self.before].offered_lengths(on, chain).rows
         return found._replace(rows=rows)
 
-    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """Those of the files with pairs and votes; not of `label.file`: see `recorded`."""
         files = {f"{self.name}.imports[{number}]": each for number, each in enumerate(self.imports)}
         if self.pairs is not None:
@@ -237,7 +224,6 @@ class LabelStage(Stage):
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Collect votes, and publish those that there are."""
-        self.check_compute(job.compute)
         pairs, usage = self.predicted(job, self.to_judge(job.inputs))
         found = job.compute.main_only(lambda: self.collect(job, pairs))
         job.recorded = found.pop("recorded")

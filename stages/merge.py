@@ -11,23 +11,21 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rlhf.config import ConfigError
 from rlhf.costs.memory import Allocation, MemoryPhase, billions, over, weight_bytes
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel
-from rlhf.data.prepared import PreparedData
 from rlhf.models.alike import other_token, other_weight
-from rlhf.models.base import BaseModelFiles, UnknownShapeError, load_tokenizer
+from rlhf.models.base import UnknownShapeError, load_tokenizer
 from rlhf.models.on_disk import kept_on_disk
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import origin_of
 from rlhf.models.save import save_policy
-from rlhf.models.start import directory_of
+from rlhf.models.start import directory_of, files_of
 from rlhf.pipeline.fields import Policy, Reads, peft_of, reads_of
 from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 
 
 class MergeStage(Stage):
@@ -53,27 +51,21 @@ class MergeStage(Stage):
         """Both models."""
         return reads_of(self)._replace(base=True)
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """The tuned model must have weights of its own.
-
-        Raises:
-            ConfigError: its method is not merged into them.
-        """
-        peft = peft_of(chain[self.policy])
+    def complaints(self, view: View) -> Iterator[str]:
+        """The tuned model has weights of its own, and can be interpolated with the base model, weight by
+        weight."""
+        peft = peft_of(view.chain[self.policy])
         if peft is not None and not METHODS[peft.method].merges:
             merging = " or ".join(name for name, each in METHODS.items() if each.merges)
-            raise ConfigError(
+            yield (
                 f"merge.policy={self.policy}: {self.policy}.peft={peft.method} cannot be merged into the "
                 f"weights. Use {self.policy}.peft={merging}."
             )
-
-    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
-        """A tuned model that cannot be interpolated with the base model, weight by weight."""
-        key, init = root_of("merge.policy", self.policy, chain)
+        key, init = root_of("merge.policy", self.policy, view.chain)
         directory = directory_of(init)
-        if directory is None:
+        if directory is None or view.base is None or view.compute is None:
             return
-        start = BaseModelFiles(directory, "", base.config)
+        base, start = view.base, files_of(init, view.base)
         try:
             weight = other_weight(
                 base.architecture, start.architecture, trust_remote_code=base.config.trust_remote_code

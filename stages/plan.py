@@ -8,7 +8,7 @@ Writes  plan.md (the table, with every figure's arithmetic) and experiment/plann
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -40,7 +40,7 @@ from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import Reads, peft_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.planner.report import (
     assumptions,
     experiment_file,
@@ -203,16 +203,12 @@ class PlanStage(Stage):
         planned = (chain[name] for name in self.planned(chain))
         return tuple(dict.fromkeys(("sft", *(role for stage in planned for role in stage.needs(chain)))))
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """What is planned trains.
-
-        Raises:
-            ConfigError: it does not, or is no stage.
-        """
-        known = [name for name, stage in chain.items() if peft_of(stage) is not None]
+    def complaints(self, view: View) -> Iterator[str]:
+        """What is planned trains."""
+        known = [name for name, stage in view.chain.items() if peft_of(stage) is not None]
         for name in self.trains or ():
             if name not in known:
-                raise ConfigError(
+                yield (
                     f"plan.trains={name}: no stage of that name trains.{did_you_mean(name, known)} "
                     f"Known: {', '.join(known)}."
                 )

@@ -10,19 +10,16 @@ The loop itself is rlhf/ppo/trainer.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf.config import ConfigError
-from rlhf.data.prepared import PreparedData
-from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import described, origin_of
-from rlhf.models.start import check_start
+from rlhf.models.start import files_of
 from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.stage import PolicyStage
 from rlhf.rewards.kinds import critic_part, reward_directory, stage_of
@@ -53,23 +50,20 @@ class PpoStage(PpoConfig, PolicyStage):
         found = super().reads()
         return found if self.ptx.coef > 0 else found._replace(roles=("ppo",))
 
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """A critic can be made of its start."""
-        from rlhf.models.value_head import check_scorable
-
-        check_scorable(check_start("ppo.init", self.init, base).architecture)
-        super().check_data(data, base)
-
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """Critic and normalisation must fit the methods of tuning and what `generate` measured."""
-        has_tokens = self.virtual_tokens_of_reward(chain)
+    def complaints(self, view: View) -> Iterator[str]:
+        """The critic fits the methods of tuning, and can be made of its start."""
+        has_tokens = self.virtual_tokens_of_reward(view.chain)
         if has_tokens and METHODS[self.peft.method].pads and self.critic.init == "reward":
-            raise ConfigError(
+            yield (
                 f"ppo.critic.init=reward: the reward model has virtual tokens ({has_tokens}), and a critic "
                 f"on it cannot get those of ppo.peft={self.peft.method} too. Use ppo.critic.init=sft, or "
                 "another ppo.peft."
             )
-        super().check(chain)
+        if view.base is not None:
+            from rlhf.models.value_head import check_scorable
+
+            check_scorable(files_of(self.init, view.base).architecture)
+        yield from super().complaints(view)
 
     def virtual_tokens_of_reward(self, chain: Mapping[str, Stage]) -> str | None:
         """Where the reward model's virtual tokens come from, in the user's own keys; None without any."""
@@ -88,5 +82,4 @@ class PpoStage(PpoConfig, PolicyStage):
         """The loop with its four models, before its first step."""
         from rlhf.ppo.build import build_trainer
 
-        self.check_compute(job.compute)
         return build_trainer(self, job, self.mismatch_limit)

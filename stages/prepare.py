@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr
+from pydantic import Field, PositiveInt
 
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
@@ -22,14 +22,14 @@ from rlhf.data.prepared import FAULTS
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import TextRow
 from rlhf.data.sources import Sources, check_lenders, lender, own_sources
-from rlhf.digests import DirectoryDigest, digest_of, directory_digest
+from rlhf.digests import DirectoryDigest, digest_of
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.intact import has_foreign_template
 from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.graph import made_by, named_sources
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.rewards.code import own_code
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -65,8 +65,6 @@ class PrepareStage(Stage):
     out and counts them; keep does not look for them, as answers are meant to quote their prompts."""
     response_tokens: PositiveInt
     """Tokens of the context that are left for the answer to a prompt."""
-    _sources: Sources = PrivateAttr()
-    """What the roles' keys name; `check` finds them."""
 
     def more_metrics(self) -> Iterator[str]:
         """The rows of each role, and those that are left out for each reason."""
@@ -77,18 +75,18 @@ class PrepareStage(Stage):
         """The base model's tokenizer and context length decide what is too long."""
         return Reads(base=True)
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
+    def complaints(self, view: View) -> Iterator[str]:
         """Rows whose prompts are taken are there."""
-        sources = named_sources(chain)
-        self._sources = {role: None if role in made_by(sources) else each for role, each in sources.items()}
-        check_lenders(self._sources)
+        check_lenders(sources_of(view.chain))
+        yield from ()
 
-    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """The content of every source, wherever it lies; what sets of texts are called, as figures of them
         are; and the code of users' roles."""
-        own = {role: own_sources(self._sources, role) for role in ROLES}
+        found_in = sources_of(chain)
+        own = {role: own_sources(found_in, role) for role in ROLES}
         found = {
-            role: lender(self._sources, role)
+            role: lender(found_in, role)
             or digest_of([source.reading_digest(ROLES[role].key) for source in sources])
             for role, sources in own.items()
         }
@@ -123,7 +121,9 @@ class PrepareStage(Stage):
         with TemporaryDirectory(
             prefix=f"{job.directory.name}.", dir=job.directory.parent, ignore_cleanup_errors=True
         ) as scratch:  # on NFS a directory whose files are still mapped stays until the store clears it
-            preparation = self.preparation(self._sources, job.base, Path(scratch))
+            assert job.experiment is not None
+            sources = sources_of(job.experiment.stages)
+            preparation = self.preparation(sources, job.base, Path(scratch))
             preparation.prepare(job.progress)
             preparation.write(job.directory)
             preparation.show(job.progress.console)
@@ -131,3 +131,9 @@ class PrepareStage(Stage):
                 "foreign_template": float(has_foreign_template(job.base)),
                 "vocabulary_size": float(len(preparation.tokenizer)),
             }
+
+
+def sources_of(chain: Mapping[str, Stage]) -> Sources:
+    """What the roles' keys name, without rows that stages make."""
+    found = named_sources(chain)
+    return {role: None if role in made_by(found) else each for role, each in found.items()}

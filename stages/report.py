@@ -6,7 +6,7 @@ Writes  report.html, which also becomes the run's own page: runs/NAME/report.htm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 
 
 class ReportStage(Stage):
@@ -31,20 +31,18 @@ class ReportStage(Stage):
     """The runs of the page, by their names in runs_dir, in this order. The name of a sweep stands for all its
     trials; a directory is a run elsewhere."""
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """There is something to show."""
+    def complaints(self, view: View) -> Iterator[str]:
+        """There is something to show: the runs are there, and none of them is this one, whose files are
+        replaced."""
         if not self.runs:
-            raise ConfigError(
-                "report.runs=[]: nothing to show. Name runs, such as report.runs=[first,second]."
-            )
-
-    def check_run(self, directory: Path) -> None:
-        """The runs are there, and none of them is this one, whose files are replaced."""
+            yield "report.runs=[]: nothing to show. Name runs, such as report.runs=[first,second]."
+        if view.directory is None:
+            return
         for name in self.runs:
-            if directory.resolve() in [each.resolve() for each in found(name, directory.parent)]:
-                raise ConfigError(
-                    f"report.runs={name} with run_name={directory.name}: the page's run would replace that "
-                    "run's files. Use another run_name."
+            if view.directory.resolve() in [each.resolve() for each in found(name, view.directory.parent)]:
+                yield (
+                    f"report.runs={name} with run_name={view.directory.name}: the page's run would replace "
+                    "that run's files. Use another run_name."
                 )
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:

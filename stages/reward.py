@@ -20,21 +20,20 @@ from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined
 from rlhf.costs.training import training_cost
-from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import TRAINING
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
-from rlhf.models.base import BaseModelFiles
 from rlhf.models.on_disk import kept_on_disk
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
-from rlhf.models.start import check_start, misfits
+from rlhf.models.start import files_of
+from rlhf.pipeline.checks import too_long
 from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
-from rlhf.pipeline.graph import init_directory, root_of
+from rlhf.pipeline.graph import init_directory
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import SIZES, Healthy, Metric, named
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.supervised.pairs import Pairs, pair_step, rank_pairs
 from rlhf.training.config import OptimConfig
 
@@ -89,18 +88,20 @@ class RewardStage(Stage):
     center: NonNegativeFloat
     """Weight that pulls scores towards 0 (Eisenstein et al. 2023)."""
 
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """A reward model can be made of the model that it starts from."""
+    def complaints(self, view: View) -> Iterator[str]:
+        """A reward model can be made of the model that it starts from, which can read the pairs that
+        `max_tokens` does not leave out."""
+        yield from super().complaints(view)
+        if view.prepared is None:
+            return
         from rlhf.models.value_head import check_scorable
 
-        check_scorable(check_start("reward.init", self.init, base).architecture)
-
-    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
-        """Pairs that the model cannot read, and that `max_tokens` does not leave out."""
+        data, base = view.prepared
+        check_scorable(files_of(self.init, base).architecture)
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
-        rows = itertools.chain.from_iterable(data.rows("pairs", split) for split in TRAINING)
-        yield from misfits(
-            *root_of("reward.init", self.init, chain), base, f"reward.pairs={self.pairs}", rows,
+        yield from too_long(
+            view, "reward.init", self.init, f"reward.pairs={self.pairs}",
+            lambda: itertools.chain.from_iterable(data.rows("pairs", split) for split in TRAINING),
             beside=virtual, most=self.max_tokens,
             mend=f"Lower reward.max_tokens={self.max_tokens} to that, so that longer pairs are left out, or "
             "start from a model with a longer context.",
@@ -125,7 +126,6 @@ class RewardStage(Stage):
         from rlhf.models.value_head import load_scalar_model
         from rlhf.models.weight_sharing import frozen
 
-        self.check_compute(job.compute)
         tokenizer = job.start(self.init).load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
         rows = [job.data.rows("pairs", split) for split in TRAINING]

@@ -19,15 +19,13 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.costs.training import training_cost
 from rlhf.data.answers import Answers
-from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import TRAINING
 from rlhf.data.schema import Split
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
-from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import check_start, directory_of
+from rlhf.models.start import directory_of
 from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Reads, Rows, reads_of
 from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
@@ -109,10 +107,6 @@ class SftStage(Stage):
         """Rows to replay only where some are replayed."""
         return reads_of(self, without=() if self.replay_fraction > 0 else ("replay",))
 
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """The user's own model is whole."""
-        check_start(f"{self.name}.init", self.init, base)
-
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""
         on = on.starting(directory_of(root_of(f"{self.name}.init", self.init, chain)[1]))
@@ -159,7 +153,6 @@ class SftStage(Stage):
         from rlhf.models.recompute import checkpoint_layers
         from rlhf.supervised.loop import train_batches
 
-        self.check_compute(job.compute)
         start = job.start(self.init)
         tokenizer = start.load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)

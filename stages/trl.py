@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -24,13 +24,12 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.costs.training import artifact_bytes
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import PairRow, PromptRow, Row, SftRow
-from rlhf.digests import DirectoryDigest, directory_digest
-from rlhf.distributed.compute import Compute
+from rlhf.digests import DirectoryDigest
 from rlhf.models.peft.config import Peft
 from rlhf.pipeline.fields import Model, Reads, Score, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Healthy, Metric, named
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,23 +93,25 @@ class TrlStage(Stage):
         """Only pairs are ranked."""
         return {} if ROLES[self.trainer] == "pairs" else {"held_out_accuracy": f"trl.trainer={self.trainer}"}
 
-    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """TRL's version."""
         return {"trl": _version()}
 
-    def check_compute(self, compute: Compute) -> None:
-        """Refuse what TRL is not asked for."""
-        if compute.zero != "none":
-            raise ConfigError(f"zero={compute.zero}: TRL would shard in its own way. Use zero=none.")
+    def complaints(self, view: View) -> Iterator[str]:
+        """TRL is asked for what it can, and for what no other key decides."""
+        if view.compute is None:
+            return
+        if view.compute.zero != "none":
+            yield f"zero={view.compute.zero}: TRL would shard in its own way. Use zero=none."
         if self.peft.method not in PEFT:
-            raise ConfigError(f"trl.peft={self.peft.method}: TRL gets {', '.join(PEFT)}. Use one of these.")
+            yield f"trl.peft={self.peft.method}: TRL gets {', '.join(PEFT)}. Use one of these."
         given = self.args or {}
         if taken := sorted(OURS & {*given}):
-            raise ConfigError(f"trl.args.{taken[0]}: this project's own keys decide that. Remove it.")
+            yield f"trl.args.{taken[0]}: this project's own keys decide that. Remove it."
         known = sorted(each.name for each in fields(self._classes()[1]))
-        for name in (each for each in given if each not in known):
+        for name in (each for each in given if each not in known and each not in taken):
             near = did_you_mean(name, known)
-            raise ConfigError(f"trl.args.{name}: {self.trainer}Config (TRL {_version()}) has none.{near}")
+            yield f"trl.args.{name}: {self.trainer}Config (TRL {_version()}) has none.{near}"
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """What it writes. TRL's memory and time are not predicted."""
@@ -122,7 +123,6 @@ class TrlStage(Stage):
         from rlhf.models.peft.attach import count_parameters
         from rlhf.models.save import save_policy, write_model
 
-        self.check_compute(job.compute)
         scratch = job.directory / "trainer"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what TRL calls

@@ -85,13 +85,17 @@ def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:
     Raises:
         ConfigError: the user's own model has damaged weights, or a tokenizer that does not encode.
     """
-    directory = directory_of(init)
-    if directory is None:
-        return base
-    check_weights(directory, f"{key}={init}")
-    files = BaseModelFiles(directory, "", base.config)
-    check_tokenizer(files, f"{key}={init}")
+    files = files_of(init, base)
+    if files is not base:
+        check_weights(files.directory, f"{key}={init}")
+        check_tokenizer(files, f"{key}={init}")
     return files
+
+
+def files_of(init: str, base: BaseModelFiles) -> BaseModelFiles:
+    """The files of the model that a stage starts from, as of `check_start`."""
+    directory = directory_of(init)
+    return base if directory is None else BaseModelFiles(directory, "", base.config)
 
 
 def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles) -> Iterator[str]:

@@ -24,6 +24,7 @@ from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import know_policies
 from rlhf.pipeline.auto import with_judge, without_auto
+from rlhf.pipeline.checks import check
 from rlhf.pipeline.fields import peft_of
 from rlhf.pipeline.graph import in_order, inputs, named_sources, normalized_rewards, starts_from
 from rlhf.pipeline.made_rows import check_made, check_makers
@@ -38,7 +39,7 @@ from rlhf.pipeline.recipe import (
 )
 from rlhf.pipeline.sampling_engine import unusable_by_vllm
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
-from rlhf.pipeline.stage import Mount, Stage
+from rlhf.pipeline.stage import Mount, Stage, View
 from rlhf.rewards.code import import_code
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import RewardSource
@@ -231,7 +232,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     check_recipe(composed, experiment.needed())
     check_sources(experiment, own)
     for name in experiment.needed():
-        stages[name].check(stages)
+        check(stages[name], View(stages))
         check_moments(stages[name], stages)
         check_made(stages[name], stages)
         check_method(stages[name], experiment)

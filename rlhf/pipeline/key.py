@@ -100,7 +100,9 @@ def knobs(stage: Stage) -> dict[str, Any]:
     return stage.model_dump(mode="json", exclude=left_out) | models
 
 
-def external_digests(stage: Stage, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+def external_digests(
+    stage: Stage, chain: Mapping[str, Stage], digest: DirectoryDigest = directory_digest
+) -> dict[str, str]:
     """Digests of what lies outside the store and decides the result: the rewards and the user's models that
     the stage reads, its code if that is the user's, and what it names itself.
 
@@ -113,7 +115,7 @@ def external_digests(stage: Stage, digest: DirectoryDigest = directory_digest) -
             found |= reward_digest(source, digest)
         for key, model in reads.models.items():
             found |= init_digest(f"{stage.name}.{key}", model, digest, name=digest_name(stage, key))
-        return found | stage.external_digests(digest) | own_code(kind.__module__, kind.__name__)
+        return found | stage.external_digests(digest, chain) | own_code(kind.__module__, kind.__name__)
 
 
 def digest_name(stage: Stage, key: str) -> str:

@@ -26,12 +26,13 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import rehearse
 from rlhf.models.start import counts_alike, directory_of
+from rlhf.pipeline.checks import complaints
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import peft_of
 from rlhf.pipeline.forecast import Prediction
 from rlhf.pipeline.graph import answering, init_directory
 from rlhf.pipeline.made_rows import context_of
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.tracking.progress import clock
 from rlhf.training.checkpoint import CheckpointConfig
 
@@ -87,8 +88,6 @@ def check_before_loading(
         ConfigError: this machine cannot run them.
     """
     stages, settings = [experiment.stages[name] for name in pending], experiment.settings
-    for stage in stages:
-        stage.check_compute(compute)
     if not any(stage.reads_weights for stage in stages):
         return Expected()
     import torch
@@ -430,22 +429,17 @@ def fits(
     """Whether the stage fits into memory with these changes, and accepts them."""
     changed = stage.model_copy(update=dict(change))
     setting = replace(on, **where)
-    if not is_taken(changed, setting):
-        return False
     changed_chain = {**chain, stage.name: changed}
+    if not is_taken(changed, changed_chain, setting):
+        return False
     setting = chosen(changed, changed_chain, setting)
     return shortage(changed.cost(context_of(changed, changed_chain, setting), changed_chain), setting) <= FITS
 
 
-def is_taken(stage: Stage, on: CostContext) -> bool:
+def is_taken(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> bool:
     """Whether the stage can run on these ranks."""
-    if peft_of(stage) is None:
-        return True
-    try:
-        stage.check_compute(Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks))
-    except ConfigError:
-        return False
-    return True
+    compute = Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks)
+    return peft_of(stage) is None or not complaints(stage, View(chain, compute=compute))
 
 
 def context_complaints(

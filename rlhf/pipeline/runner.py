@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +27,7 @@ from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.libraries import load_libraries
 from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
+from rlhf.pipeline.checks import check, complaints, refuse
 from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.forecast import Forecast
@@ -38,7 +41,7 @@ from rlhf.pipeline.preflight import Begun, Expected, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
 from rlhf.pipeline.sampling_engine import make_vllm, without_auto_generation
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
 from rlhf.pipeline.yaml_text import to_yaml
 from rlhf.rewards.code import has_changed, imported_code
@@ -91,7 +94,7 @@ class Pipeline:
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
             identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
             return identity, {
-                stage.name: external_digests(stage, self.store.directory_digest)
+                stage.name: external_digests(stage, experiment.stages, self.store.directory_digest)
                 for stage in sorted(stages, key=lambda stage: stage.repeats_keys)
             }
 
@@ -127,7 +130,7 @@ class Pipeline:
             ConfigError: an artifact is damaged again after it was rebuilt.
         """
         for name in self.experiment.needed():
-            self.experiment.stages[name].check_run(self.results.directory)
+            check(self.experiment.stages[name], self.view())
         with ExitStack() as stack:
             self.compute.main_only(lambda: stack.enter_context(self.results.alone()))
             stack.callback(self.close)
@@ -320,9 +323,11 @@ class Pipeline:
         is_measured = forget_peak(self.compute)
         try:
             with progress.shown(name), naming(scratch), said_as(users_words(stage, base)):
+                view = self.view(compute=self.compute)
                 if makers(stage, chain):
                     self.compute.main_only(lambda: prepare_rows(stage, chain, inputs, base, rows, progress))
-                    stage.check_data(job.data, base)
+                    view = replace(view, data=job.data, base=base)
+                check(stage, view)
                 metrics = {metric: float(value) for metric, value in stage.run(job).items()}
                 tracker.summarize(name, metrics)
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again
@@ -400,7 +405,8 @@ class Pipeline:
             ConfigError: it has changed since the run began; or the Hub's cache is damaged.
         """
         settings, before = self.experiment.settings, self.external_digests[stage.name]
-        now = external_digests(stage, partial(self.store.directory_digest, read=True))
+        digest = partial(self.store.directory_digest, read=True)
+        now = external_digests(stage, self.experiment.stages, digest)
         changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
         if reads_base_model(stage) and settings.model.kind == "hub":
             check_hub_files(settings.model, base.directory, self.store.memory(base.directory))
@@ -449,11 +455,7 @@ class Pipeline:
         if not pending:
             return
         self.begin_to_compute(base)
-        for stage in stages:
-            if not makers(stage, chain):
-                with said_as(users_words(stage, base)):
-                    stage.check_data(data_of(stage, prepared.path, chain, prepared.path), base)
-        self.compute.main_only(lambda: self.check_fits(pending, data, base))
+        self.check_fits(stages, pending, data, base)
         settings, args = self.experiment.settings, (self.compute, data, self.console)
         self.expected = check_before_loading(self.experiment, pending, base, *args)
         if self.vllm is not None:
@@ -465,23 +467,33 @@ class Pipeline:
         stages = [self.experiment.stages[name] for name in pending]
         rehearse_rewards(stages, data, base, self.compute, settings.reward_server, self.console)
 
-    def check_fits(self, pending: Iterable[str], data: PreparedData, base: BaseModelFiles) -> None:
-        """Refuse what does not fit the user's own models.
+    def view(self, **known: Any) -> View:
+        """What is known of this run, and this beside it."""
+        return View(self.experiment.stages, self.results.directory, **known)
+
+    def check_fits(
+        self, stages: Sequence[Stage], pending: Collection[str], data: PreparedData, base: BaseModelFiles
+    ) -> None:
+        """Refuse what does not fit the data, the models, or the ranks on which pending stages will run.
 
         Raises:
             ConfigError: what does not fit, and the fix.
         """
-        chain = self.experiment.stages
-        complaints = [
-            each
-            for stage in (chain[name] for name in pending)
-            for each in stage.misfits(data_of(stage, data.directory, chain, data.directory), base, chain)
-        ]
+        chain, found = self.experiment.stages, list[str]()
+        for stage in stages:
+            own = data_of(stage, data.directory, chain, data.directory)
+            is_there = not makers(stage, chain)  # rows that others make are checked when they are made
+            found += complaints(
+                stage,
+                self.view(
+                    data=own if is_there else None, base=base,
+                    compute=self.compute if stage.name in pending else None,
+                ),
+            )  # fmt: skip
         if self.vllm is not None:
             models = (each for name in pending for each in answering(chain[name], chain))
-            complaints += of_two_architectures(models, base)
-        if complaints:
-            raise ConfigError("\n".join([*complaints, "Nothing was loaded."]))
+            found += of_two_architectures(models, base)
+        refuse(found, "Nothing was loaded.")
 
     def pending(self, prepared: Artifact) -> dict[str, Begun]:
         """The stages behind `prepare` that are not in the store, and what an earlier attempt left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.roles import Role
-from rlhf.digests import DirectoryDigest, directory_digest
+from rlhf.digests import DirectoryDigest
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.fields import Mark, Reads, fields_of, reads_of
@@ -36,6 +37,28 @@ class Mount(NamedTuple):
     def label(self) -> str:
         """Of a named instance: `2` of `dpo@2`."""
         return self.name.partition("@")[2]
+
+
+@dataclass(frozen=True)
+class View:
+    """What is known of a run, each time that its stages are asked: first how they are set, then the run's
+    directory, then data and ranks."""
+
+    chain: Mapping[str, Stage]
+    """All stages, by their names."""
+    directory: Path | None = None
+    """The run's, before anything in it is replaced."""
+    data: PreparedData | None = None
+    """The prepared rows, as the stage reads them. With them `base` is known."""
+    base: BaseModelFiles | None = None
+    """The base model, whose weights may not be there yet."""
+    compute: Compute | None = None
+    """Where the stage will run; None also where the store has what it makes."""
+
+    @property
+    def prepared(self) -> tuple[PreparedData, BaseModelFiles] | None:
+        """The rows and the base model, once they are known."""
+        return None if self.data is None or self.base is None else (self.data, self.base)
 
 
 class Stage(Strict, ABC):
@@ -152,42 +175,18 @@ class Stage(Strict, ABC):
         """Names of metrics that follow from its keys, beside those of `metrics`."""
         return ()
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """Refuse what does not fit together with the other stages' knobs.
+    def complaints(self, view: View) -> Iterator[str]:
+        """What does not fit, as far as it can be told by what is known: in the user's own keys what, why and
+        the fix. It is asked again each time that more is known. By default: fields of the type `Batch` that
+        the ranks cannot share equally. May raise ConfigError instead.
 
-        Raises:
-            ConfigError: in the user's own keys.
+        Args:
+            view: the other stages; later also the run's directory, the data, the base model and the ranks.
         """
-
-    def check_run(self, directory: Path) -> None:
-        """Refuse what does not fit the run's directory, before anything in it is replaced.
-
-        Raises:
-            ConfigError: in the user's own keys.
-        """
-
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """Refuse prepared data that do not fit the knobs or the base model, whose weights may not be there
-        yet; called before any stage trains.
-
-        Raises:
-            ConfigError: in the user's own keys.
-        """
-
-    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
-        """Complaints about what does not fit the user's own models that it or the others start from, in the
-        user's own keys; asked before any stage trains, where the store lacks what this one makes."""
+        if view.compute is not None:
+            for name in fields_of(type(self), Mark.BATCH):
+                view.compute.check_divides(f"{self.name}.{name}", getattr(self, name), self.unit())
         yield from ()
-
-    def check_compute(self, compute: Compute) -> None:
-        """Refuse what these ranks and this machine cannot do; called before any stage trains, where the store
-        lacks what this one makes. By default: fields of the type `Batch` that the ranks cannot share equally.
-
-        Raises:
-            ConfigError: with what they can.
-        """
-        for name in fields_of(type(self), Mark.BATCH):
-            compute.check_divides(f"{self.name}.{name}", getattr(self, name), self.unit())
 
     def unit(self) -> int:
         """Sizes of batches are multiples of it."""
@@ -202,12 +201,13 @@ class Stage(Strict, ABC):
         that are `UNKEYED`."""
         return ()
 
-    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """Digests of what lies outside the store and decides the result, beside the rewards and models that
         its fields name.
 
         Args:
-            digest: takes those of directories; by default everything is read.
+            digest: takes those of directories.
+            chain: all stages.
         """
         return {}
 

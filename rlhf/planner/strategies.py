@@ -20,10 +20,11 @@ from rlhf.generation.vllm import VllmConfig
 from rlhf.models.peft.attach import check_attachable
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
+from rlhf.pipeline.checks import check
 from rlhf.pipeline.experiment import Experiment, check_method
 from rlhf.pipeline.fields import Mark, fields_of, peft_of
 from rlhf.pipeline.preflight import FITS, check_tunes, shortage, tightest
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.planner.report import DOES_NOT_FIT, LARGER, time_of
 from rlhf.printable import duration, quantity
 
@@ -330,8 +331,7 @@ def refused_by_stages(found: Attempt, given: Experiment, base: PreTrainedModel) 
     compute = Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks)
     for stage in found.stages:
         try:
-            stage.check_compute(compute)
-            stage.check(chain)
+            check(stage, View(chain, compute=compute))
             check_method(stage, planned)
             check_tunes(stage, base, check_attachable)
         except ConfigError as error:

@@ -8,19 +8,16 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
-from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
-from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import check_start, misfits
+from rlhf.pipeline.checks import too_long
 from rlhf.pipeline.fields import Reads, reads_of
-from rlhf.pipeline.graph import chain_of, root_of
+from rlhf.pipeline.graph import chain_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.cost import policy_cost
 from rlhf.rewards.kinds import models_of, stage_of
@@ -83,40 +80,61 @@ class PolicyStage(PolicyConfig, Stage):
             return {}
         return {"first_kl": f"with {self.name}.peft={method} the policy does not start as its own reference"}
 
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """There are two halves of the held-out prompts."""
-        check_start(f"{self.name}.init", self.init, base)
-        held_out = len(data.rows("ppo", "held_out"))
-        if held_out < 2:
-            raise ConfigError(
-                f"{self.prompts_said}: {held_out} held-out prompt, but at least 2 are needed: one "
+    def complaints(self, view: View) -> Iterator[str]:
+        """Normalisation fits what `generate` measured; there are two halves of the held-out prompts, which
+        leave room for an answer; and these ranks and this device can do what is wanted."""
+        yield from super().complaints(view)
+        yield from self.moments_missing(view.chain)
+        if view.compute is not None:
+            yield from self.impossible(view.compute)
+        if (data := view.data) is None:
+            return
+        held_out = data.rows("ppo", "held_out")
+        if len(held_out) < 2:
+            yield (
+                f"{self.prompts_said}: {len(held_out)} held-out prompt, but at least 2 are needed: one "
                 "half chooses the weights, the other half judges them. Give more prompts, or raise "
                 "prepare.held_out_fraction."
             )
-
-    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
-        """Prompts that leave no room for an answer."""
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
-        held_out = data.rows("ppo", "held_out")[: self.evaluate_prompts]
-        rows = itertools.chain(data.rows("ppo", "train"), held_out)
-        name = self.name
-        yield from misfits(
-            *root_of(f"{name}.init", self.init, chain), base, self.prompts_said, rows,
+        yield from too_long(
+            view, f"{self.name}.init", self.init, self.prompts_said,
+            lambda: itertools.chain(data.rows("ppo", "train"), held_out[: self.evaluate_prompts]),
             beside=virtual + self.max_new_tokens,
-            mend=f"Lower {name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
+            mend=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
             "start from a model with a longer context.",
         )  # fmt: skip
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """The normalisation must fit what `generate` measured."""
-        self.check_moments(chain)
+    def impossible(self, compute: Compute) -> Iterator[str]:
+        """What cannot be done on these ranks and this device."""
+        name = self.name
+        if self.ema_decay is not None and compute.shards_weights:
+            yield (
+                f"{name}.ema_decay needs whole weights on each rank. Use zero=zero2, or "
+                f"{name}.ema_decay=null."
+            )
+        if self.frozen_placement == "sharded" and compute.zero == "none":
+            yield (
+                f"{name}.frozen_placement=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, "
+                f"zero3, fsdp2 or hsdp, or use {name}.frozen_placement=replicated."
+            )
+        if self.frozen_placement != "offloaded":
+            return
+        if METHODS[self.peft.method].shares and compute.zero == "none":
+            yield (
+                f"{name}.frozen_placement=offloaded: with {name}.peft={self.peft.method} the frozen models "
+                "share the policy's weights, so these must stay on the GPU. Use "
+                f"{name}.frozen_placement=replicated."
+            )
+        elif compute.device.type == "cpu":
+            yield (
+                f"{name}.frozen_placement=offloaded keeps the reference and reward model in the host's "
+                "memory while a GPU does not need them; this run has no GPU. Use "
+                f"{name}.frozen_placement=replicated."
+            )
 
-    def check_moments(self, chain: Mapping[str, Stage]) -> None:
-        """The moments that scores are normalised with must be those of the scores that PPO sees.
-
-        Raises:
-            ConfigError: in the user's own keys.
-        """
+    def moments_missing(self, chain: Mapping[str, Stage]) -> Iterator[str]:
+        """Moments that scores are normalised with are those of other scores than it sees."""
         if self.score.normalize != "sft":
             return
         wanted = {"policy": self.init} | {
@@ -128,7 +146,7 @@ class PolicyStage(PolicyConfig, Stage):
                 cure = f"so this must be {value}. Or use"
                 if "generate" in chain_of(str(value), chain):  # it would read what is made from it
                     cure = f"and those of {self.name}.init={value} are not there. Use"
-                raise ConfigError(
+                yield (
                     f"generate.{name}={measured[name]}: {self.name}.score.normalize=sft takes the score's "
                     f"mean and deviation from `generate`, {cure} {self.instead_of_moments}."
                 )
@@ -172,36 +190,3 @@ class PolicyStage(PolicyConfig, Stage):
 
         bound = self.gates.get("engine_mismatch")
         return math.inf if bound is None or bound.max is None else TIMES_THE_BOUND * bound.max
-
-    def check_compute(self, compute: Compute) -> None:
-        """Refuse what cannot be done on these ranks and this device.
-
-        Raises:
-            ConfigError: with what can.
-        """
-        super().check_compute(compute)
-        name = self.name
-        if self.ema_decay is not None and compute.shards_weights:
-            raise ConfigError(
-                f"{name}.ema_decay needs whole weights on each rank. Use zero=zero2, or "
-                f"{name}.ema_decay=null."
-            )
-        if self.frozen_placement == "sharded" and compute.zero == "none":
-            raise ConfigError(
-                f"{name}.frozen_placement=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, "
-                f"zero3, fsdp2 or hsdp, or use {name}.frozen_placement=replicated."
-            )
-        if self.frozen_placement != "offloaded":
-            return
-        if METHODS[self.peft.method].shares and compute.zero == "none":
-            raise ConfigError(
-                f"{name}.frozen_placement=offloaded: with {name}.peft={self.peft.method} the frozen models "
-                "share the policy's weights, so these must stay on the GPU. Use "
-                f"{name}.frozen_placement=replicated."
-            )
-        if compute.device.type == "cpu":
-            raise ConfigError(
-                f"{name}.frozen_placement=offloaded keeps the reference and reward model in the host's "
-                "memory while a GPU does not need them; this run has no GPU. Use "
-                f"{name}.frozen_placement=replicated."
-            )

@@ -17,6 +17,9 @@ from rlhf.compare.artifacts import label, training_seconds, tuned_artifact
 from rlhf.compare.cost import break_even, cost_of
 from rlhf.compare.metrics import answer_found, exact_match, rouge_l
 from rlhf.config import ConfigError
+from rlhf.digests import directory_digest
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.stage import View
 from rlhf.pipeline.store import Artifact, Store
 from rlhf.stages.reward import RewardStage
 
@@ -100,7 +103,7 @@ def test_only_a_finished_policy_can_be_compared(tmp_path: Path) -> None:
     reward = publish(Store(tmp_path / "store"), "reward", "b", 1)
     chain = {"reward": build_stage(RewardStage)}
     with pytest.raises(ConfigError, match=r"compare\.artifacts: .*reward makes no policy"):
-        compare_stage(artifacts=[str(reward.path)]).check(chain)
+        check(compare_stage(artifacts=[str(reward.path)]), View(chain))
 
 
 def test_a_plain_directory_can_be_compared_and_its_training_is_not_priced(
@@ -110,15 +113,15 @@ def test_a_plain_directory_can_be_compared_and_its_training_is_not_priced(
     assert found == tiny_model.resolve()
     assert training_seconds(found) is None
     stage = compare_stage(artifacts=[str(tiny_model)], methods=["zero_shot"])
-    stage.check({})
-    before = stage.external_digests()[str(tiny_model)]
+    check(stage, View({}))
+    before = stage.external_digests(directory_digest, {})[str(tiny_model)]
     metrics = run_compare(stage, tiny_model, tmp_path / "out").summary
     assert metrics is not None
     name = label(str(tiny_model))
     assert metrics[f"rouge_l/{name}"] == metrics["rouge_l/zero_shot"]  # the same model
     assert f"setup_seconds/{name}" not in metrics and f"break_even_zero_shot/{name}" not in metrics
     assert metrics["setup_seconds/zero_shot"] == 0.0
-    assert before == stage.external_digests()[str(tiny_model)]
+    assert before == stage.external_digests(directory_digest, {})[str(tiny_model)]
 
 
 def test_a_plain_directory_without_whole_weights_is_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -6,13 +6,14 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from helpers.experiments import build_stage, stage_with
+from helpers.experiments import build, build_stage, stage_with
 from helpers.jobs import SmallJob, run_in, small_job, tiny_base, user
 from helpers.store import manifest
 from rlhf.config import ConfigError
@@ -20,7 +21,10 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import PairRow, PromptRow, SftRow
 from rlhf.data.sources import SourceConfig
+from rlhf.digests import directory_digest
 from rlhf.models.base import BaseModelFiles, _write_tiny
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.stage import View
 from rlhf.pipeline.store import Store
 from rlhf.stages.compare import CompareStage
 from rlhf.stages.prepare import PrepareStage
@@ -106,11 +110,24 @@ def named(source: Any) -> SourceConfig | list[SourceConfig] | str | None:
     return None if source is None else SourceConfig.model_validate(source)
 
 
+def sections(sources: Mapping[str, Any]) -> Any:
+    """The stages' sections of a config, with nothing but the keys of these roles."""
+    found: dict[str, Any] = {}
+    for role, source in sources.items():
+        section, *names = ROLES[role].key.split(".")
+        place = found.setdefault(section, {})
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+        place[names[-1]] = source
+    return found
+
+
 class Bench:
     """Small data sets for every role, and a way to prepare them."""
 
     def __init__(self, directory: Path, base: ShorterBase) -> None:
         self.directory, self.base, self.printed, self.num_runs = directory, base, io.StringIO(), 0
+        self.experiment = build()
         numbers = range(40)
         self.rows: dict[str, list[dict[str, Any]]] = {
             "sft": [{"prompt": f"sft {n}", "completion": "yes"} for n in numbers],
@@ -131,16 +148,22 @@ class Bench:
         }
         sources["retention"] = [sources.pop("texts"), sources.pop("questions")]
         settings = {"held_out_fraction": 0.2, "evaluation_fraction": 0.25, "response_tokens": 8}
-        stage = stage_with(PrepareStage, **(settings | knobs))
-        stage._sources = {role: named(source) for role, source in (sources | self.sources).items()}
-        return stage
+        self.chain = sections({role: named(source) for role, source in (sources | self.sources).items()})
+        return stage_with(PrepareStage, **(settings | knobs))
+
+    def digests(self, **knobs: Any) -> dict[str, str]:
+        """Of what it reads from outside the store."""
+        return self.stage(**knobs).external_digests(directory_digest, self.chain)
 
     def prepare(self, **knobs: Any) -> PreparedData:
         self.num_runs += 1
         out = self.directory / f"out{self.num_runs}"
         self.printed = io.StringIO()
         self.job = small_job("prepare", out, self.base, console=Console(file=self.printed, width=200))
-        run_in(self.stage(**knobs), self.job)
+        stage = self.stage(**knobs)
+        self.job.experiment = replace(self.experiment, stages=self.chain)
+        check(stage, View(self.chain))
+        run_in(stage, self.job)
         self.report = json.loads((out / "report.json").read_text())
         return PreparedData(out)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.experiments import build
 from helpers.jobs import TINY, on_cpu, user
 from helpers.ppo import ppo_job, ppo_stage
 from rlhf.config import ConfigError
@@ -16,6 +17,8 @@ from rlhf.data.schema import PromptRow
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.value_head import reset_head
 from rlhf.models.weight_sharing import offload
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.stage import View
 from rlhf.ppo.build import load_critic, score_normalizer
 from rlhf.rewards.model import LearnedReward
 from rlhf.rl.rollout import Rollout
@@ -66,15 +69,18 @@ def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: P
     assert used and not set(used) & {*places(policy.model), *places(scalar)}
 
 
-def test_without_a_gpu_it_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+VIEW = View(build().stages, compute=on_cpu())
+
+
+def test_without_a_gpu_it_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"ppo\.frozen_placement=offloaded .* no GPU\. Use ppo\.frozen_placement=replicated"
     ):
-        ppo_stage("ppo.frozen_placement=offloaded").trainer(ppo_job(tmp_path, tiny_model))
+        check(ppo_stage("ppo.frozen_placement=offloaded"), VIEW)
 
 
-def test_weights_that_the_policy_shares_cannot_be_away(tmp_path: Path, tiny_model: Path) -> None:
+def test_weights_that_the_policy_shares_cannot_be_away() -> None:
     with pytest.raises(
         ConfigError, match=r"ppo\.frozen_placement=offloaded: with ppo\.peft=lora .*policy's weights"
     ):
-        ppo_stage("ppo.frozen_placement=offloaded", "ppo.peft=lora").trainer(ppo_job(tmp_path, tiny_model))
+        check(ppo_stage("ppo.frozen_placement=offloaded", "ppo.peft=lora"), VIEW)

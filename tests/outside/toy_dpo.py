@@ -89,7 +89,6 @@ class DpoStage(Stage):
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Measure the reference, train, and publish."""
-        self.check_compute(job.compute)
         start = job.start("sft")
         tokenizer = start.load_tokenizer()
         train, held_out = (

@@ -38,6 +38,7 @@ from rlhf.distributed.compute import Compute, Zero
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
 from rlhf.models.peft.attach import check_attachable
+from rlhf.pipeline.checks import complaints
 from rlhf.pipeline.preflight import (
     Begun,
     Disk,
@@ -51,7 +52,7 @@ from rlhf.pipeline.preflight import (
     sampling_note,
     with_copy,
 )
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, View
 
 MISTRAL = MistralConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
@@ -480,11 +481,11 @@ def test_virtual_tokens_and_rows_laid_end_to_end() -> None:
     build("stage=sft", "sft.peft=lora", "model.attention=packed")
 
 
-def test_ranks_that_cannot_share_a_batch_are_told_before_anything_is_trained(
-    finished_chain: tuple[Chain, Outcome],
-) -> None:
-    two = on_cpu(world_size=2)
-    with pytest.raises(ConfigError, match=r"sft.batch_rows=7 cannot be divided equally over 2 ranks"):
-        before(finished_chain[1], two, "sft", "sft.batch_rows=7")
-    with pytest.raises(ConfigError, match=r"reward.batch_pairs=7 cannot"):
-        before(finished_chain[1], two, "reward", "reward.batch_pairs=7")
+@pytest.mark.parametrize(
+    ("key", "batch"), [("sft.batch_rows", 7), ("reward.batch_pairs", 7), ("ppo.minibatch_episodes", 9)]
+)
+def test_ranks_that_cannot_share_a_batch_are_told(key: str, batch: int) -> None:
+    chain = build(f"{key}={batch}").stages
+    view = View(chain, compute=on_cpu(world_size=2))
+    (complaint,) = complaints(chain[key.partition(".")[0]], view)
+    assert complaint.startswith(f"{key}={batch} cannot be divided equally over 2 ranks")

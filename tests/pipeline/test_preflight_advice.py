@@ -11,9 +11,11 @@ import pytest
 from helpers.costs import GIB, check, gpus
 from helpers.experiments import build
 from rlhf.distributed.compute import Compute
+from rlhf.pipeline.checks import check as check_stage
 from rlhf.pipeline.preflight import (
     shortage,
 )
+from rlhf.pipeline.stage import View
 
 
 def test_the_advice_makes_it_fit(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_what_is_advised_is_what_the_run_would_take(on: int, given: tuple[str, .
         sizes = ("ppo.batch_episodes=64", "ppo.minibatch_episodes=32")
         accepted = build(*sizes, *given, *way.split())
         compute = Compute("cuda", "bfloat16", accepted.settings.zero, world_size=on)
-        accepted.stages["ppo"].check_compute(compute)
+        check_stage(accepted.stages["ppo"], View(accepted.stages, compute=compute))
 
 
 def test_sharding_is_not_advised_where_it_would_be_refused(tmp_path: Path) -> None:

@@ -15,10 +15,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from helpers.experiments import build
 from helpers.ppo import best_weights, equal, length, ppo_job, ppo_stage, prompts, resumed_learner
 from helpers.trained import write_trained
 from rlhf.config import ConfigError
 from rlhf.evaluation.held_out import FILE
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.stage import View
 from rlhf.ppo.metrics import Evaluation
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts, Reward, RewardError
@@ -156,10 +159,11 @@ def test_weights_that_only_the_judged_prompts_like_are_not_kept(tmp_path: Path, 
 def test_one_held_out_prompt_cannot_choose_and_judge(tmp_path: Path, tiny_model: Path) -> None:
     stage, job = ppo_stage(*SMALL), ppo_job(tmp_path / "job", tiny_model)
     job.data.write("ppo", "held_out", HELD_OUT[:1])
+    view = View(build().stages, data=job.data, base=job.base)
     with pytest.raises(ConfigError, match="1 held-out prompt, but at least 2 are needed"):
-        stage.check_data(job.data, job.base)
+        check(stage, view)
     job.data.write("ppo", "held_out", HELD_OUT[:2])
-    stage.check_data(job.data, job.base)
+    check(stage, view)
 
 
 def test_a_response_that_looks_like_markup_is_quoted_as_it_is(tmp_path: Path, tiny_model: Path) -> None:

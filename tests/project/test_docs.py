@@ -22,6 +22,8 @@ from rlhf.__main__ import is_command
 from rlhf.cli.command import KEYED
 from rlhf.cli.messages import readable
 from rlhf.distributed.compute import Compute
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.stage import View
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
@@ -165,7 +167,7 @@ def test_a_documented_launch_shares_its_batches(ranks: int, arguments: str) -> N
     experiment = build(*[word for word in arguments.split() if not word.startswith("model")])
     compute = Compute("cuda", "bfloat16", experiment.settings.zero, world_size=ranks)
     for name in experiment.needed():
-        experiment.stages[name].check_compute(compute)
+        check(experiment.stages[name], View(experiment.stages, compute=compute))
 
 
 def test_launches_are_shown_in_all_places() -> None:

@@ -17,6 +17,9 @@ from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import SftRow
+from rlhf.digests import directory_digest
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.stage import View
 from rlhf.pipeline.store import Store
 
 
@@ -43,7 +46,7 @@ def test_what_the_stage_needs_follows_from_its_own_questions_and_corpus(
 
     def longest(**changes: Any) -> int:
         stage = compare_stage(methods=["retrieval"], num_questions=2, **changes)
-        stage.check_data(data, tiny_base(tiny_model))
+        check(stage, View({}, data=data, base=tiny_base(tiny_model)))
         machine = Machine("cpu", "a test", 1e12, 1e12, 0.0, 1, Speed(100.0, 10.0))
         shape = shape_of(tiny_base(tiny_model).architecture)
         return stage.cost(CostContext(shape, 4, "none", machine, data.size), {}).longest
@@ -75,7 +78,7 @@ def test_what_training_rows_ask_is_left_out(asks: str, tiny_model: Path, tmp_pat
     assert (job.summary["questions"], job.summary["leaks"]) == (1, 1)
     questions.write_text(json.dumps(rows[0]))
     with pytest.raises(ConfigError, match="each of its 1 questions is also in a training row"):
-        stage.check_data(job.data, job.base)  # before anything is trained
+        check(stage, View({}, data=job.data, base=job.base))  # before anything is trained
 
 
 def test_few_shot_without_examples_is_told_before_anything_is_trained(
@@ -85,8 +88,8 @@ def test_few_shot_without_examples_is_told_before_anything_is_trained(
     data.write("sft", "train", [SftRow([], "A text.")])
     data.write("sft", "held_out", [SftRow(user("Where is the fox?"), "There.")])
     with pytest.raises(ConfigError, match=r"compare\.methods: few_shot takes its examples"):
-        compare_stage().check_data(data, tiny_base(tiny_model))
-    compare_stage(methods=["zero_shot", "retrieval"]).check_data(data, tiny_base(tiny_model))
+        check(compare_stage(), View({}, data=data, base=tiny_base(tiny_model)))
+    check(compare_stage(methods=["zero_shot", "retrieval"]), View({}, data=data, base=tiny_base(tiny_model)))
 
 
 def test_without_references_the_reward_decides(tiny_model: Path, tmp_path: Path) -> None:
@@ -121,24 +124,27 @@ def test_what_cannot_be_compared_is_told_before_the_run(changes: dict[str, Any],
 def test_an_artifact_that_lost_its_lineage_is_told_before_the_run(tmp_path: Path) -> None:
     publish_tiny(Store(tmp_path), "ppo", {"inputs": {"sft": "gone"}})
     with pytest.raises(ConfigError, match="made from sft/gone, which is no longer in the store"):
-        compare_stage(artifacts=[str(tmp_path / "ppo" / "tuned")]).check({})
+        check(compare_stage(artifacts=[str(tmp_path / "ppo" / "tuned")]), View({}))
 
 
 def test_a_missing_package_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    compare_stage().check({})
+    check(compare_stage(), View({}))
     monkeypatch.setattr("rlhf.stages.compare.PACKAGES", ("bm25s", "no_such_package"))
     with pytest.raises(
         ConfigError, match=r"stage=compare needs no_such_package: pip install -e '\.\[compare\]'"
     ):
-        compare_stage().check({})
+        check(compare_stage(), View({}))
 
 
 def test_a_model_that_was_made_anew_elsewhere_is_asked_anew(tmp_path: Path) -> None:
     store, directory = Store(tmp_path), tmp_path / "sft" / "tuned"
     publish_tiny(store, "sft", {})
     stage = compare_stage(artifacts=[str(directory)])
-    before = stage.external_digests()
+    before = stage.external_digests(directory_digest, {})
     publish_tiny(store, "sft", {})
-    assert stage.external_digests() == before  # the same content
+    assert stage.external_digests(directory_digest, {}) == before  # the same content
     publish_tiny(store, "sft", {}, note="other content")
-    assert stage.external_digests().keys() == before.keys() and stage.external_digests() != before
+    assert (
+        stage.external_digests(directory_digest, {}).keys() == before.keys()
+        and stage.external_digests(directory_digest, {}) != before
+    )

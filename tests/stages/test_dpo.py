@@ -27,6 +27,8 @@ from rlhf.distributed.signals import Stopped
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
+from rlhf.pipeline.checks import check
+from rlhf.pipeline.stage import View
 from rlhf.stages.dpo import DpoStage
 from rlhf.supervised.preferences import (
     ABSENT,
@@ -385,7 +387,7 @@ def test_data_that_do_not_fit_are_refused_before_anything_trains(
 ) -> None:
     job = job_of(tmp_path / "job", tiny_model, num_train=sizes[0], num_held_out=sizes[1])
     with pytest.raises(ConfigError, match=complaint):
-        stage_of(*overrides).check_data(job.data, job.base)
+        check(stage_of(*overrides), View({}, data=job.data, base=job.base))
 
 
 def test_rows_that_are_too_long_are_left_out_and_counted(tmp_path: Path, tiny_model: Path) -> None:

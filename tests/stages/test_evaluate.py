@@ -29,9 +29,11 @@ from rlhf.evaluation.answers import Answers, agreement, figures, task_gain
 from rlhf.evaluation.held_out import FILE, write_answers
 from rlhf.evaluation.intervals import ratio
 from rlhf.evaluation.retention import Retained
+from rlhf.pipeline.checks import check
 from rlhf.pipeline.graph import inputs
 from rlhf.pipeline.key import knobs
 from rlhf.pipeline.run import GateResult
+from rlhf.pipeline.stage import View
 from rlhf.rewards.kinds import RewardMix, is_remote
 from rlhf.rl.rollout import Rollout
 from rlhf.stages.evaluate import EvaluateStage
@@ -282,11 +284,12 @@ def test_a_gate_needs_its_rows_in_the_retention_set(
     base = tiny_base(published["base"])
     data.write("retention", "evaluation", rows)
     stage = make_stage(gates={gate: {"min": 0.0, "advice": ""}})
+    view = View(build().stages, data=data, base=base)
     with pytest.raises(ConfigError, match=f"evaluate.retention=samples:.* holds no {missing},"):
-        stage.check_data(data, base)
-    make_stage(gates={gate: None}).check_data(data, base)
+        check(stage, view)
+    check(make_stage(gates={gate: None}), view)
     data.write("retention", "evaluation", RETENTION)
-    stage.check_data(data, base)
+    check(stage, view)
 
 
 def test_missing_rows_are_told_before_anything_trains(finished_chain: tuple[Chain, Outcome]) -> None:

@@ -17,8 +17,10 @@ from rlhf.costs.model_shape import ModelShape, shape_in
 from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
 from rlhf.distributed.compute import Compute
+from rlhf.pipeline.checks import check
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.preflight import Begun, Disk, preflight
+from rlhf.pipeline.stage import View
 
 CONFIGS = Path(__file__).parents[1] / "costs" / "configs"
 MODELS = ("llama_8b", "qwen_32b", "llama_70b")
@@ -65,7 +67,7 @@ def taken(outcome: Outcome, shape: ModelShape, ranks: int, memory: float = 80.0)
     stages, settings = [found.stages[name] for name in found.needed()], found.settings
     compute = Compute("cuda", "bfloat16", settings.zero, world_size=ranks)
     for stage in stages:
-        stage.check_compute(compute)
+        check(stage, View(found.stages, compute=compute))
     machine = Machine(
         "cuda",
         "a test",

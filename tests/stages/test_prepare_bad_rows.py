@@ -212,4 +212,4 @@ def test_one_prompt_alone_is_not_advised_another_share(bench: Bench) -> None:
 def test_a_file_that_cannot_be_read_is_found_before_any_stage_runs(bench: Bench) -> None:
     bench.sources["ppo"] = str(bench.directory / "none.jsonl")
     with pytest.raises(ConfigError, match=r"^ppo\.prompts=.*none\.jsonl: there is no such file"):
-        bench.stage().external_digests()
+        bench.digests()

@@ -36,8 +36,10 @@ from rlhf.distributed.signals import Stopped
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
 from rlhf.models.value_head import load_scalar_model
+from rlhf.pipeline.checks import check
 from rlhf.pipeline.graph import inputs
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import View
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import repeated
 from rlhf.report.page.collect import read_run, stage_charts
@@ -135,7 +137,7 @@ def test_other_stages_start_from_its_policy_but_not_from_its_reward_model() -> N
 
 def test_it_shards_nothing() -> None:
     with pytest.raises(ConfigError, match=r"zero=fsdp2: TRL would shard in its own way. Use zero=none."):
-        build().stages["trl"].check_compute(replace(on_cpu(), zero="fsdp2"))
+        check(build().stages["trl"], View({}, compute=replace(on_cpu(), zero="fsdp2")))
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""Asks stages what does not fit, as soon as it can be known, and before anything is lost by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from rlhf.config import ConfigError, said_as
+from rlhf.data.schema import Row
+from rlhf.models.start import check_start, misfits
+from rlhf.pipeline.graph import root_of, users_words
+from rlhf.pipeline.stage import Stage, View
+
+
+def too_long(
+    view: View, key: str, init: str, source: str, rows: Callable[[], Iterable[Row]], *,
+    beside: int, mend: str, most: float = math.inf,
+) -> list[str]:  # fmt: skip
+    """Say which rows do not fit the user's own model that a stage starts from, or that the stages before it
+    started from: see `rlhf.models.start.misfits`. Rank 0 counts, as it takes a while."""
+    if view.base is None or view.compute is None:
+        return []
+    root, base = root_of(key, init, view.chain), view.base
+    found: list[str] = view.compute.main_only(
+        lambda: [*misfits(*root, base, source, rows(), beside=beside, mend=mend, most=most)]
+    )
+    return found
+
+
+def complaints(stage: Stage, view: View) -> list[str]:
+    """What does not fit, in the user's own keys."""
+    found: list[str] = []
+    try:
+        with said_as(users_words(stage, view.base)):
+            if view.base is not None:
+                for key, model in stage.reads().models.items():
+                    check_start(f"{stage.name}.{key}", model, view.base)
+            for each in stage.complaints(view):  # one by one: what stands before an error is told too
+                found.append(each)
+    except ConfigError as error:
+        found.append(str(error))
+    return found
+
+
+def check(stage: Stage, view: View) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        ConfigError: all of it.
+    """
+    refuse(complaints(stage, view))
+
+
+def refuse(found: Iterable[str], *more: str) -> None:
+    """Refuse if there are complaints.
+
+    Raises:
+        ConfigError: all of them, a line each.
+    """
+    lines = [*dict.fromkeys(found)]
+    if lines:
+        raise ConfigError("\n".join([*lines, *more]))
