@@ -244,6 +244,8 @@ class DpoStage(PreferenceConfig, Stage):
             done=done,
             after=lambda step: trial.evaluate(step) if step in due else None,
         )
+        if trial.state["best_step"] == 0:
+            job.tell_start(len(batches))
         written = compute.main_only(
             lambda: publish_policy(
                 job.directory, job.checkpoints.best, tokenizer, start=start.directory, key=start.identity,

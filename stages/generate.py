@@ -50,9 +50,10 @@ class GenerateStage(Stage):
         "score_mean": Metric("score", "+z.2f"),
         "score_deviation": Metric("deviation", "z.2f"),
         "stop_rate": Metric("stops", ".0%"),
+        "unscored": Metric("answers without a score", ",.0f", is_shown_at_zero=False),
         **named(
             "responses", "echo_rate", "length_mean", "distinct_2", "score_mean/*", "score_deviation/*",
-            "within_prompt_share", "score_reliability", "judge_*", "unscored", "raised", "best_of_n_mean",
+            "within_prompt_share", "score_reliability", "judge_*", "raised", "best_of_n_mean",
             "pairs",
         ),
     }  # fmt: skip

@@ -348,6 +348,7 @@ class LabelStage(Stage):
         console = job.progress.console
         try:
             with job.progress.task(f"{self.name}: votes", self.votes) as task:
+                task.skip(desk.progress().votes)
                 serve(desk, self.server, lambda text: console.print(text, **PLAIN), task.advance)
         except KeyboardInterrupt as stop:
             job.ending = stop

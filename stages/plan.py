@@ -21,6 +21,7 @@ from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.hardware import (
     CUDA_CONTEXT,
     CUDA_PROCESS,
+    GIB,
     NCCL_BUFFERS,
     Machine,
     Speed,
@@ -36,10 +37,12 @@ from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Split
 from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.models.peft.methods import MethodName
+from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import Reads, peft_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
+from rlhf.pipeline.preflight import most
 from rlhf.pipeline.stage import Stage, View
 from rlhf.planner.report import (
     assumptions,
@@ -79,6 +82,8 @@ def _with_unit(unit: str) -> BeforeValidator:
 Gibibytes = Annotated[ByteSize, _with_unit("GiB")]
 Gigabytes = Annotated[ByteSize, _with_unit("GB")]
 Terabytes = Annotated[ByteSize, _with_unit("TB")]
+OF_GPUS = ("gpu_memory", "host_memory", "gpu_tflops", "gpu_bandwidth", "gpu_link", "network", "disk")
+"""Keys that are read only with `plan.gpus`."""
 ASSUMED = {"rows": 10_000, "prompt_tokens": 512, "answer_tokens": 512}
 """For GPUs that are not here, where the data need not be either."""
 
@@ -223,6 +228,7 @@ class PlanStage(Stage):
 
         experiment = job.experiment
         assert experiment is not None
+        self.check_read(experiment)
         chain = experiment.stages
         base, shape = self.base(job)
         on, use = self.setting(job, experiment, shape), self.use(job, experiment)
@@ -252,11 +258,24 @@ class PlanStage(Stage):
                 content = experiment_file(redacted(experiment.resolved), best, reason)
                 (directory / "planned.yaml").write_text(content, encoding="utf-8")
         self.show(job, on, ranked, cells, reason)
-        return {
-            "strategies": sum(not strategy.against for strategy in ranked),
-            "hours": best.most_hours,
-            "peak_gib": best.cost.peak().size() / 2**30,
-        }  # fmt: skip
+        figures = {"strategies": float(sum(not strategy.against for strategy in ranked))}
+        if best.against:
+            return figures
+        return figures | {"hours": best.most_hours, "peak_gib": most(best.cost, best.on)[1] / GIB}
+
+    def check_read(self, experiment: Experiment) -> None:
+        """Refuse keys of GPUs where none are planned for.
+
+        Raises:
+            ConfigError: with those that were set.
+        """
+        set_by_user = [change["key"] for change in changed(experiment.composed)]
+        of_gpus = [f"plan.{key}" for key in OF_GPUS if f"plan.{key}" in set_by_user]
+        if self.gpus is None and of_gpus:
+            raise ConfigError(
+                f"{', '.join(of_gpus)}: read only with plan.gpus, the GPUs of each node. Set it; without it "
+                "this machine is planned for."
+            )
 
     def base(self, job: Job) -> tuple[PreTrainedModel, ModelShape]:
         """The base model without weights, and its sizes.

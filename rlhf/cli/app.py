@@ -39,7 +39,9 @@ def run(arguments: list[str]) -> None:
     except ConfigError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
+        if isinstance(error, RecursionError) and not is_of_composing(error):
+            raise
         print(f"Error: {as_typed(in_our_words(error, sys.argv[1:]))}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
     except BrokenPipeError:
@@ -47,6 +49,11 @@ def run(arguments: list[str]) -> None:
     except Exception:  # shown here: what Python itself shows is not redacted
         traceback.print_exc()
         raise SystemExit(CRASH) from None
+
+
+def is_of_composing(error: RecursionError) -> bool:
+    """Whether files name each other in their `defaults`, in a circle."""
+    return any("defaults_list" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")

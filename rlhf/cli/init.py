@@ -28,7 +28,6 @@ from rlhf.data.formats import (
 )
 from rlhf.data.schema import QuestionRow, Row, RowError, ThumbRow, text_of
 from rlhf.data.sources import SourceConfig
-from rlhf.disk import naming
 from rlhf.exit_codes import DONE
 from rlhf.printable import printable
 
@@ -157,9 +156,13 @@ def init(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         there = (f"{each.path} has {', '.join(map(repr, each.names))}." for each in found.values())
         raise ConfigError(f"init {said}: no file has these columns. {' '.join(there)}")
     text = "\n".join(experiment(found, target)) + "\n"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with naming(target):
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"init to={target}: it cannot be written ({error.strerror}). Name another: to=FILE.yaml."
+        ) from None
     for line in told(found, target):
         print(printable(line))
     return DONE
@@ -174,6 +177,8 @@ def look(path: str, named: Mapping[str, str]) -> Found:
     Raises:
         ConfigError: it cannot be read, or is of no known kind.
     """
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise ConfigError(f"{path}: it is no regular file. Name a file.")
     source = SourceConfig(path=path)
     rows = list(islice(source.rows("init"), LOOKED_AT))
     readable = [each.row for each in rows if not isinstance(each.row, RowError)]
@@ -190,6 +195,13 @@ def look(path: str, named: Mapping[str, str]) -> Found:
             assert not isinstance(first, RowError)
             columns = read_as(first, kind.columns, fields)
             return Found(path, name, chosen, len(rows), bad, columns, names, parsed(chosen, kind))
+    for kind in KINDS.values():
+        if rows and {*kind.columns} <= {*names}:
+            bad = list(complaints(source.model_copy(update={"fields": dict(named)}), kind))
+            raise ConfigError(
+                f"{path}: by its columns it holds {kind.words}, but {len(bad)} of its first {len(rows)} rows "
+                f"cannot be used: {bad[0]} Fix them."
+            )
     columns = ", ".join(names)
     broken = next((f"{each.where}: {each.row}" for each in rows if isinstance(each.row, RowError)), None)
     why = f"its columns are {columns}" if columns else f"no row can be read ({broken})"

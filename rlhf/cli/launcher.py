@@ -21,7 +21,10 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from rlhf.config import ConfigError
+from rlhf.costs.memory import amount
 from rlhf.distributed.device import has_gpu
 from rlhf.distributed.signals import STOPPING, Heard
 from rlhf.exit_codes import CONFIG_ERROR, INTERRUPTED, STOPPED
@@ -31,13 +34,20 @@ from rlhf.pipeline.settings import LaunchConfig
 GRACE_SECONDS = 5.0
 """Seconds between the first failed rank and the end of the others, which may fail for the same reason."""
 LINES_SHOWN = 100
+RANK_BYTES = 0.25 * 2**30
+"""Memory of a rank that has imported torch and transformers."""
 
 
 def ranks_wanted(config: LaunchConfig, device: str) -> int:
     """How many processes to start here. 1 means none: this process does the work."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return 1
-    num_gpus = _visible_gpus(device)
+    num_gpus, memory = _visible_gpus(device), psutil.virtual_memory().total
+    if config.processes is not None and config.processes * RANK_BYTES > memory:
+        raise ConfigError(
+            f"launch.processes={config.processes}: a rank needs about {amount(RANK_BYTES)} before it loads a "
+            f"model, and this machine has {amount(memory)}. Use fewer ranks."
+        )
     if config.processes is None:
         return max(1, num_gpus)
     if config.processes > num_gpus > 0:

@@ -206,7 +206,16 @@ def in_our_words(error: Exception, arguments: Sequence[str]) -> str:
         return _no_choice(error)
     if isinstance(error, yaml.YAMLError):
         return not_yaml(error)
+    if isinstance(error, RecursionError):
+        return "files name each other in their `defaults`, in a circle. Remove one of these lines."
     text = str(error)
+    if missing_file := re.match(r"(?:In '.+': )?Could not (?:load|find) '(\w+)/([^']+)'", text):
+        group, name = missing_file.groups()
+        known = choices(group) if (resources.files("rlhf.conf") / group).is_dir() else []
+        return (
+            f"{group}/{name}: there is no such file.{did_you_mean(name, known)} `defaults` and a list of "
+            "names take files of rlhf/conf and of --config-dir, by their names without .yaml."
+        )
     if unknown := re.match(r"Could not override '(.+)'", text):
         return no_key(unknown[1], arguments)
     if ambiguous := re.match(r"Ambiguous value for argument '(.+)'\n", text):

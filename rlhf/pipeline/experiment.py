@@ -178,6 +178,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     with_one, judge_notes = with_judge(resolved)
     resolved = with_instances(with_one)
     names = [name for name, value in resolved.items() if _is_stage(value)]
+    check_places(resolved)
     settings = validated(Settings, {k: v for k, v in resolved.items() if k not in names}, "")
     sections = {name: resolved[name] for name in names}
     if not settings.stage:
@@ -240,6 +241,25 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         if peft is not None and peft.method == "qlora":
             check_qlora(f"{name}.peft=qlora", settings.device)
     return replace(experiment, notes=(*experiment.notes, *left_out(experiment)))
+
+
+def check_places(resolved: Mapping[str, Any]) -> None:
+    """Refuse a value where a section belongs.
+
+    Raises:
+        ConfigError: in the user's own keys.
+    """
+    if "experiment" in resolved:
+        raise ConfigError(
+            "experiment: its keys stand below `experiment`, and not at the top. Write `# @package _global_` "
+            "as the first line of your file, or name it by its path: +experiment=DIRECTORY/FILE.yaml."
+        )
+    for name, value in resolved.items():
+        if name not in Settings.model_fields and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{name}={value}: there is no such key. If {name} is a stage, set its keys one by one, such "
+                f"as {name}.KEY={value}."
+            )
 
 
 def left_out(experiment: Experiment) -> Iterator[str]:

@@ -27,11 +27,14 @@ class Prediction(NamedTuple):
     seconds: float
     """Of all of it; 0 where nothing is predicted."""
     spent: float = 0.0
-    """What its newest checkpoint holds of an earlier attempt."""
+    """Seconds of an earlier attempt that its newest checkpoint holds,"""
+    share: float = 0.0
+    """and the share of the steps. What is left follows from this one: what was predicted may be far from what
+    was spent."""
 
     def left(self, factor: float = 1.0) -> float:
         """If it takes so many times as long as was predicted."""
-        return max(0.0, factor * self.seconds - self.spent)
+        return factor * self.seconds * (1.0 - self.share)
 
 
 class Forecast:

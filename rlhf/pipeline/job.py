@@ -192,6 +192,14 @@ class Job:
             micro_batch_tokens, self.reward_server, backbone, placement, moments, tolerance,
         )  # fmt: skip
 
+    def tell_start(self, steps: int) -> None:
+        """Say that what is published is the model that training began with."""
+        self.progress.console.print(
+            f"{self.stage}: no evaluation in {steps} steps was better than the one before the first step, so "
+            "the policy that is published is the one that it started from.",
+            style="yellow", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step's metrics under the stage's name."""
         self.progress.figures(metrics)

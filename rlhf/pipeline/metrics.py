@@ -38,6 +38,8 @@ class Metric(NamedTuple):
     """What the table of stages calls it; empty: it is not shown there."""
     format: str = ""
     """How that table shows it, such as `.2f`."""
+    is_shown_at_zero: bool = True
+    """False: that table shows it only where there is some."""
     better: Literal["higher", "lower"] | None = None
     """Of the metric that tells, with its interval, whether the stage did what it is for. 0 is no change."""
     purpose: str = ""

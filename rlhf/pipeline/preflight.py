@@ -66,6 +66,8 @@ class Begun(NamedTuple):
     """Bytes of its checkpoints."""
     seconds: float = 0.0
     """Seconds of work that the newest checkpoint holds."""
+    share: float = 0.0
+    """Share of the steps that it holds."""
 
 
 def check_before_loading(
@@ -554,7 +556,9 @@ def checkpoint_bytes(cost: StageCost, config: CheckpointConfig) -> float:
 
 def predictions(costs: Mapping[str, StageCost], begun: Mapping[str, Begun]) -> dict[str, Prediction]:
     """How long each stage takes, and what its newest checkpoint holds of that."""
-    return {name: Prediction(cost.seconds, begun[name].seconds) for name, cost in costs.items()}
+    return {
+        name: Prediction(cost.seconds, begun[name].seconds, begun[name].share) for name, cost in costs.items()
+    }
 
 
 def expectations(costs: Mapping[str, StageCost], on: CostContext, begun: Mapping[str, Begun]) -> str:

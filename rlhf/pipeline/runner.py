@@ -515,7 +515,7 @@ class Pipeline:
                 resumes = self.experiment.settings.checkpoint.resume
                 pending[name] = Begun(
                     float(self.store.checkpoint_bytes(name, key)),
-                    self.store.checkpoint_seconds(name, key) if resumes else 0.0,
+                    *(self.store.checkpoint_progress(name, key) if resumes else ()),
                 )
         return pending
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -274,13 +275,15 @@ class Store:
         files = [path.stat() for path in self.checkpoints(stage, key).rglob("*") if path.is_file()]
         return sum({(status.st_dev, status.st_ino): status.st_size for status in files}.values())
 
-    def checkpoint_seconds(self, stage: str, key: str) -> float:
-        """What the newest of those has spent; 0 where it cannot be read, and so is not gone on from."""
+    def checkpoint_progress(self, stage: str, key: str) -> tuple[float, float]:
+        """What the newest of those has spent, in seconds, and the share of the steps that it holds. 0 where
+        it cannot be read, and so is not gone on from, or does not say how many steps there are."""
         newest = max(self.checkpoints(stage, key).glob(f"step-*/{MANIFEST}"), default=None)
         try:
-            return 0.0 if newest is None else float(json.loads(content_of(newest))["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0.0
+            said = {} if newest is None else json.loads(content_of(newest))
+            return float(said.get("seconds", 0.0)), said.get("step", 0) / (said.get("steps") or math.inf)
+        except (OSError, ValueError, AttributeError, TypeError):
+            return 0.0, 0.0
 
     def left_behind(self, stage: str, recipe: Recipe) -> str | None:
         """Checkpoints of an artifact that differs in nothing but what it was to be made from, in words."""

@@ -255,7 +255,7 @@ def _looked_up(given: Any, whole: Mapping[str, Any]) -> Any:
 
 def recommendation(best: Strategy) -> str:
     """The choice with its reason, in a sentence or two."""
-    return f"Recommended: {best.name}, because {best.reason}.\n{keys(best)}"
+    return f"Recommended: {best.name}: {best.reason}.\n{keys(best)}"
 
 
 def keys(strategy: Strategy) -> str:

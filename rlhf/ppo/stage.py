@@ -161,6 +161,8 @@ class PolicyStage(PolicyConfig, Stage):
             job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
         )
         trainer.publish_answers()
+        if metrics["best_step"] == 0:
+            job.tell_start(self.steps)
         start = job.start(self.init)
         written = job.compute.main_only(
             lambda: publish_policy(

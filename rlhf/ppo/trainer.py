@@ -115,7 +115,7 @@ class PolicyTrainer:
         num_prompts = config.batch_episodes // config.group_size
         batches = prompt_batches(prompts, num_prompts, config.steps, self.job.seed)
         steps = self.job.progress.task(f"{self.job.stage}: steps", config.steps, is_main=True)
-        with steps as task, checkpoints.training():
+        with steps as task, checkpoints.training(config.steps):
             task.skip(self.done)
             self.evaluate_if_due(held_out)  # it may be what stopped the run before
             for step, asked in enumerate(batches, 1):

@@ -150,7 +150,9 @@ def stage_cells(run: Run) -> Cells:
         headlines = [
             f"{each.words} {format(value * SCALES.get(metric, 1.0), each.format)}"
             for metric, each in (run.chain[name].metrics if name in run.chain else {}).items()
-            if each.words and (value := stage["metrics"].get(f"{name}/{metric}")) is not None
+            if each.words
+            and (value := stage["metrics"].get(f"{name}/{metric}")) is not None
+            and (value or each.is_shown_at_zero)
         ]
         time = clock(stage["seconds"]) if stage["status"] != "reused" else "-"
         rows.append([name, stage["status"], time, ", ".join(headlines)])

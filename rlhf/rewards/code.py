@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import sys
+import traceback
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -40,6 +41,16 @@ def imported_code(source: str) -> dict[str, str]:
         raise ConfigError(
             f"{source}: {error}. The module must be importable: installed, or in a directory on PYTHONPATH."
         ) from None
+    except SyntaxError as error:
+        raise ConfigError(f"{source}: {error.filename}:{error.lineno}: {error.msg}. Fix that line.") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's module raises
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{source}: importing {name} raised {type(error).__name__}: {error} ({last.filename}, line "
+            f"{last.lineno}). Fix it."
+        ) from error
     return _named(source, _imported[name][1])
 
 

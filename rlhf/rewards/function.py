@@ -141,7 +141,7 @@ class FunctionReward:
                 answer = function(last_messages(prompts), list(completions))
             if inspect.iscoroutine(answer):
                 answer = asyncio.run(answer)
-        except Exception as error:  # whatever a user's function raises
+        except (Exception, SystemExit) as error:  # whatever a user's function raises
             defined = _defined(function)
             frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if defined and frame.filename == defined[0]]

@@ -84,26 +84,30 @@ def ask(
     from httpx import HTTPError
 
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})}
+    is_answered = False
     for attempt in range(server.retries + 1):
         try:
             with start_blocking_portal() as portal:  # an event loop of its own, wherever this is called
                 status, answer = portal.call(_post, url, body, headers, server.timeout)
             if status in OK:
-                return json.loads(answer)
-            reason = f"status {status}, {_first_line(answer)!r}"
+                return _json_of(answer)
+            reason, is_answered = f"status {status}, {_first_line(answer)!r}", False
             if status < 500 and status not in MAY_PASS:
                 raise RewardError(
                     f"{redacted(url)}: the reward server refuses: {reason}. Fix the URL or the server, and "
                     "run the same command again."
                 )
         except TimeoutError:
-            reason = "timed out"
-        except (HTTPError, OSError, ValueError) as error:  # an answer cut short, or no JSON
-            reason = str(error)
-        except RecursionError:
-            reason = "its JSON is nested too deeply"
+            reason, is_answered = "timed out", False
+        except (HTTPError, OSError, ValueError) as error:  # such as an answer cut short
+            reason, is_answered = str(error), isinstance(error, NoJsonError)
         if attempt < server.retries:
             time.sleep(PAUSE_SECONDS * 2**attempt)
+    if is_answered:
+        raise RewardError(
+            f"{redacted(url)}: what the reward server answers is no JSON, asked {server.retries + 1} times: "
+            f"{reason}. Fix the URL or the server, and run the same command again."
+        )
     raise RewardError(
         f"{redacted(url)}: the reward server does not answer, asked {server.retries + 1} times ({reason}). "
         f"Start it, or raise reward_server.timeout={server.timeout:g} or "
@@ -143,6 +147,19 @@ async def _post(url: str, body: bytes, headers: Mapping[str, str], timeout: floa
 def _certificates() -> SSLContext:
     """The system's, as those of a company stand there; loading them takes long."""
     return create_default_context()
+
+
+class NoJsonError(ValueError):
+    """An answer is no JSON."""
+
+
+def _json_of(answer: bytes) -> object:
+    try:
+        return json.loads(answer)
+    except ValueError as error:
+        raise NoJsonError(f"{_first_line(answer)!r} ({error})") from None
+    except RecursionError:
+        raise NoJsonError("its JSON is nested too deeply") from None
 
 
 def _first_line(answer: bytes) -> str:

@@ -42,7 +42,7 @@ def train_batches(
     """
     skipped_in_a_row = 0
     steps = job.progress.task(f"{job.stage}: training", len(batches), is_main=True)
-    with steps as task, job.checkpoints.training():
+    with steps as task, job.checkpoints.training(len(batches)):
         task.skip(done)
         for index in range(done, len(batches)):
             job.compute.position["step"] = index + 1

@@ -156,6 +156,7 @@ class Checkpointer:
     def __post_init__(self) -> None:
         self._start = self._last = self._step_start = time.monotonic()
         self._longest_step = 0.0
+        self._steps: int | None = None
         self.newest = self.compute.main_only(self._begin)
         there = {} if self.newest is None else self.newest["files"]
         self._best_files = {name: there[name] for name in there if name.startswith(f"{BEST}/")}
@@ -194,9 +195,14 @@ class Checkpointer:
         return state
 
     @contextmanager
-    def training(self) -> Iterator[None]:
-        """While open, a signal to stop waits for the next `after_step`, which saves and then stops."""
+    def training(self, steps: int | None = None) -> Iterator[None]:
+        """While open, a signal to stop waits for the next `after_step`, which saves and then stops.
+
+        Args:
+            steps: so many there will be, those of earlier attempts too; None: nobody knows.
+        """
         self._last = self._step_start = time.monotonic()
+        self._steps = steps
         with self.signals.deferred():
             yield
             self._complete()
@@ -495,7 +501,7 @@ class Checkpointer:
         name = f"step-{step:08d}"
         manifest = {
             "format": CHECKPOINT_FORMAT, "name": name, "step": step, "world_size": self.compute.world_size,
-            "zero": self.compute.zero, "seconds": spent, "files": files,
+            "steps": self._steps, "zero": self.compute.zero, "seconds": spent, "files": files,
             "save_seconds": self._save_seconds,
             "recipe": self.recipe, "input_digests": self.input_digests,
         }  # fmt: skip

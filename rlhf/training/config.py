@@ -14,7 +14,7 @@ Schedule = Literal["linear", "cosine", "constant"]
 class OptimConfig(Strict):
     """AdamW and its schedule. The stage's YAML has the defaults."""
 
-    lr: PositiveFloat
+    lr: float = Field(gt=0, allow_inf_nan=False)
     """The highest learning rate of the schedule."""
     weight_decay: NonNegativeFloat
     """Decoupled weight decay: each step, times the learning rate. Of matrices only, not of biases and

@@ -49,6 +49,7 @@ def composed(directory: Path, *arguments: str) -> Outcome:
         (["--model", "tiny"], ["--model tiny: a key has no dashes before it: model=tiny."]),
         (["--model", "--stage=sft"], ["--model: a key has no dashes before it: model=VALUE."]),
         (["+experiment=nowhere.yaml"], ["nowhere.yaml cannot be read (No such file"]),
+        (["+experiment=[quik]"], ["experiment/quik: there is no such file. Did you mean quick?"]),
     ],
 )
 def test_a_slip_is_told_with_what_was_meant(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
@@ -74,6 +75,28 @@ def test_a_first_word_without_an_equals_sign_is_a_command(
     assert outcome.code == 2
     grammar = "The form is `python -m rlhf [COMMAND] [key=value ...]`, and COMMAND may be "
     assert outcome.err.startswith(f"Error: {arguments[0]}: there is no such command.{meant} {grammar}")
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "words"),
+    [
+        (
+            "sft:\n  epochs: 3\n",
+            (),
+            "experiment: its keys stand below `experiment`, and not at the top. Write",
+        ),
+        ("defaults:\n  - mine\n", (), "files name each other in their `defaults`, in a circle"),
+        ("# @package _global_\nsft: 5\n", (), "sft=5: there is no such key. If sft is a stage, set its keys"),
+        ("# @package _global_\n", ("sft=5",), "sft=5: there is no such key. If sft is a stage, set its keys"),
+    ],
+)
+def test_an_own_file_that_says_otherwise_than_meant_is_told(
+    tmp_path: Path, content: str, arguments: tuple[str, ...], words: str
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(content)
+    outcome = run_main(tmp_path, ["--config-dir=conf", "+experiment=mine", *arguments], tmp_path)
+    assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1, outcome.err
 
 
 def test_what_is_advised_is_read_as_it_was_meant(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -191,6 +192,10 @@ def test_rows_that_cannot_be_used_are_said(tmp_path: Path) -> None:
         ("mine.csv", b"colour,size\nred,4\n", "its columns are colour, size, and that does not say what"),
         ("mine.jsonl", b'{"prompt": "a"}\n', "there are no answers to learn from"),
         ("mine.jsonl", b"\x1b[31m{}\n", "no row can be read (mine.jsonl line 1"),
+        (
+            "mine.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ' + b"7" * 5000,
+            "by its columns it holds prompts with the answers to learn, but 1 of its first 2 rows cannot be",
+        ),
     ],
 )  # fmt: skip
 def test_a_hostile_file_is_one_clear_line(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
@@ -217,6 +222,18 @@ def test_a_slip_is_said(tmp_path: Path, words: tuple[str, ...], complaint: str) 
     write(tmp_path / "b.jsonl", ANSWERS)
     told = init(tmp_path, *words)
     assert (told.code, complaint in told.err) == (2, True), told.err
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    told = init(tmp_path, "pipe.jsonl")
+    assert (told.code, told.err) == (2, "Error: pipe.jsonl: it is no regular file. Name a file.\n")
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ANSWERS)
+    told = init(tmp_path, "a.jsonl", "to=a.jsonl/mine.yaml")
+    assert told.code == 2 and "init to=a.jsonl/mine.yaml: it cannot be written (" in told.err, told.err
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

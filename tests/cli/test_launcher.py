@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cli.launcher import launch
+from rlhf.cli.launcher import launch, ranks_wanted
 from rlhf.config import ConfigError
 from rlhf.pipeline.run import Run
+from rlhf.pipeline.settings import LaunchConfig
 
 
 @pytest.mark.parametrize("lock", [".lock", ".launcher.lock"])
@@ -31,3 +32,10 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"runs_dir=.*file: .* cannot be written"):
         launch({}, tmp_path / "file" / "run", 2)
+
+
+def test_more_ranks_than_the_memory_can_hold_are_not_started() -> None:
+    config = LaunchConfig(processes=100_000)
+    with pytest.raises(ConfigError, match=r"launch\.processes=100000: a rank needs about .* Use fewer ranks"):
+        ranks_wanted(config, "cpu")
+    assert ranks_wanted(LaunchConfig(processes=2), "cpu") == 2

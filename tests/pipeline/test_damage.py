@@ -558,7 +558,7 @@ def test_a_checkpoint_whose_manifest_is_no_manifest_is_damaged(store: Store, con
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text(content)
     assert run_verify(store.root.parent).code == 3
-    assert store.checkpoint_seconds("sft", KEY) == 0.0
+    assert store.checkpoint_progress("sft", KEY) == (0.0, 0.0)
     assert store.left_behind("sft", RECIPE) is None
 
 

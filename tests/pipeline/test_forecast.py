@@ -99,8 +99,8 @@ def test_stages_of_which_nothing_is_predicted_change_nothing(monkeypatch: pytest
 
 def test_of_a_resumed_stage_all_attempts_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine takes twice as long as predicted, before and after the stop."""
-    run = Watched(monkeypatch, ppo=Prediction(1000.0, 990.0), evaluate=500.0)
-    assert run.told["expected"] == {"ppo": 10.0, "evaluate": 500.0}
+    run = Watched(monkeypatch, ppo=Prediction(1000.0, 990.0, 0.5), evaluate=500.0)
+    assert run.told["expected"] == {"ppo": 500.0, "evaluate": 500.0}
     run.stage("ppo", 100, 20.0, done=50)
     first, *_ = run.said
     assert first.startswith("About 31:41 to go"), first  # 46 steps of 20 s and nearly twice 500 s

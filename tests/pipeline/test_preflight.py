@@ -283,10 +283,13 @@ def test_the_copy_that_the_background_writes_from_counts(
     assert with_copy(cost, on, never) == cost
 
 
-@pytest.mark.parametrize(("spent", "left"), [(0.0, "3:20"), (70.0, "2:10"), (999.0, "1:40")])
-def test_what_is_to_come_begins_where_the_checkpoint_is(spent: float, left: str) -> None:
+@pytest.mark.parametrize(
+    ("spent", "share", "left"), [(0.0, 0.0, "3:20"), (9.0, 0.7, "2:10"), (999.0, 0.7, "2:10")]
+)
+def test_what_is_to_come_begins_where_the_checkpoint_is(spent: float, share: float, left: str) -> None:
+    """However long its steps took beside what is predicted of them."""
     costs = dict.fromkeys(("sft", "ppo"), StageCost(work=[Task("train", 100.0, "")]))
-    said = expectations(costs, gpus(80.0), {"sft": Begun(), "ppo": Begun(1.0, spent)})
+    said = expectations(costs, gpus(80.0), {"sft": Begun(), "ppo": Begun(1.0, spent, share)})
     assert said.startswith(f"About {left} to go")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from rlhf.rewards.code import code_on_disk
+from rlhf.config import ConfigError
+from rlhf.rewards.code import code_on_disk, imported_code
 
 CODE = '''"""Scores."""
 
@@ -21,6 +23,27 @@ def score(prompts, responses):
     """Longer is better."""
     return [float(len(each) > LEAST) for each in responses]
 '''
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("def score(:\n", r"python:broken:score: .*broken\.py:1: invalid syntax\. Fix that line\."),
+        (
+            "\n1 / 0\n",
+            r"python:broken:score: importing broken raised ZeroDivisionError: .*broken\.py, line 2\)",
+        ),
+        ("import nowhere_at_all\n", r"No module named 'nowhere_at_all'\. The module must be importable"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, told: str
+) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    with pytest.raises(ConfigError, match=told):
+        imported_code("python:broken:score")
 
 
 def digest(folder: Path, code: str) -> dict[str, str]:

@@ -102,6 +102,14 @@ def test_a_call_that_fails_says_both_forms() -> None:
         called("python:mine:score", score)(TEXTS, SAID)
 
 
+def test_a_function_that_ends_python_ends_no_run() -> None:
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        raise SystemExit(0)
+
+    with pytest.raises(RewardError, match=r"score: SystemExit: 0 "):
+        called("python:mine:score", score)(TEXTS, SAID)
+
+
 def picky(prompts: list[str], responses: list[str]) -> list[float]:
     if any(not response.strip() for response in responses):
         raise ValueError("an empty answer")

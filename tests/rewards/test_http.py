@@ -167,8 +167,15 @@ def test_garbage_is_told(server: Server, monkeypatch: pytest.MonkeyPatch, scores
     if scores == "1e999":  # inf, which whoever uses the scores refuses
         assert remote_reward(server.url, ask_once)(*ROWS).isinf().tolist() == [True, False]
         return
-    with pytest.raises(RewardError, match=r"must answer|does not answer, asked 1 times"):
+    with pytest.raises(RewardError, match=r"must answer|is no JSON, asked 1 times"):
         remote_reward(server.url, ask_once)(*ROWS)
+
+
+def test_a_page_in_place_of_scores_is_shown(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "dumps", lambda said: said if isinstance(said, str) else "{}")
+    server.answers = [(200, "<!doctype html>\n<title>Log in</title>")]
+    with pytest.raises(RewardError, match=r"is no JSON, asked 1 times: '<!doctype html>' .* Fix the URL or"):
+        remote_reward(server.url, RewardServerConfig(timeout=5.0, retries=0))(*ROWS)
 
 
 @pytest.mark.parametrize("head", ["", "HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "body"])

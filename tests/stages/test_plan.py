@@ -44,6 +44,12 @@ def chain(finished_chain: tuple[Chain, Outcome]) -> Chain:
     return finished_chain[0]
 
 
+def test_keys_of_gpus_are_not_ignored(chain: Chain) -> None:
+    outcome = chain.run("stage=plan", *GIVEN, "plan.gpu_memory=48GiB", "plan.gpu_tflops=900")
+    told = "plan.gpu_memory, plan.gpu_tflops: read only with plan.gpus, the GPUs of each node"
+    assert outcome.code == 2 and told in outcome.err, outcome.err
+
+
 @pytest.fixture(scope="module")
 def config_of_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with nothing but a config.json."""

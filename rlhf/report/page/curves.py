@@ -103,8 +103,8 @@ class Chart:
     def healthy(self) -> str:
         """The range in words; empty if none is known."""
         low, high = self.bounds
-        least = [] if low is None else [f"at least {low:g}"]
-        return " and ".join(least if high is None else [*least, f"at most {high:g}"])
+        least = [] if low is None else [f"at least {low:.4g}"]
+        return " and ".join(least if high is None else [*least, f"at most {high:.4g}"])
 
     @property
     def said(self) -> str:
