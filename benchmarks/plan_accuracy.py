@@ -40,6 +40,7 @@ from rlhf.costs.model_shape import shape_of
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute, make_compute
 from rlhf.models.base import BaseModelFiles
+from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.preflight import found_context, most
 
 HERE = Path(__file__).parent
@@ -267,7 +268,7 @@ def predict(case: Case, compute: Compute, machine: Machine) -> tuple[float, floa
     shape = shape_of(BaseModelFiles(base, "the model", experiment.settings.model).architecture)
     machine = replace(machine, ranks=case.ranks, ranks_here=case.ranks)
     on = replace(found_context(experiment.settings, shape, compute, data.size), machine=machine)
-    cost = experiment.stages[case.stage].cost(on, experiment.stages)
+    cost = cost_of(experiment.stages[case.stage], on, experiment.stages)
     phase, peak = most(cost, on)
     return peak, cost.seconds, phase.name
 

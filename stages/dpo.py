@@ -20,20 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import PositiveInt, model_validator
 
 from rlhf.config import ConfigError
-from rlhf.costs.memory import MemoryPhase, frozen_runs, logits, reading
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel, joined
-from rlhf.costs.training import training_cost
+from rlhf.costs.training import training_cost, with_reference
 from rlhf.data.roles import TRAINING
 from rlhf.data.schema import Split, ThumbRow
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import directory_of
 from rlhf.pipeline.checks import too_long
+from rlhf.pipeline.costing import starting
 from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
-from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
 from rlhf.pipeline.stage import Stage, View
@@ -165,7 +163,7 @@ class DpoStage(PreferenceConfig, Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """The reference reads both sides of every training row before the policy is loaded; then as SFT."""
-        on = on.starting(directory_of(root_of(f"{self.name}.init", self.init, chain)[1]))
+        on = starting(self, on, chain)
         train, held_out = (
             joined(sides, sides)
             for sides in (on.sizes(self.role, split).cut(self.max_tokens) for split in TRAINING)
@@ -185,23 +183,14 @@ class DpoStage(PreferenceConfig, Stage):
                     what="held-out rows, measured more often",
                 )
             )  # fmt: skip
+        cost = replace(cost, work=work)
         if not self.needs_reference:
-            return replace(cost, work=work)
-        read = on.pass_tokens(train.rows, train, self.micro_batch_tokens)
-        phase = MemoryPhase(
-            "reference", [*frozen_runs(on, "reference"), reading(on, read), logits(on, learns=False)]
-        )
-        rows = [each.rows * each.mean for each in (train, held_out)]
-        others = self.epochs * rows[0] if self.needs_others else 0.0
-        tokens = passes * sum(rows) + others
-        reference = [
-            worker.load(1, what="reference"),
-            worker.read(
-                on.computed(tokens, train), train.mean, predicted=tokens,
-                what="the reference's log-probabilities" + (", and KTO's reference point" * bool(others)),
-            ),
-        ]  # fmt: skip
-        return replace(cost, phases=[phase, *cost.phases], work=[*reference, *work])
+            return cost
+        others = self.epochs * train.rows * train.mean if self.needs_others else 0.0
+        return with_reference(
+            cost, on, train, held_out, passes=passes, others=others,
+            micro_batch_tokens=self.micro_batch_tokens,
+        )  # fmt: skip
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Ask the reference once, train, and publish the best policy."""

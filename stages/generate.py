@@ -22,10 +22,10 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.schema import PromptRow
-from rlhf.models.start import directory_of
+from rlhf.pipeline.abilities import MakesRows
 from rlhf.pipeline.checks import too_long
+from rlhf.pipeline.costing import starting
 from rlhf.pipeline.fields import UNKEYED, Memory, Model, Reads, Score, peft_of, reads_of
-from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.stage import Stage, View
@@ -42,7 +42,7 @@ OF_SCORES = ("score_deviation", "within_prompt_share", "score_reliability")
 """Gates that need scores."""
 
 
-class GenerateStage(Stage):
+class GenerateStage(MakesRows):
     """The keys `generate.*`. Values: conf/stages/generate.yaml."""
 
     repeats_keys: ClassVar[bool] = True
@@ -162,7 +162,7 @@ class GenerateStage(Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every sample is decoded, and read once by the reward model."""
-        on = on.starting(directory_of(root_of(f"{self.name}.policy", self.policy, chain)[1]))
+        on = starting(self, on, chain)
         made = chain.get(self.policy)
         prompts = self.prompts(on)
         scoring = len(models_of(self.reward))

@@ -31,7 +31,6 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import LengthStats
 from rlhf.data.schema import PromptRow
 from rlhf.data.sources import SourceConfig
@@ -41,9 +40,11 @@ from rlhf.label.pairs import Pair, pair_id, pairs_of_answers, pairs_of_file, row
 from rlhf.label.server_config import ServerConfig
 from rlhf.label.snapshot import MACHINE, Snapshot, imported
 from rlhf.label.votes import Choice, Given, VotesFile, votes_in
+from rlhf.pipeline.abilities import MakesRows, Records
 from rlhf.pipeline.fields import UNKEYED, Memory, Reads, Score, reads_of
 from rlhf.pipeline.graph import scoring_stages
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.made_rows import maker_of
 from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage, View
@@ -57,13 +58,12 @@ if TYPE_CHECKING:
 Person = Annotated[str, Field(pattern=r"^[\w-]{1,40}$")]
 
 
-class LabelStage(Stage):
+class LabelStage(MakesRows, Records):
     """The keys `label.*`. Values: conf/stages/label.yaml."""
 
     version: ClassVar[int] = 1
     in_chain: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
-    records: ClassVar[bool] = True
     metrics: ClassVar[Mapping[str, Metric]] = {
         "votes": Metric("votes", ",.0f"),
         "pairs": Metric("pairs", ",.0f"),
@@ -173,7 +173,7 @@ class LabelStage(Stage):
     def check_offers(self, said: str, chain: Mapping[str, Stage]) -> None:
         """There may be held-out rows: the answers to held-out prompts."""
         for name in self.answering_stages():
-            chain[name].check_offers(said, chain)
+            maker_of(name, chain).check_offers(said, chain)
 
     def offer_advice(self) -> str:
         """How to get more rows."""
@@ -193,10 +193,10 @@ class LabelStage(Stage):
             mean = sum(texts) / max(1, len(texts))
             found = LengthStats(len(texts), mean, 0.0, round(max(texts, default=0.0)))
         else:
-            found = chain[self.answers[0]].offered_lengths(on, chain)
+            found = maker_of(self.answers[0], chain).offered_lengths(on, chain)
         rows = min(found.rows, self.votes)
         if self.before is not None:
-            rows += chain[self.before].offered_lengths(on, chain).rows
+            rows += maker_of(self.before, chain).offered_lengths(on, chain).rows
         return found._replace(rows=rows)
 
     def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
@@ -217,10 +217,6 @@ class LabelStage(Stage):
     def suffices(self, metrics: Mapping[str, float]) -> bool:
         """There are enough votes, or no pair is left."""
         return metrics["votes"] >= self.votes or metrics["pairs_open"] == 0
-
-    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """Nothing worth counting: a reward model reads each answer once, and holds less than its training."""
-        return StageCost()
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Collect votes, and publish those that there are."""

@@ -30,13 +30,13 @@ from rlhf.costs.hardware import (
 )
 from rlhf.costs.model_shape import ModelShape, counted
 from rlhf.costs.setup import CostContext, Sizes, pads_rows
-from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import exchange_ids, prompt_ids
 from rlhf.data.prepared import LengthStats
 from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Split
 from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.models.peft.methods import MethodName
+from rlhf.pipeline.abilities import TellsOfRuns
 from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import Reads, peft_of
@@ -88,7 +88,7 @@ ASSUMED = {"rows": 10_000, "prompt_tokens": 512, "answer_tokens": 512}
 """For GPUs that are not here, where the data need not be either."""
 
 
-class PlanStage(Stage):
+class PlanStage(TellsOfRuns):
     """The keys `plan.*`. Values: conf/stages/plan.yaml."""
 
     metrics: ClassVar[Mapping[str, Metric]] = {
@@ -96,10 +96,6 @@ class PlanStage(Stage):
         "peak_gib": Metric("GiB of the best", ".1f"),
         **named("hours"),
     }
-    random: ClassVar[bool] = False
-    in_chain: ClassVar[bool] = False
-    reads_weights: ClassVar[bool] = False
-    cacheable: ClassVar[bool] = False
 
     trains: list[str] | None = Field(min_length=1)
     """The stages that are planned, of those that train (sft, reward, ppo, your own), with their data and
@@ -217,10 +213,6 @@ class PlanStage(Stage):
                     f"plan.trains={name}: no stage of that name trains.{did_you_mean(name, known)} "
                     f"Known: {', '.join(known)}."
                 )
-
-    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """It runs no model."""
-        return StageCost()
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Weigh every strategy, show the table, write the best one down."""

@@ -15,8 +15,6 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost
 from rlhf.data.preparation import Preparation
 from rlhf.data.prepared import FAULTS
 from rlhf.data.roles import ROLES
@@ -96,10 +94,6 @@ class PrepareStage(Stage):
         for role, entry in ROLES.items():
             found |= own_code(entry.parse.__module__, role)
         return found
-
-    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """It runs no model."""
-        return StageCost()
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Read and check every role, set the evaluation prompts aside, split the rest."""

@@ -11,21 +11,16 @@ from pathlib import Path
 from typing import ClassVar
 
 from rlhf.config import ConfigError, did_you_mean
-from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost
+from rlhf.pipeline.abilities import TellsOfRuns
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
-from rlhf.pipeline.stage import Stage, View
+from rlhf.pipeline.stage import View
 
 
-class ReportStage(Stage):
+class ReportStage(TellsOfRuns):
     """The keys `report.*`. Values: conf/stages/report.yaml."""
 
     metrics: ClassVar[Mapping[str, Metric]] = {"runs": Metric("runs", ".0f")}
-    random: ClassVar[bool] = False
-    in_chain: ClassVar[bool] = False
-    reads_weights: ClassVar[bool] = False
-    cacheable: ClassVar[bool] = False
 
     runs: list[str]
     """The runs of the page, by their names in runs_dir, in this order. The name of a sweep stands for all its
@@ -44,10 +39,6 @@ class ReportStage(Stage):
                     f"report.runs={name} with run_name={view.directory.name}: the page's run would replace "
                     "that run's files. Use another run_name."
                 )
-
-    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """Nothing worth counting."""
-        return StageCost()
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Write the page."""

@@ -17,9 +17,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 
 from rlhf.config import ConfigError
-from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost, joined
-from rlhf.costs.training import training_cost
 from rlhf.data.roles import TRAINING
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
@@ -30,7 +27,6 @@ from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.start import files_of
 from rlhf.pipeline.checks import too_long
 from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
-from rlhf.pipeline.graph import init_directory
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import SIZES, Healthy, Metric, named
 from rlhf.pipeline.stage import Stage, View
@@ -105,19 +101,6 @@ class RewardStage(Stage):
             beside=virtual, most=self.max_tokens,
             mend=f"Lower reward.max_tokens={self.max_tokens} to that, so that longer pairs are left out, or "
             "start from a model with a longer context.",
-        )  # fmt: skip
-
-    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """Both sides of every pair."""
-        on = on.starting(init_directory(self))
-        train, held_out = (
-            joined(sides, sides)
-            for sides in (on.sizes("pairs", split).cut(self.max_tokens) for split in TRAINING)
-        )
-        return training_cost(
-            on, self.peft, train, held_out, batch_rows=self.batch_pairs, epochs=self.epochs,
-            micro_batch_tokens=self.micro_batch_tokens, checkpointing=self.activation_checkpointing,
-            has_logits=False, longest=train.longest // 2,
         )  # fmt: skip
 
     def run(self, job: Job) -> Mapping[str, float]:

@@ -8,7 +8,6 @@ Writes  a plain causal-LM directory, and the held-out loss before and after; wit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -17,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
-from rlhf.costs.training import training_cost
+from rlhf.costs.training import training_cost, with_replayed
 from rlhf.data.answers import Answers
 from rlhf.data.roles import TRAINING
 from rlhf.data.schema import Split
@@ -25,9 +24,8 @@ from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import directory_of
+from rlhf.pipeline.costing import starting
 from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Reads, Rows, reads_of
-from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
 from rlhf.pipeline.stage import Stage
@@ -109,16 +107,11 @@ class SftStage(Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""
-        on = on.starting(directory_of(root_of(f"{self.name}.init", self.init, chain)[1]))
+        on = starting(self, on, chain)
         room = self.room(on.shape.context)
         train, held_out = (on.sizes("sft", split).cut(room) for split in TRAINING)
         if self.replay_fraction > 0:
-            replay = on.sizes("replay", "train").cut(self.room(on.shape.context))
-            beside = train.mean * self.replay_fraction / (1 - self.replay_fraction)  # tokens to each row
-            train = train._replace(
-                mean=train.mean + beside, longest=max(train.longest, replay.longest),
-                deviation=math.sqrt(train.deviation**2 + beside / replay.mean * replay.deviation**2),
-            )  # fmt: skip
+            train = with_replayed(train, on.sizes("replay", "train").cut(room), self.replay_fraction)
         return training_cost(
             on, self.peft, train, held_out, longest=train.longest, batch_rows=self.batch_rows,
             epochs=self.epochs, micro_batch_tokens=self.micro_batch_tokens,

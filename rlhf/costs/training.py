@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from rlhf.costs.memory import (
     FP32,
     Allocation,
@@ -110,3 +113,48 @@ def artifact_bytes(on: CostContext, peft: PeftConfig, *, is_scalar: bool = False
     beside = 0 if peft.method == "none" else on.dtype_bytes * COSTS[peft.method].published(on.shape, peft)
     model = frozen_weights(on, "published", is_scalar=is_scalar).size
     return beside + (model if METHODS[peft.method].merges else 0)
+
+
+def with_replayed(train: LengthStats, replay: LengthStats, fraction: float) -> LengthStats:
+    """Rows with others beside each.
+
+    Args:
+        fraction: of all tokens, those of the others.
+    """
+    beside = train.mean * fraction / (1 - fraction)  # tokens to each row
+    return train._replace(
+        mean=train.mean + beside, longest=max(train.longest, replay.longest),
+        deviation=math.sqrt(train.deviation**2 + beside / replay.mean * replay.deviation**2),
+    )  # fmt: skip
+
+
+def with_reference(
+    cost: StageCost,
+    on: CostContext,
+    train: LengthStats,
+    held_out: LengthStats,
+    *,
+    passes: int,
+    others: float,
+    micro_batch_tokens: int,
+) -> StageCost:
+    """A cost behind a frozen model that reads all rows before the one that trains is loaded.
+
+    Args:
+        passes: so often it reads them.
+        others: tokens that are read beside them.
+    """
+    worker = ThroughputModel(on)
+    read = on.pass_tokens(train.rows, train, micro_batch_tokens)
+    phase = MemoryPhase(
+        "reference", [*frozen_runs(on, "reference"), reading(on, read), logits(on, learns=False)]
+    )
+    tokens = passes * sum(each.rows * each.mean for each in (train, held_out)) + others
+    reference = [
+        worker.load(1, what="reference"),
+        worker.read(
+            on.computed(tokens, train), train.mean, predicted=tokens,
+            what="the reference's log-probabilities" + (", and KTO's reference point" * bool(others)),
+        ),
+    ]  # fmt: skip
+    return replace(cost, phases=[phase, *cost.phases], work=[*reference, *cost.work])

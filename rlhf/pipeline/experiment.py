@@ -25,6 +25,7 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import know_policies
 from rlhf.pipeline.auto import with_judge, without_auto
 from rlhf.pipeline.checks import check
+from rlhf.pipeline.defaults import packaged_values
 from rlhf.pipeline.fields import peft_of
 from rlhf.pipeline.graph import in_order, inputs, named_sources, normalized_rewards, starts_from
 from rlhf.pipeline.made_rows import check_made, check_makers
@@ -254,11 +255,12 @@ def check_places(resolved: Mapping[str, Any]) -> None:
             "experiment: its keys stand below `experiment`, and not at the top. Write `# @package _global_` "
             "as the first line of your file, or name it by its path: +experiment=DIRECTORY/FILE.yaml."
         )
+    packaged = packaged_values()
     for name, value in resolved.items():
-        if name not in Settings.model_fields and not isinstance(value, Mapping):
+        if isinstance(packaged.get(name), Mapping) and value is not None and not isinstance(value, Mapping):
             raise ConfigError(
-                f"{name}={value}: there is no such key. If {name} is a stage, set its keys one by one, such "
-                f"as {name}.KEY={value}."
+                f"{name}={value}: {name} is a section of keys. Set them one by one, such as "
+                f"{name}.KEY={value}."
             )
 
 

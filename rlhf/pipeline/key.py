@@ -12,6 +12,7 @@ from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, Recipe, directory_digest
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.start import init_digest, init_in_key
+from rlhf.pipeline.abilities import Records, TellsOfRuns
 from rlhf.pipeline.fields import Mark, Rows, marked
 from rlhf.pipeline.graph import inputs, made_roles, own_roles, reads_base_model, starts_from, users_words
 from rlhf.pipeline.stage import Stage
@@ -58,7 +59,7 @@ def recipe_of(
     if roles := [*own_roles(stage)]:  # the content of the prepared sets, not the key of `prepare`
         files = artifacts["prepare"].manifest.files
         recipe["data"] = {role: role_digest(role, files) for role in roles if role not in made}
-    if stage.records:
+    if isinstance(stage, Records):
         recipe["recorded"] = stage.recorded(artifacts, external)
     if made:
         recipe["rows"] = _preparing(made, chain["prepare"])
@@ -71,7 +72,7 @@ def recipe_of(
         recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
         if stage.is_timed:
             recipe["vllm"] = around.vllm.model_dump()
-    if not stage.cacheable:  # each run makes its own, and must not replace another's
+    if isinstance(stage, TellsOfRuns):  # each run makes its own, and must not replace another's
         recipe["run"] = str(around.run.resolve())
     found: Recipe = redacted(recipe)
     return found

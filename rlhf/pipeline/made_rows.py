@@ -20,6 +20,7 @@ from rlhf.data.roles import ROLES
 from rlhf.data.schema import Split
 from rlhf.data.sources import SourceConfig, lender
 from rlhf.models.base import BaseModelFiles
+from rlhf.pipeline.abilities import MakesRows
 from rlhf.pipeline.graph import made_by, made_roles, makers, named_sources
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage
@@ -49,6 +50,13 @@ def check_makers(chain: Mapping[str, Stage]) -> None:
             )
 
 
+def maker_of(name: str, chain: Mapping[str, Stage]) -> MakesRows:
+    """The stage of this name, which `check_makers` has found to make rows."""
+    found = chain[name]
+    assert isinstance(found, MakesRows)
+    return found
+
+
 def check_made(stage: Stage, chain: Mapping[str, Stage]) -> None:
     """Refuse rows of which there are sure to be none.
 
@@ -57,7 +65,7 @@ def check_made(stage: Stage, chain: Mapping[str, Stage]) -> None:
     """
     for role, source in made_roles(stage, chain).items():
         assert source.stage is not None
-        chain[source.stage].check_offers(f"{ROLES[role].key}={source}", chain)
+        maker_of(source.stage, chain).check_offers(f"{ROLES[role].key}={source}", chain)
 
 
 def data_of(stage: Stage, prepared: Path, chain: Mapping[str, Stage], made: Path) -> PreparedData:
@@ -101,7 +109,7 @@ def prepare_rows(
             preparation = prepare.preparation(dict.fromkeys(ROLES) | sources, base, Path(scratch))
             preparation.prepare(progress)
         except NoRowsError as error:
-            advice = [chain[maker].offer_advice() for maker in makers(stage, chain)]
+            advice = [maker_of(maker, chain).offer_advice() for maker in makers(stage, chain)]
             raise ConfigError(" ".join([str(error), *advice])) from None
         preparation.write(directory)
         preparation.show(progress.console)
@@ -116,7 +124,7 @@ def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> Cos
         name = stage.own_role(role)
         if name not in known:
             return sizes(name, split)
-        maker = chain[known[name]]
+        maker = maker_of(known[name], chain)
         found = maker.offered_lengths(context_of(maker, chain, on), chain)
         share = dict(chain["prepare"])["held_out_fraction"]
         return found._replace(rows=max(1, round(found.rows * (share if split == "held_out" else 1 - share))))
@@ -130,8 +138,12 @@ def _check_offer(role: str, maker: str, chain: Mapping[str, Stage]) -> None:
     said = f"{ROLES[role].key}=stage:{maker}"
     if maker not in chain:
         raise ConfigError(f"{said}: there is no such stage.{did_you_mean(maker, chain)}")
-    if kind_of(role) not in chain[maker].offers:
-        can = [name for name, stage in chain.items() if kind_of(role) in stage.offers]
+    can = [
+        name
+        for name, stage in chain.items()
+        if isinstance(stage, MakesRows) and kind_of(role) in stage.offers
+    ]
+    if maker not in can:
         others = f"Stages that do: {', '.join(can)}." if can else "No stage does. Name a file."
         raise ConfigError(f"{said}: {maker} makes no such rows. {others}")
 
@@ -140,7 +152,7 @@ def _file(
     role: str, source: SourceConfig, chain: Mapping[str, Stage], inputs: Mapping[str, Artifact]
 ) -> SourceConfig:
     assert source.stage is not None
-    path = inputs[source.stage].path / chain[source.stage].offers[kind_of(role)]
+    path = inputs[source.stage].path / maker_of(source.stage, chain).offers[kind_of(role)]
     if path.stat().st_size == 0:
         raise NoRowsError(f"{ROLES[role].key}=stage:{source.stage}: {source.stage} made no rows.")
     return source.model_copy(update={"stage": None, "path": str(path)})

@@ -27,6 +27,7 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import rehearse
 from rlhf.models.start import counts_alike, directory_of
 from rlhf.pipeline.checks import complaints
+from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import peft_of
 from rlhf.pipeline.forecast import Prediction
@@ -157,7 +158,7 @@ def chosen(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostCon
 
 def while_sampling(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> StageCost:
     """What the stage needs while it samples."""
-    cost = stage.cost(context_of(stage, chain, on), chain)
+    cost = cost_of(stage, context_of(stage, chain, on), chain)
     phases = [phase for phase in cost.phases if phase.name == SAMPLING]
     return replace(cost, phases=phases or cost.phases or [MemoryPhase(SAMPLING)])
 
@@ -296,8 +297,8 @@ def preflight(
         way = (ways or {}).get(stage.name)
         there = chosen(stage, chain, on) if way is None else replace(on, local_sampling=way)
         there = context_of(stage, chain, there)
-        usual[stage.name] = stage.cost(replace(there, answer_tokens=answer_tokens), chain).work
-        cost = costs[stage.name] = with_copy(stage.cost(there, chain), there, checkpoints)
+        usual[stage.name] = cost_of(stage, replace(there, answer_tokens=answer_tokens), chain).work
+        cost = costs[stage.name] = with_copy(cost_of(stage, there, chain), there, checkpoints)
         if not cost.phases:
             continue
         need = shortage(cost, on)
@@ -435,7 +436,8 @@ def fits(
     if not is_taken(changed, changed_chain, setting):
         return False
     setting = chosen(changed, changed_chain, setting)
-    return shortage(changed.cost(context_of(changed, changed_chain, setting), changed_chain), setting) <= FITS
+    cost = cost_of(changed, context_of(changed, changed_chain, setting), changed_chain)
+    return shortage(cost, setting) <= FITS
 
 
 def is_taken(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> bool:
@@ -500,7 +502,7 @@ def longest_sampled(
     stage does not say, or a model of the user's own counts tokens in another way than `prepare` did. So long
     are the rows that vLLM is built for, where `vllm.max_model_len` is null."""
     sampling = [stage for stage in stages if stage.samples]
-    costs = [stage.cost(context_of(stage, chain, on), chain) for stage in sampling]
+    costs = [cost_of(stage, context_of(stage, chain, on), chain) for stage in sampling]
     if not costs or any(not cost.sampled for cost in costs):
         return None
     own = {directory_of(init) for stage in sampling for _, init in answering(stage, chain)} - {None}

@@ -27,6 +27,7 @@ from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.libraries import load_libraries
 from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
+from rlhf.pipeline.abilities import Records, TellsOfRuns, is_enough
 from rlhf.pipeline.checks import check, complaints, refuse
 from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
@@ -272,7 +273,7 @@ class Pipeline:
         why = ""
         if self.experiment.settings.why:
             if forced:
-                reason = "force" if stage.cacheable else "it always does"
+                reason = "it always does" if isinstance(stage, TellsOfRuns) else "force"
             why = f": {reason or self.compute.main_only(lambda: self.explain(recipe))}"
         self.console.print(f"[cyan]{name}[/] runs ({key}){why}", highlight=False)
         damage = self.compute.main_only(lambda: self.damaged_input(stage, artifacts))
@@ -340,7 +341,7 @@ class Pipeline:
         self.compute.barrier()  # others may still read the rows
         if self.compute.is_main:
             shutil.rmtree(rows, ignore_errors=True)  # on NFS its files may still be mapped
-        if stage.records:
+        if isinstance(stage, Records):
             recipe = recipe | {"recorded": job.recorded}
             key = recipe_key(recipe)
         seconds, peak = job.checkpoints.spent(), peak_bytes(self.compute, is_measured=is_measured)
@@ -367,8 +368,8 @@ class Pipeline:
     def explain(self, recipe: Recipe) -> str:
         """Why the store's artifact is not used. The caller holds the artifact's lock."""
         if found := self.store.find(recipe["stage"], recipe_key(recipe)):
-            is_enough = self.experiment.stages[recipe["stage"]].suffices(found.manifest.metrics)
-            return "an input was rebuilt, with another result" if is_enough else "it has less than is asked"
+            has_enough = is_enough(self.experiment.stages[recipe["stage"]], found.manifest.metrics)
+            return "an input was rebuilt, with another result" if has_enough else "it has less than is asked"
         return self.store.explain(recipe["stage"], recipe)
 
     def checkpointing(self, *, forget: bool) -> CheckpointConfig:
@@ -381,7 +382,7 @@ class Pipeline:
 
     def is_forced(self, stage: Stage) -> bool:
         """Whether it runs even if the store has its artifact."""
-        asked = stage.name in self.experiment.settings.force or not stage.cacheable
+        asked = stage.name in self.experiment.settings.force or isinstance(stage, TellsOfRuns)
         return asked and stage.name not in self.made
 
     def damaged_input(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> DamagedError | None:
@@ -527,7 +528,7 @@ class Pipeline:
             return None
         if found is None or found.manifest.input_digests != self.input_digests(stage, artifacts):
             return None
-        if not stage.suffices(found.manifest.metrics):
+        if not is_enough(stage, found.manifest.metrics):
             return None
         return found
 

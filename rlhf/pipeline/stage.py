@@ -13,7 +13,7 @@ from pydantic import PrivateAttr
 from rlhf.config import Bound, Strict
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
-from rlhf.data.prepared import LengthStats, PreparedData
+from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import Role
 from rlhf.digests import DirectoryDigest
 from rlhf.distributed.compute import Compute
@@ -21,7 +21,6 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.fields import Mark, Reads, fields_of, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
-from rlhf.pipeline.store import Artifact
 
 
 class Mount(NamedTuple):
@@ -88,15 +87,8 @@ class Stage(Strict, ABC):
     """Whether `stage=all` runs it; others run only where they are named."""
     is_timed: ClassVar[bool] = False
     """Whether it says how long sampling took, so that `vllm.*` decide the result."""
-    records: ClassVar[bool] = False
-    """Whether it adds to a file outside the store while it runs. The digest of what it publishes of that
-    (`recorded`) is in its key: taken before it runs, and again from the job when it is done."""
-    cacheable: ClassVar[bool] = True
-    """Whether its artifact is taken instead of running it again."""
     roles: ClassVar[Mapping[str, Role]] = {}
     """Data roles that it brings along, by name: `prepare` reads, checks, splits and counts their rows."""
-    offers: ClassVar[Mapping[str, str]] = {}
-    """Roles that may read what it makes, as `stage:NAME`: the file in its artifact with their rows."""
     _mount: Mount = PrivateAttr(Mount(""))
     gates: dict[str, Bound | None]
     """Summary metric -> the range it must lie in. Checked after every run and every reuse;
@@ -134,38 +126,6 @@ class Stage(Strict, ABC):
     def own_role(self, role: str) -> str:
         """What a role that it reads is called in the table of roles."""
         return self._mount.roles.get(role, role)
-
-    def offer_advice(self) -> str:
-        """How to have it make more rows for others, in the user's own keys."""
-        raise NotImplementedError
-
-    def check_offers(self, said: str, chain: Mapping[str, Stage]) -> None:
-        """Refuse to make rows for others where the knobs are sure to give none.
-
-        Args:
-            said: the key that wants them, and its value.
-            chain: all stages, where others' knobs decide too.
-
-        Raises:
-            ConfigError: in the user's own keys.
-        """
-
-    def offered_lengths(self, on: CostContext, chain: Mapping[str, Stage]) -> LengthStats:
-        """How many rows it makes for others (`offers`), and how long, at most: for a cost."""
-        raise NotImplementedError
-
-    def recorded(self, inputs: Mapping[str, Artifact], external: Mapping[str, str]) -> str:
-        """Of a stage that `records`: the digest of what it has recorded so far.
-
-        Args:
-            inputs: finished artifacts, with those that it reads.
-            external: its `external_digests`.
-        """
-        raise NotImplementedError
-
-    def suffices(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an artifact with these summary metrics is taken instead of running the stage again."""
-        return True
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """The roles that it reads and cannot do without: a run that lacks their data is refused."""
@@ -211,9 +171,12 @@ class Stage(Strict, ABC):
         """
         return {}
 
-    @abstractmethod
-    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost | None:
         """What it needs in memory, phase by phase, and the work it does, from its knobs alone.
+
+        Returns:
+            None for what follows from its fields: each row of its first role is learned `epochs` times, in
+            steps of its first `Batch`; of a stage without a field of the type `Peft`, nothing worth counting.
 
         Args:
             on: model, hardware, and the lengths of its data.

@@ -21,6 +21,7 @@ from rlhf.models.peft.attach import check_attachable
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.checks import check
+from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.experiment import Experiment, check_method
 from rlhf.pipeline.fields import Mark, fields_of, peft_of
 from rlhf.pipeline.preflight import FITS, check_tunes, shortage, tightest
@@ -283,7 +284,7 @@ def attempted(stages: list[Stage], given: Experiment, on: CostContext) -> Attemp
     whole = with_answers({**given.stages, **{stage.name: stage for stage in stages}}, stages)
     minutes = given.settings.checkpoint.every_minutes
     costs = {
-        stage.name: stage.cost(on, whole).with_checkpoints(on.machine, minutes and 60 * minutes)
+        stage.name: cost_of(stage, on, whole).with_checkpoints(on.machine, minutes and 60 * minutes)
         for stage in stages
     }
     return Attempt(on, stages, named_after_stages(costs), costs, [])

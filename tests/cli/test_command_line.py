@@ -86,8 +86,16 @@ def test_a_first_word_without_an_equals_sign_is_a_command(
             "experiment: its keys stand below `experiment`, and not at the top. Write",
         ),
         ("defaults:\n  - mine\n", (), "files name each other in their `defaults`, in a circle"),
-        ("# @package _global_\nsft: 5\n", (), "sft=5: there is no such key. If sft is a stage, set its keys"),
-        ("# @package _global_\n", ("sft=5",), "sft=5: there is no such key. If sft is a stage, set its keys"),
+        (
+            "# @package _global_\nsft: 5\n",
+            (),
+            "sft=5: sft is a section of keys. Set them one by one",
+        ),
+        (
+            "# @package _global_\n",
+            ("sft=5",),
+            "sft=5: sft is a section of keys. Set them one by one",
+        ),
     ],
 )
 def test_an_own_file_that_says_otherwise_than_meant_is_told(

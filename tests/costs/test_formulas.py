@@ -27,6 +27,7 @@ from rlhf.data.prepared import LengthStats
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import MethodName
+from rlhf.pipeline.costing import cost_of
 from rlhf.planner.report import explanation, phases, table
 from rlhf.planner.strategies import Figure, Strategy, Use, prefill, served
 from rlhf.training.trained import FILE_BYTES
@@ -51,7 +52,7 @@ def test_what_is_learned_beside_counts_too(stage: str, knobs: list[str], phase: 
     def needs(*overrides: str) -> tuple[float, float]:
         found = build("ppo.batch_episodes=8", "ppo.minibatch_episodes=4", f"{stage}.peft=none",
                            f"{stage}.micro_batch_tokens=100000", *overrides)  # fmt: skip
-        cost = found.stages[stage].cost(gpus(80), found.stages)
+        cost = cost_of(found.stages[stage], gpus(80), found.stages)
         (at,) = [each for each in cost.phases if each.name == phase]
         return sum(part.size for part in at.parts if part.kind == kind), cost.seconds
 
@@ -65,7 +66,7 @@ def test_what_cannot_be_merged_takes_little_disk() -> None:
     artifacts = {}
     for method in ("none", "lora", "prompt"):
         found = build("stage=sft", f"sft.peft={method}")
-        artifacts[method] = found.stages["sft"].cost(on, found.stages).artifact
+        artifacts[method] = cost_of(found.stages["sft"], on, found.stages).artifact
     assert artifacts["none"] < artifacts["lora"] < 1.1 * artifacts["none"]
     assert artifacts["prompt"] == 2 * 20 * 4096
 
@@ -74,7 +75,7 @@ def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
     found, on = build(), gpus(80, ranks=8)
     here = replace(on, machine=replace(on.machine, ranks_here=8))
     alone, shared = (
-        found.stages["merge"].cost(each, found.stages).peak().size(on_host=True) for each in (on, here)
+        cost_of(found.stages["merge"], each, found.stages).peak().size(on_host=True) for each in (on, here)
     )
     assert alone == 12 * on.shape.head and shared == pytest.approx(alone / 8)
 
@@ -82,7 +83,7 @@ def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
 def test_planned_steps_are_those_that_are_taken() -> None:
     found, on = build("sft.batch_rows=20", "sft.epochs=1.1"), gpus(80)
     (update,) = (
-        task for task in found.stages["sft"].cost(on, found.stages).work if task.activity == "optimizer"
+        task for task in cost_of(found.stages["sft"], on, found.stages).work if task.activity == "optimizer"
     )
     assert update.how.startswith("55 x ")  # 1.1 x 50 > 55 in floats
 
@@ -138,7 +139,7 @@ def test_added_latency_by_hand() -> None:
 def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
     for on in (gpus(80), replace(gpus(80), machine=replace(gpus(80).machine, kind="cpu", used=3 * GIB))):
         found = build("sft.peft=lora", "stage=sft")
-        cost = found.stages["sft"].cost(on, found.stages)
+        cost = cost_of(found.stages["sft"], on, found.stages)
         figure = Figure(0.0, "")
         strategy = Strategy("LoRA", on, cost, figure, figure, 0, "", source="Hu et al.")
         (row,) = table([strategy], None).rows
@@ -163,7 +164,7 @@ def test_a_model_that_is_not_trained_is_sharded_where_weights_are() -> None:
     found, on = build(), gpus(80, ranks=64)
 
     def weights(phase: str, on: CostContext) -> float:
-        cost = found.stages["evaluate"].cost(on, found.stages)
+        cost = cost_of(found.stages["evaluate"], on, found.stages)
         (at,) = [each for each in cost.phases if each.name == phase]
         return sum(part.size for part in at.parts if part.kind == "weights")
 
@@ -192,10 +193,12 @@ def test_publishing_holds_a_file_and_not_a_model_on_the_host() -> None:
     for zero in ("none", "zero3", "fsdp2"):
         on = replace(gpus(80), zero=zero, machine=machine)
         (phase,) = [
-            each for each in found.stages["sft"].cost(on, found.stages).phases if each.name == "publishing"
+            each
+            for each in cost_of(found.stages["sft"], on, found.stages).phases
+            if each.name == "publishing"
         ]
         assert phase.size(on_host=True) == pytest.approx(2 * EIGHT.parameters / 64)
-    alone = found.stages["sft"].cost(gpus(8000), found.stages).phases
+    alone = cost_of(found.stages["sft"], gpus(8000), found.stages).phases
     (phase,) = [each for each in alone if each.name == "publishing"]
     assert phase.size(on_host=True) == FILE_BYTES < 2 * EIGHT.parameters
 
@@ -259,7 +262,7 @@ def test_virtual_tokens_are_part_of_a_sequence() -> None:
     def longest(peft: str, context: int) -> int:
         on, found = gpus(80), build("stage=sft", f"sft.peft={peft}")
         on = replace(on, shape=replace(on.shape, context=context))
-        return found.stages["sft"].cost(on, found.stages).longest
+        return cost_of(found.stages["sft"], on, found.stages).longest
 
     assert (longest("lora", 1000), longest("prefix", 1000)) == (900, 920)
     assert (longest("lora", 900), longest("prefix", 900)) == (900, 900)

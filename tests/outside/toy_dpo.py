@@ -17,9 +17,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost, joined
-from rlhf.costs.training import training_cost
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import PairRow
 from rlhf.distributed.batching import shuffled_batches
@@ -77,15 +74,6 @@ class DpoStage(Stage):
     def reads(self) -> Reads:
         """Preference pairs, and the SFT model."""
         return Reads(roles=(self.role,), stages=("sft",))
-
-    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """Both sides of every pair."""
-        train, held_out = (joined(*[on.sizes(self.role, split)] * 2) for split in ("train", "held_out"))
-        return training_cost(
-            on, self.peft, train, held_out, batch_rows=self.batch_pairs, epochs=self.epochs,
-            micro_batch_tokens=self.micro_batch_tokens, checkpointing=False, has_logits=True,
-            longest=train.longest // 2,
-        )  # fmt: skip
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Measure the reference, train, and publish."""

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from helpers.chains import Chain
 
 CODE = """
-from rlhf.costs.stage_cost import StageCost
 from rlhf.pipeline.fields import Model
 from rlhf.pipeline.stage import Stage
 
@@ -18,9 +17,6 @@ from rlhf.pipeline.stage import Stage
 class DistilStage(Stage):
     init: Model
     teacher: Model | None
-
-    def cost(self, on, chain):
-        return StageCost()
 
     def run(self, job):
         files = [job.start(each) for each in (self.init, self.teacher) if each]

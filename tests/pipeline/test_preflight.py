@@ -39,6 +39,7 @@ from rlhf.generation.vllm import VllmConfig
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
 from rlhf.models.peft.attach import check_attachable
 from rlhf.pipeline.checks import complaints
+from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.preflight import (
     Begun,
     Disk,
@@ -143,8 +144,8 @@ def test_time_is_for_the_usual_answers_and_memory_for_the_longest(tmp_path: Path
 
 def test_disk_and_memory_count_checkpoints_that_the_longest_answers_would_bring(tmp_path: Path) -> None:
     stages = build("ppo.steps=500").stages
-    longest = stages["ppo"].cost(gpus(80), stages)
-    usual = stages["ppo"].cost(replace(gpus(80), answer_tokens=1.0), stages)
+    longest = cost_of(stages["ppo"], gpus(80), stages)
+    usual = cost_of(stages["ppo"], replace(gpus(80), answer_tokens=1.0), stages)
     minutes = (longest.seconds + usual.seconds) / 2 / 60
     checkpoints = NO_CHECKPOINTS.model_copy(update={"every_minutes": minutes})
     disk, begun = Disk(tmp_path, 2 * longest.artifact + longest.checkpoint), {"ppo": Begun()}
@@ -173,7 +174,7 @@ def test_ranks_that_run_one_engine_together_share_its_weights(tmp_path: Path) ->
         )
         on = replace(gpus(8000), vllm=vllm)
         chain = build("stage=generate").stages
-        cost = chain["generate"].cost(on, chain)
+        cost = cost_of(chain["generate"], on, chain)
         return sum(part.size for part in cost.phases[0].parts if part.how.startswith("vLLM's own"))
 
     assert held(2) == held(1) / 2 > 0
@@ -191,7 +192,7 @@ def test_sharded_weights_are_gathered_whole_for_sampling_only_where_there_is_mem
         return replace(found, zero="fsdp2", machine=replace(found.machine, ranks_here=8))
 
     def while_sampling(at: CostContext) -> float:
-        cost = stage.cost(at, stages)
+        cost = cost_of(stage, at, stages)
         return max(phase.size(on_host=False) for phase in cost.phases if phase.name == "sampling")
 
     large = chosen(stage, stages, on(800))

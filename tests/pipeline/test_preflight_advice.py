@@ -12,6 +12,7 @@ from helpers.costs import GIB, check, gpus
 from helpers.experiments import build
 from rlhf.distributed.compute import Compute
 from rlhf.pipeline.checks import check as check_stage
+from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.preflight import (
     shortage,
 )
@@ -30,7 +31,7 @@ def test_the_advice_makes_it_fit(tmp_path: Path) -> None:
     for key in offered:
         found = build(key, "device=cpu")
         fitting, setting = found.stages, replace(on, zero=found.settings.zero)
-        assert shortage(fitting["sft"].cost(setting, fitting), setting) <= 0.9, key
+        assert shortage(cost_of(fitting["sft"], setting, fitting), setting) <= 0.9, key
 
 
 def test_several_knobs_where_one_is_not_enough(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_where_a_rollout_is_too_large_fewer_rows_are_decoded_together(
 def test_rows_of_a_rollout_are_no_more_than_there_are(tmp_path: Path) -> None:
     def cache(*knobs: str) -> float:
         found = build("ppo.batch_episodes=64", "ppo.evaluate_prompts=32", *knobs)
-        phases = found.stages["ppo"].cost(gpus(80), found.stages).phases
+        phases = cost_of(found.stages["ppo"], gpus(80), found.stages).phases
         (phase,) = [each for each in phases if each.name == "sampling"]
         return sum(part.size for part in phase.parts if part.kind == "KV cache")
 
@@ -71,7 +72,7 @@ def test_where_nothing_helps_that_is_said(tmp_path: Path) -> None:
 
 def test_a_prediction_within_the_margin_is_told_and_not_refused(tmp_path: Path) -> None:
     found = build("sft.peft=lora")
-    cost = found.stages["sft"].cost(gpus(80), found.stages)
+    cost = cost_of(found.stages["sft"], gpus(80), found.stages)
     need = cost.peak(on_host=False).size(on_host=False) / GIB + 0.6
     for memory, refused, warned in (
         (need / 0.89, 0, 0), (need / 0.91, 0, 1), (need / 1.1, 0, 1), (need / 1.2, 1, 0),

@@ -11,8 +11,6 @@ from rich.console import Console
 
 from helpers.jobs import on_cpu, tiny_base
 from rlhf.config import ConfigError
-from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.job import Job
@@ -24,9 +22,6 @@ from rlhf.rewards.http import RewardServerConfig
 class ReadsNothing(Stage):
     def reads(self) -> Reads:
         return Reads(rewards={"reads_nothing.reward": "python:never_finite:score"})
-
-    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        return StageCost()
 
     def run(self, job: Job) -> Mapping[str, float]:
         raise AssertionError("nothing runs here")

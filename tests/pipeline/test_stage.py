@@ -120,7 +120,7 @@ def test_of_several_policies_without_ppo_one_is_to_be_named() -> None:
         ("rlhf.config.Sft.Stage", r"sft\._target_=.*: No module named 'rlhf\.config\.Sft'"),
         ("SftStage", r"sft\._target_=SftStage: write MODULE\.CLASS"),
         ("rlhf.config.Bound", r"Bound is not a subclass of rlhf\.pipeline\.stage\.Stage"),
-        ("rlhf.pipeline.stage.Stage", r"a stage needs its own cost and run"),
+        ("rlhf.pipeline.stage.Stage", r"a stage needs its own run"),
     ],
 )
 def test_a_mistyped_target_is_told(target: str, complaint: str) -> None:

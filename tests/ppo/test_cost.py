@@ -20,6 +20,7 @@ from rlhf.data.prepared import LengthStats
 from rlhf.distributed.compute import Zero
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
+from rlhf.pipeline.costing import cost_of
 from rlhf.planner.strategies import Use, with_method
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import mix_lengths, mixed, policy_cost
@@ -40,7 +41,7 @@ def weights_beside(*overrides: str, reward: str = "lora") -> float:
     """Of PPO's models while the reference reads, where the reward stage tunes with that method."""
     stages = build(*overrides).stages
     tuned = stages["reward"].model_copy(update={"peft": PeftConfig.model_validate({"method": reward})})
-    cost = stages["ppo"].cost(gpus(80), {**stages, "reward": tuned})
+    cost = cost_of(stages["ppo"], gpus(80), {**stages, "reward": tuned})
     (phase,) = [each for each in cost.phases if each.name == "reference"]
     return sum(part.size for part in phase.parts if part.kind == "weights")
 
@@ -87,7 +88,7 @@ def test_every_model_of_an_ensemble_counts(other_reward: tuple[ModelShape, str])
 def test_it_reads_as_fast_as_its_own_size_allows(other_reward: tuple[ModelShape, str]) -> None:
     def scoring(*overrides: str) -> list[float]:
         found = build("ppo.critic.init=sft", "ppo.score.normalize=none", *overrides)
-        work = found.stages["ppo"].cost(gpus(80), found.stages).work
+        work = cost_of(found.stages["ppo"], gpus(80), found.stages).work
         return [task.seconds for task in work if "scores: " in task.how]
 
     shape, reward = other_reward
@@ -111,7 +112,7 @@ def test_ppo_shares_weights_where_the_method_does(method: MethodName) -> None:
         found = build(*overrides)
         (phase,) = [
             each
-            for each in found.stages["ppo"].cost(gpus(80), found.stages).phases
+            for each in cost_of(found.stages["ppo"], gpus(80), found.stages).phases
             if each.name == "reference"
         ]
         return sum(part.size for part in phase.parts if part.kind == "weights")
@@ -140,7 +141,9 @@ def test_loras_reference_holds_no_weights(zero: Zero) -> None:
     def held(*overrides: str) -> list[str]:
         found = build("ppo.peft=lora", f"zero={zero}", "device=cpu", *overrides)
         on = replace(gpus(80, ranks=8), zero=zero)
-        parts = [part for phase in found.stages["ppo"].cost(on, found.stages).phases for part in phase.parts]
+        parts = [
+            part for phase in cost_of(found.stages["ppo"], on, found.stages).phases for part in phase.parts
+        ]
         return [part.how for part in parts if part.how.startswith("reference")]
 
     assert not held()
@@ -154,7 +157,7 @@ def test_ppo_reads_slices_of_its_models_or_whole_ones() -> None:
         found = build("reward.peft=none", f"zero={zero}", "device=cpu", *overrides)
         on = replace(gpus(80, ranks=8), zero=zero)
         (phase,) = [
-            each for each in found.stages["ppo"].cost(on, found.stages).phases if each.name == "loading"
+            each for each in cost_of(found.stages["ppo"], on, found.stages).phases if each.name == "loading"
         ]
         return phase.size(on_host=False), phase.size(on_host=True)
 
@@ -172,7 +175,7 @@ def test_a_reward_model_has_no_output_layer() -> None:
     found, on = build("reward.peft=none"), gpus(80)
     sizes = {}
     for stage in ("sft", "reward"):
-        phases = found.stages[stage].cost(on, found.stages).phases
+        phases = cost_of(found.stages[stage], on, found.stages).phases
         (step,) = [phase for phase in phases if phase.name == "optimizer step"]
         sizes[stage] = step.size()
     assert sizes["sft"] - sizes["reward"] == pytest.approx(on.shape.head * (2 + 12 + 4))
@@ -201,7 +204,7 @@ STATES = [
 def test_the_work_of_ppo_by_hand() -> None:
     """12 x 48 = 576 episodes, 3 x 48 = 144 answers of evaluations; prompts of 400 tokens, answers of 40."""
     found = build(*EVERYTHING)
-    work = found.stages["ppo"].cost(gpus(80), found.stages).work
+    work = cost_of(found.stages["ppo"], gpus(80), found.stages).work
     assert [(task.activity, task.how.lstrip("(").partition(":")[0]) for task in work] == [
         ("load", "policy, reference, published model"), ("load", "critic"), ("load", "reward model"),
         ("read", "scores"), ("read", "episodes"), ("decode", "episodes"), ("read", "evaluations"),
@@ -225,7 +228,7 @@ def test_the_work_of_ppo_by_hand() -> None:
 
 def test_what_ppo_holds_and_when_by_hand() -> None:
     found = build(*EVERYTHING)
-    cost = found.stages["ppo"].cost(gpus(80), found.stages)
+    cost = cost_of(found.stages["ppo"], gpus(80), found.stages)
 
     def parts(phase: str) -> list[str]:
         (held,) = [each.parts for each in cost.phases if each.name == phase]
@@ -285,7 +288,7 @@ def test_the_mix_lies_beside_a_minibatch_under_deepspeed_alone() -> None:
 
 def test_without_a_critic_there_is_none_of_its_memory_and_work() -> None:
     stages = build(*RULED, "ppo.peft=none", "grpo.peft=none").stages
-    ppo, grpo = (stages[name].cost(gpus(80), stages) for name in ("ppo", "grpo"))
+    ppo, grpo = (cost_of(stages[name], gpus(80), stages) for name in ("ppo", "grpo"))
     weights, optimizers = (
         [
             sum(part.size for part in cost.phases[1].parts if part.kind == kind)  # while it samples
@@ -308,7 +311,7 @@ def test_on_a_cpu_a_group_reads_its_prompt_once() -> None:
     def seconds(samples: int) -> float:
         sizes = (f"grpo.samples_per_prompt={samples}", "grpo.batch_episodes=48", "grpo.minibatch_episodes=24")
         stages = build(*RULED, *sizes, "grpo.advantage=reinforce_plus_plus").stages
-        work = stages["grpo"].cost(on, stages).work
+        work = cost_of(stages["grpo"], on, stages).work
         (found,) = (task.seconds for task in work if task.how.lstrip("(").startswith("policy:"))
         return found
 

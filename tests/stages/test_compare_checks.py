@@ -19,6 +19,7 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import SftRow
 from rlhf.digests import directory_digest
 from rlhf.pipeline.checks import check
+from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.stage import View
 from rlhf.pipeline.store import Store
 
@@ -49,7 +50,7 @@ def test_what_the_stage_needs_follows_from_its_own_questions_and_corpus(
         check(stage, View({}, data=data, base=tiny_base(tiny_model)))
         machine = Machine("cpu", "a test", 1e12, 1e12, 0.0, 1, Speed(100.0, 10.0))
         shape = shape_of(tiny_base(tiny_model).architecture)
-        return stage.cost(CostContext(shape, 4, "none", machine, data.size), {}).longest
+        return cost_of(stage, CostContext(shape, 4, "none", machine, data.size), {}).longest
 
     def write(name: str, row: dict[str, str]) -> str:
         (tmp_path / name).write_text(json.dumps(row))

@@ -21,6 +21,7 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.digests import weights_digest
 from rlhf.models import base
 from rlhf.models.start import check_start, init_digest, of_two_architectures
+from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.graph import answering
 
 
@@ -318,7 +319,7 @@ def test_the_planner_counts_the_model_that_is_trained(tiny_model: Path) -> None:
 
     def cost(stage: str, *overrides: str) -> StageCost:
         found = build(*overrides)
-        return found.stages[stage].cost(gpus(80.0), found.stages)
+        return cost_of(found.stages[stage], gpus(80.0), found.stages)
 
     own = f"ppo.init={tiny_model}"
     assert cost("ppo").peak().size() > 1000 * cost("ppo", own, f"reward.init={tiny_model}").peak().size()

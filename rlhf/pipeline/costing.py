@@ -1,0 +1,58 @@
+"""What a stage costs: what it says itself, or what follows from its fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost, joined
+from rlhf.costs.training import training_cost
+from rlhf.data.prepared import LengthStats
+from rlhf.data.roles import ROLES, TRAINING
+from rlhf.data.schema import PairRow, Split
+from rlhf.models.start import directory_of
+from rlhf.pipeline.fields import Mark, fields_of, peft_of
+from rlhf.pipeline.graph import root_of, starts_from
+from rlhf.pipeline.stage import Stage
+
+
+def cost_of(stage: Stage, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+    """What a stage needs in memory, phase by phase, and the work it does.
+
+    Args:
+        on: model, hardware, and the lengths of its data.
+        chain: all stages, where others' knobs decide too.
+    """
+    own = stage.cost(on, chain)
+    return _from_fields(stage, starting(stage, on, chain)) if own is None else own
+
+
+def starting(stage: Stage, on: CostContext, chain: Mapping[str, Stage]) -> CostContext:
+    """The context, with the shape of the model that a stage starts from, if that is the user's."""
+    start = starts_from(stage)
+    return on if start is None else on.starting(directory_of(root_of(*start, chain)[1]))
+
+
+def _from_fields(stage: Stage, on: CostContext) -> StageCost:
+    """Of a stage that trains: each training row once an epoch, the held-out rows twice. Else nothing worth
+    counting."""
+    peft, roles, keys = peft_of(stage), stage.reads().roles, dict(stage)
+    sizes = fields_of(type(stage), Mark.BATCH)
+    if peft is None or not roles or not sizes:
+        return StageCost()
+    pairs = PairRow in ROLES[stage.own_role(roles[0])].row_types
+
+    def rows(split: Split) -> LengthStats:
+        found = on.sizes(roles[0], split).cut(keys.get("max_tokens", math.inf))
+        return joined(found, found) if pairs else found
+
+    train, held_out = map(rows, TRAINING)
+    given: dict[str, Any] = {"epochs": keys.get("epochs", 1)}
+    return training_cost(
+        on, peft, train, held_out, batch_rows=keys[sizes[0]], **given,
+        micro_batch_tokens=keys["micro_batch_tokens"], has_logits=stage.publishes == "policy",
+        checkpointing=keys.get("activation_checkpointing", False),
+        longest=train.longest // 2 if pairs else train.longest,
+    )  # fmt: skip
