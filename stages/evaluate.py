@@ -240,7 +240,7 @@ class EvaluateStage(Stage):
         """lm-eval is there and has the tasks, and their data can be had; what a gate bounds is in the
         retention set, where there is one; PPO's start, and so the model that PPO makes, can read prompts and
         retention rows."""
-        if self.lm_eval and view.base is None:
+        if self.lm_eval and view.directory is None and view.compute is None:  # the first time
             self.harness.check()
         if self.lm_eval and view.compute is not None:
             view.compute.main_only(self.harness.fetch)

@@ -292,19 +292,14 @@ class Compute:
             yield MicroBatch(group, weight, place == count - 1)
             self.moved()
 
-    def check_divides(self, key: str, value: int, unit: int = 1) -> None:
-        """Refuse a batch that the ranks cannot share equally. `unit`: sizes must be multiples of it too.
-
-        Raises:
-            ConfigError: with the nearest sizes that they can share.
-        """
+    def undivided(self, key: str, value: int, unit: int = 1) -> Iterator[str]:
+        """A complaint about a batch that the ranks cannot share equally, with the nearest sizes that they
+        can. `unit`: sizes must be multiples of it too."""
         if value % self.world_size:
             step = math.lcm(self.world_size, unit)
             below = value // step * step
             near = f"{below} or {below + step}" if below else str(step)
-            raise ConfigError(
-                f"{key}={value} cannot be divided equally over {self.world_size} ranks. Use {near}."
-            )
+            yield f"{key}={value} cannot be divided equally over {self.world_size} ranks. Use {near}."
 
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
         if self.world_size == 1:

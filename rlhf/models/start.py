@@ -56,7 +56,7 @@ def init_digest(
 
     Args:
         key: what the user calls it, such as `ppo.init`.
-        digest: as of `Stage.external_digests`.
+        digest: as of `rlhf.pipeline.key.external_digests`.
         name: in these digests.
 
     Raises:
@@ -102,7 +102,7 @@ def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles
     """Complain if vLLM's single engine would have to run models of different architectures.
 
     Args:
-        models: as of `Stage.answering`.
+        models: as of `rlhf.pipeline.graph.answering`.
     """
     first = None
     for key, init in models:

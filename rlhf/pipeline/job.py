@@ -49,7 +49,7 @@ class Job:
     base: BaseModelFiles
     """The base model as a local directory, and how to treat it."""
     inputs: Mapping[str, Artifact]
-    """Finished artifacts of the stages named by `Stage.inputs`, in the order in which they are made."""
+    """Finished artifacts of the stages that this one reads, in the order in which they are made."""
     data: PreparedData
     """The prepared data sets: `job.data.rows("sft", "train")`."""
     directory: Path
@@ -62,9 +62,9 @@ class Job:
     run_directory: Path
     """For what does not belong into the artifact, such as a batch that could not be learned from."""
     external_digests: Mapping[str, str] = field(default_factory=dict)
-    """As rank 0 found it: `Stage.external_digests`. Whole models are hashed for it, once."""
+    """As rank 0 found it: `rlhf.pipeline.key.external_digests`. Whole models are hashed for it, once."""
     digest_names: Mapping[str, str] = field(default_factory=dict)
-    """Value of a key that names a model -> `Stage.digest_name` of that key."""
+    """Value of a key that names a model -> what its digest is called in `external_digests`."""
     vllm: Vllm | None = None
     """What samples with `generation=vllm`; None for the local engine."""
     local_sampling: Literal["whole", "layers"] = "whole"

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -324,11 +323,11 @@ class Pipeline:
         is_measured = forget_peak(self.compute)
         try:
             with progress.shown(name), naming(scratch), said_as(users_words(stage, base)):
-                view = self.view(compute=self.compute)
                 if makers(stage, chain):
                     self.compute.main_only(lambda: prepare_rows(stage, chain, inputs, base, rows, progress))
-                    view = replace(view, data=job.data, base=base)
-                check(stage, view)
+                    check(stage, self.view(data=job.data, base=base, compute=self.compute))
+                elif "prepare" not in artifacts:  # else it was asked before anything ran
+                    check(stage, self.view(compute=self.compute))
                 metrics = {metric: float(value) for metric, value in stage.run(job).items()}
                 tracker.summarize(name, metrics)
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again

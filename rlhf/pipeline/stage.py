@@ -95,7 +95,7 @@ class Stage(Strict, ABC):
     null turns a bound off."""
 
     def model_post_init(self, context: Any) -> None:
-        """Where it is mounted is the context of its validation."""
+        """Where it is mounted is the context of its validation. A subclass that has its own calls this."""
         if isinstance(context, Mount):
             self._mount = context
 
@@ -145,8 +145,7 @@ class Stage(Strict, ABC):
         """
         if view.compute is not None:
             for name in fields_of(type(self), Mark.BATCH):
-                view.compute.check_divides(f"{self.name}.{name}", getattr(self, name), self.unit())
-        yield from ()
+                yield from view.compute.undivided(f"{self.name}.{name}", getattr(self, name), self.unit())
 
     def unit(self) -> int:
         """Sizes of batches are multiples of it."""

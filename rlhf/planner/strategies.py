@@ -20,7 +20,7 @@ from rlhf.generation.vllm import VllmConfig
 from rlhf.models.peft.attach import check_attachable
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
-from rlhf.pipeline.checks import check
+from rlhf.pipeline.checks import complaints
 from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.experiment import Experiment, check_method
 from rlhf.pipeline.fields import Mark, fields_of, peft_of
@@ -331,8 +331,8 @@ def refused_by_stages(found: Attempt, given: Experiment, base: PreTrainedModel) 
     planned = replace(given, settings=settings, stages=chain)
     compute = Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks)
     for stage in found.stages:
+        yield from (each.removesuffix(".") for each in complaints(stage, View(chain, compute=compute)))
         try:
-            check(stage, View(chain, compute=compute))
             check_method(stage, planned)
             check_tunes(stage, base, check_attachable)
         except ConfigError as error:

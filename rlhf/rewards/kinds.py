@@ -229,7 +229,7 @@ def reward_digest(source: str | RewardMix, digest: DirectoryDigest = directory_d
     scored: a directory's content, a function's imported code, a scorer's version, a server's URL.
 
     Args:
-        digest: as of `Stage.external_digests`.
+        digest: as of `rlhf.pipeline.key.external_digests`.
 
     Raises:
         ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
