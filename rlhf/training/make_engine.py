@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
+from rlhf.distributed.device import return_freed_memory
 from rlhf.training.engine import Access, Engine, Groups, PlainEngine
 
 
@@ -36,6 +37,13 @@ def make_engine(
             f"zero={compute.zero} cannot read. Continue with zero={resume['zero']}, or start the stage again "
             "with checkpoint.resume=false."
         )
+    universal = resume is not None and resume["world_size"] != compute.world_size
+    made = _engine(model, groups, compute, universal=universal, in_turns=in_turns)
+    return_freed_memory()  # of what was held while it was built: its holes fit no larger block
+    return made
+
+
+def _engine(model: nn.Module, groups: Groups, compute: Compute, *, universal: bool, in_turns: bool) -> Engine:
     if compute.zero == "none":
         return PlainEngine(model, groups, compute)
     if compute.uses_fsdp:
@@ -44,7 +52,6 @@ def make_engine(
         return FsdpEngine(model, groups, compute)
     from rlhf.training.deepspeed import ZeroEngine
 
-    universal = resume is not None and resume["world_size"] != compute.world_size
     return ZeroEngine(model, groups, compute, universal=universal, in_turns=in_turns)
 
 
