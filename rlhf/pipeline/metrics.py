@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -76,6 +77,23 @@ def summary_names(stage: Stage) -> list[str]:
     """The summary metrics that a stage may publish, which gates and sweeps may name; `a*` stands for all that
     begin with a. None are said: any may be named."""
     return [*(name for name, each in stage.metrics.items() if not each.is_curve), *stage.more_metrics()]
+
+
+def as_summary(stage: Stage, returned: object) -> dict[str, float]:
+    """What a stage's `run` returned, as numbers.
+
+    Raises:
+        ConfigError: it is no mapping of numbers.
+    """
+    try:
+        if not isinstance(returned, Mapping):
+            raise TypeError
+        return {str(name): float(value) for name, value in returned.items()}
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{stage.name}: {type(stage).__name__}.run returned {reprlib.repr(returned)}. Return its summary "
+            'metrics, numbers by their names, such as {"loss": 0.5}; none are {}.'
+        ) from None
 
 
 def check_metric(stage: Stage, name: str, key: str) -> None:

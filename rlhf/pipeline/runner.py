@@ -37,6 +37,7 @@ from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.key import Surroundings, digest_names, external_digests, recipe_of
 from rlhf.pipeline.made_rows import data_of, prepare_rows, roles_read
 from rlhf.pipeline.manifest import content_digest, make_manifest
+from rlhf.pipeline.metrics import as_summary
 from rlhf.pipeline.preflight import Begun, Expected, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
@@ -328,7 +329,7 @@ class Pipeline:
                     check(stage, self.view(data=job.data, base=base, compute=self.compute))
                 elif "prepare" not in artifacts:  # else it was asked before anything ran
                     check(stage, self.view(compute=self.compute))
-                metrics = {metric: float(value) for metric, value in stage.run(job).items()}
+                metrics = as_summary(stage, stage.run(job))
                 tracker.summarize(name, metrics)
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"

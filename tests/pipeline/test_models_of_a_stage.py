@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
         "_target_: distil_stage.DistilStage\ninit: base\nteacher: null\ngates: {}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "distil_stage", raising=False)
     return made
 
 
@@ -75,3 +77,12 @@ def test_a_stage_that_it_names_is_read(chain: Chain) -> None:
 def test_a_name_of_nothing_is_refused_before_the_run(chain: Chain) -> None:
     outcome = chain.run(*MOUNTED, "distil.teacher=ppoo")
     assert outcome.code == 2 and "distil.teacher=ppoo: no config.json there. Did you mean ppo?" in outcome.err
+
+
+@pytest.mark.parametrize("returned", ["None", "{'loss': 'low'}", "[('loss', 1.0)]"])
+def test_what_is_no_mapping_of_numbers_is_told(chain: Chain, returned: str) -> None:
+    path = chain.directory / "distil_stage.py"
+    path.write_text(CODE.replace("return {}", f"return {returned}"))
+    outcome = chain.run(*MOUNTED)
+    assert outcome.code == 2, outcome.err
+    assert "distil: DistilStage.run returned " in outcome.err and "Return its summary metrics" in outcome.err
