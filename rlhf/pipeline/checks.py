@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from rlhf.config import ConfigError, said_as
 from rlhf.data.schema import Row
@@ -35,11 +36,25 @@ def complaints(stage: Stage, view: View) -> list[str]:
             if view.base is not None:
                 for key, model in stage.reads().models.items():
                     check_start(f"{stage.name}.{key}", model, view.base)
-            for each in stage.complaints(view):  # one by one: what stands before an error is told too
-                found.append(each)
+            said = stage.complaints(view)
+            for each in [said] if isinstance(said, str) else said or ():
+                found.append(each)  # one by one: what stands before an error is told too
     except ConfigError as error:
         found.append(str(error))
     return found
+
+
+def check_published(stage: Stage, directory: Path) -> None:
+    """Refuse to publish a model that is none.
+
+    Raises:
+        ConfigError: the stage has written none.
+    """
+    if stage.publishes is not None and not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"{stage.name}: {type(stage).__name__} publishes a {stage.publishes}, and its run has written no "
+            "config.json into job.directory. Write the model there: publish_policy does."
+        )
 
 
 def check(stage: Stage, view: View) -> None:

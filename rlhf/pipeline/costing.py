@@ -39,8 +39,8 @@ def _from_fields(stage: Stage, on: CostContext) -> StageCost:
     """Of a stage that trains: each training row once an epoch, the held-out rows twice. Else nothing worth
     counting."""
     peft, roles, keys = peft_of(stage), stage.reads().roles, dict(stage)
-    sizes = fields_of(type(stage), Mark.BATCH)
-    if peft is None or not roles or not sizes:
+    sizes, most = (fields_of(type(stage), mark) for mark in (Mark.BATCH, Mark.MEMORY))
+    if peft is None or not (roles and sizes and most):
         return StageCost()
     pairs = PairRow in ROLES[stage.own_role(roles[0])].row_types
 
@@ -52,7 +52,7 @@ def _from_fields(stage: Stage, on: CostContext) -> StageCost:
     given: dict[str, Any] = {"epochs": keys.get("epochs", 1)}
     return training_cost(
         on, peft, train, held_out, batch_rows=keys[sizes[0]], **given,
-        micro_batch_tokens=keys["micro_batch_tokens"], has_logits=stage.publishes == "policy",
+        micro_batch_tokens=keys[most[0]], has_logits=stage.publishes == "policy",
         checkpointing=keys.get("activation_checkpointing", False),
         longest=train.longest // 2 if pairs else train.longest,
     )  # fmt: skip

@@ -29,12 +29,14 @@ from rlhf.pipeline.defaults import packaged_values
 from rlhf.pipeline.fields import peft_of
 from rlhf.pipeline.graph import in_order, inputs, named_sources, normalized_rewards, starts_from
 from rlhf.pipeline.made_rows import check_made, check_makers
-from rlhf.pipeline.metrics import check_metric
+from rlhf.pipeline.metrics import check_metric, check_shown
 from rlhf.pipeline.recipe import (
     BEST_OF_N,
     RecipeConfig,
+    advised,
     check_recipe,
     check_typed,
+    is_derived,
     know_own_roles,
     with_instances,
 )
@@ -214,6 +216,9 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     checked: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: classes[name].repeats_keys):
         values = {key: value for key, value in resolved[name].items() if key != "_target_"}
+        if name in mounted and isinstance(values.get("gates"), dict):  # a class derived from another one's
+            for kind in (other for other, each in mounted.items() if is_derived(classes[name], each)):
+                values["gates"] = advised(name, kind, values["gates"])
         checked[name] = validated(classes[name], values, name, Mount(name, own_roles.get(name, {})))
     know_policies(name for name, each in checked.items() if each.publishes == "policy")  # by their knobs
     for stage in checked.values():
@@ -316,6 +321,8 @@ def check_policies(stage: Stage, named: Iterable[tuple[str, str]], stages: Mappi
     """
     known = [name for name, each in stages.items() if each.publishes == "policy" and each is not stage]
     for key, name in named:
+        if name == stage.name:
+            raise ConfigError(f"{key}={name}: a stage cannot read what it makes itself. Name another model.")
         if name not in known:
             offered = [*known, "base", "init", BEST_OF_N] if key == "evaluate.policies" else known
             raise ConfigError(
@@ -452,7 +459,13 @@ def stage_class(name: str, target: str) -> type[Stage]:
         )
     if lacks := " and ".join(sorted(found.__abstractmethods__)):
         raise ConfigError(f"{key}: a stage needs its own {lacks}, and {attribute} has none. Write it.")
-    if not isinstance(found.name, property):
+    if found.publishes not in (None, "policy", "reward"):
+        raise ConfigError(
+            f"{key}: {attribute}.publishes is {found.publishes!r}. It must be 'policy', 'reward' or None."
+        )
+    for metric, about in found.metrics.items():
+        check_shown(f"{key}: {attribute}.metrics[{metric!r}]", about)
+    if "name" in found.model_fields or not isinstance(found.name, property):
         raise ConfigError(f"{key}: a stage is called as it is mounted, {name} here. Remove {attribute}.name.")
     if found.publishes and not found.title:
         raise ConfigError(f"{key}: it publishes a {found.publishes}, so give it a title, which tables show.")

@@ -24,6 +24,7 @@ class Mark(Enum):
     POLICY = auto()
     SCORE = auto()
     BATCH = auto()
+    MEMORY = auto()
     UNKEYED = auto()
     """It cannot change the result (sizes of micro-batches, intervals), so it is in no key."""
 
@@ -50,8 +51,8 @@ Score = Annotated[RewardSource, Mark.SCORE]
 """A reward. It is tested on two rows before anything trains, and its content is in the key."""
 Batch = Annotated[PositiveInt, Mark.BATCH]
 """The size of a batch over all ranks, which must be able to share it equally."""
-Memory = Annotated[PositiveInt, Mark.UNKEYED]
-"""How much is computed at once: it changes memory and speed, and not the result."""
+Memory = Annotated[PositiveInt, Mark.MEMORY]
+"""How much is computed at once: it changes memory and speed, and not the result, so it is in no key."""
 
 
 class Reads(NamedTuple):

@@ -141,6 +141,8 @@ def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     def visit(name: str, readers: tuple[str, ...]) -> None:
         if name in readers:
             circle = " reads ".join((*readers[readers.index(name) :], name))
+            if readers[-1] == name:
+                raise ConfigError(f"{name} reads itself, so it can never run. Let it read another stage.")
             raise ConfigError(
                 f"{circle}: they read each other, so none can run first. Let one of them read another stage."
             )

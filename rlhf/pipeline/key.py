@@ -90,7 +90,7 @@ def knobs(stage: Stage) -> dict[str, Any]:
     left_out: dict[str, Any] = dict.fromkeys(("gates", *stage.unkeyed()), True)
     models = {}
     for key, value, marks in marked(stage):
-        if Mark.UNKEYED in marks or any(isinstance(each, Rows) for each in marks):
+        if {Mark.UNKEYED, Mark.MEMORY} & {*marks} or any(isinstance(each, Rows) for each in marks):
             *sections, name = key.split(".")
             place = left_out
             for section in sections:

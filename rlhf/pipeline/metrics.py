@@ -79,6 +79,23 @@ def summary_names(stage: Stage) -> list[str]:
     return [*(name for name, each in stage.metrics.items() if not each.is_curve), *stage.more_metrics()]
 
 
+def check_shown(said: str, metric: object) -> None:
+    """Refuse what is no metric, or cannot be shown.
+
+    Args:
+        said: where it stands.
+
+    Raises:
+        ConfigError: why.
+    """
+    if not isinstance(metric, Metric):
+        raise ConfigError(f"{said} is {metric!r}. Write a Metric, such as Metric('loss', '.2f').")
+    try:
+        format(1.0, metric.format)
+    except ValueError as error:
+        raise ConfigError(f"{said}: its format {metric.format!r}: {error}. Use one such as '.2f'.") from None
+
+
 def as_summary(stage: Stage, returned: object) -> dict[str, float]:
     """What a stage's `run` returned, as numbers.
 

@@ -102,7 +102,7 @@ def with_instances(config: Keys) -> dict[str, Any]:
         gates = found[name].get("gates")
         if isinstance(gates, dict):
             _check_gates(name, gates, config[kind_of(name)]["gates"])
-            found[name]["gates"] = {gate: _of_own_keys(name, bound) for gate, bound in gates.items()}
+            found[name]["gates"] = advised(name, kind_of(name), gates)
     return found
 
 
@@ -123,7 +123,7 @@ def know_own_roles(
         section, _, key = entry.key.partition(".")
         own = [name for name, keys in instances.items() if section == kind_of(name) and _has(keys, key)]
         if section in classes:
-            own += [name for name, kind in classes.items() if _is_derived(kind, classes[section])]
+            own += [name for name, kind in classes.items() if is_derived(kind, classes[section])]
         for name in own:
             roles = found.setdefault(name, {})
             roles[role] = f"{role}@{name.partition('@')[2] or name}"
@@ -131,7 +131,8 @@ def know_own_roles(
     return found
 
 
-def _is_derived(kind: type[Stage], other: type[Stage]) -> bool:
+def is_derived(kind: type[Stage], other: type[Stage]) -> bool:
+    """Whether a stage's class is derived from that of another one."""
     return kind is not other and issubclass(kind, other)
 
 
@@ -210,14 +211,23 @@ def _check_gates(name: str, gates: Keys, known: Keys) -> None:
             raise ConfigError(f"{name}.gates.{gate}: there is no such gate.{did_you_mean(gate, known)}")
 
 
-def _of_own_keys(name: str, bound: Any) -> Any:
-    """A gate that advises about the instance's own keys."""
-    if not isinstance(bound, dict):
-        return bound
-    said = {key: bound[key] for key in ("advice", "rows") if isinstance(bound.get(key), str)}
-    return bound | {
-        key: re.sub(rf"\b{kind_of(name)}\.(?!md)", f"{name}.", text) for key, text in said.items()
-    }
+def advised(name: str, kind: str, gates: Keys) -> dict[str, Any]:
+    """The gates of a stage that is another one once more, with advice about its own keys.
+
+    Args:
+        kind: the other one.
+    """
+
+    def own(bound: Any) -> Any:
+        said = {} if not isinstance(bound, dict) else bound
+        texts = {key: said[key] for key in ("advice", "rows") if isinstance(said.get(key), str)}
+        return (
+            bound
+            if not texts
+            else said | {key: re.sub(rf"\b{kind}\.(?!md)", f"{name}.", text) for key, text in texts.items()}
+        )
+
+    return {gate: own(bound) for gate, bound in gates.items()}
 
 
 def _each_round(names: Sequence[Any], rounds: int) -> Iterator[Any]:

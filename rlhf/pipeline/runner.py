@@ -27,7 +27,7 @@ from rlhf.models.libraries import load_libraries
 from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
 from rlhf.pipeline.abilities import Records, TellsOfRuns, is_enough
-from rlhf.pipeline.checks import check, complaints, refuse
+from rlhf.pipeline.checks import check, check_published, complaints, refuse
 from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.forecast import Forecast
@@ -330,6 +330,7 @@ class Pipeline:
                 elif "prepare" not in artifacts:  # else it was asked before anything ran
                     check(stage, self.view(compute=self.compute))
                 metrics = as_summary(stage, stage.run(job))
+                self.compute.main_only(lambda: check_published(stage, scratch))
                 tracker.summarize(name, metrics)
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"

@@ -72,7 +72,7 @@ class Stage(Strict, ABC):
     """A policy can be evaluated, compared and merged; a reward scores."""
     metrics: ClassVar[Mapping[str, Metric]] = {}
     """The figures that it publishes and logs, by their names without the stage's; `a*` stands for all that
-    begin with a. It decides no result, so it is in no key."""
+    begin with a."""
     repeats_keys: ClassVar[bool] = False
     """Whether its YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
     version: ClassVar[int] = 1
@@ -175,7 +175,8 @@ class Stage(Strict, ABC):
 
         Returns:
             None for what follows from its fields: each row of its first role is learned `epochs` times, in
-            steps of its first `Batch`; of a stage without a field of the type `Peft`, nothing worth counting.
+            steps of its first `Batch` and passes of its first `Memory`, in tokens. Without fields of the
+            types `Peft`, `Batch` and `Memory`, nothing worth counting.
 
         Args:
             on: model, hardware, and the lengths of its data.

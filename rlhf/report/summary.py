@@ -148,7 +148,7 @@ def stage_cells(run: Run) -> Cells:
     rows = []
     for name, stage in run.stages.items():
         headlines = [
-            f"{each.words} {format(value * SCALES.get(metric, 1.0), each.format)}"
+            f"{run.chain[name].filled(each.words)} {format(value * SCALES.get(metric, 1.0), each.format)}"
             for metric, each in (run.chain[name].metrics if name in run.chain else {}).items()
             if each.words
             and (value := stage["metrics"].get(f"{name}/{metric}")) is not None

@@ -30,5 +30,7 @@ def test_it_trains_on_the_data_of_its_own_key(tmp_path: Path, monkeypatch: pytes
         "dpo.data=others.jsonl", "mine.batch_rows=4", "gates=warn",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
+    advice = [gate["advice"] for gate in outcome.summary["gates"] if gate["stage"] == "mine"]
+    assert "mine.data" in " ".join(advice) and "dpo." not in " ".join(advice)
     metrics = outcome.summary["stages"]["mine"]["metrics"]
     assert metrics["mine/train_rows"] + metrics["mine/held_out_rows"] == 11

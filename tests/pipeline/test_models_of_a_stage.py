@@ -74,6 +74,43 @@ def test_a_stage_that_it_names_is_read(chain: Chain) -> None:
     assert outcome.code == 0 and {"sft", "distil"} <= outcome.statuses.keys(), outcome.err
 
 
+AS_POLICY = '    title = "Distilled"\n    publishes = "policy"\n    init: Model\n'
+
+
+def write(chain: Chain, old: str, new: str) -> None:
+    (chain.directory / "distil_stage.py").write_text(CODE.replace(old, new))
+    sys.modules.pop("distil_stage", None)
+
+
+def test_it_cannot_be_its_own_teacher(chain: Chain) -> None:
+    write(chain, "    init: Model\n", AS_POLICY)
+    outcome = chain.run(*MOUNTED, "distil.teacher=distil")
+    assert outcome.code == 2 and "distil.teacher=distil: a stage cannot read what it makes" in outcome.err
+
+
+def test_what_publishes_a_policy_and_writes_none_is_told(chain: Chain) -> None:
+    write(chain, "    init: Model\n", AS_POLICY)
+    outcome = chain.run(*MOUNTED)
+    assert outcome.code == 2, outcome.err
+    assert "distil: DistilStage publishes a policy, and its run has written no config.json" in outcome.err
+    assert not [*(chain.directory / "store").glob("distil/[!.]*")]
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("if view.directory == 5: raise ValueError", 0),  # it returns None
+        ("return 'distil.init: no.'", 2),
+        ("yield 'distil.init: no.'", 2),
+    ],
+)
+def test_a_complaint_may_be_returned_yielded_or_none(chain: Chain, line: str, code: int) -> None:
+    run = "    def run(self, job):"
+    write(chain, run, f"    def complaints(self, view):\n        {line}\n\n{run}")
+    outcome = chain.run(*MOUNTED)
+    assert outcome.code == code and (code == 0 or "Error: distil.init: no.\n" in outcome.err), outcome.err
+
+
 def test_a_name_of_nothing_is_refused_before_the_run(chain: Chain) -> None:
     outcome = chain.run(*MOUNTED, "distil.teacher=ppoo")
     assert outcome.code == 2 and "distil.teacher=ppoo: no config.json there. Did you mean ppo?" in outcome.err
@@ -81,8 +118,7 @@ def test_a_name_of_nothing_is_refused_before_the_run(chain: Chain) -> None:
 
 @pytest.mark.parametrize("returned", ["None", "{'loss': 'low'}", "[('loss', 1.0)]"])
 def test_what_is_no_mapping_of_numbers_is_told(chain: Chain, returned: str) -> None:
-    path = chain.directory / "distil_stage.py"
-    path.write_text(CODE.replace("return {}", f"return {returned}"))
+    write(chain, "return {}", f"return {returned}")
     outcome = chain.run(*MOUNTED)
     assert outcome.code == 2, outcome.err
     assert "distil: DistilStage.run returned " in outcome.err and "Return its summary metrics" in outcome.err

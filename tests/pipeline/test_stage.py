@@ -29,6 +29,7 @@ def test_a_stage_stands_behind_what_it_reads_wherever_it_is_mounted() -> None:
     ("reads", "complaint"),
     [
         ({"a": "b", "b": "c", "c": "b"}, "b reads c reads b: they read each other"),
+        ({"a": "a"}, "a reads itself, so it can never run. Let it read another stage."),
         ({"first": "second", "second": "frist"}, r"second: it reads frist, and .* Did you mean first\?"),
     ],
 )
@@ -47,7 +48,7 @@ def test_what_cannot_be_put_in_order_is_told(reads: dict[str, str], complaint: s
             "merge.policy=reward",
             "merge.policy=reward: no stage .*makes a policy. Known: sft, ppo.",
         ),
-        ("merge.policy=merge", "merge.policy=merge: no stage of that name makes a policy."),
+        ("merge.policy=merge", "merge.policy=merge: a stage cannot read what it makes itself."),
         ("evaluate.policies=[base,sftt]", "evaluate.policies=sftt: no stage .* Did you mean sft?"),
         ("compare.artifacts=[ppoo]", "compare.artifacts=ppoo: no stage .* Known: sft, ppo, .*, merge"),
         ("compare.artifacts=[generate]", "compare.artifacts=generate: no stage"),
@@ -127,6 +128,31 @@ def test_a_mistyped_target_is_told(target: str, complaint: str) -> None:
     composed = compose("model=tiny")
     composed["sft"]["_target_"] = target
     with pytest.raises(ConfigError, match=complaint):
+        build_experiment(composed)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("publishes: ClassVar = 'polcy'", r"MyStage\.publishes is 'polcy'\. It must be 'policy', 'reward'"),
+        ("metrics: ClassVar = {'x': 'my x'}", r"MyStage\.metrics\['x'\] is 'my x'\. Write a Metric, such as"),
+        ("metrics: ClassVar = {'x': Metric('x', '.2q')}", r"its format '\.2q': .* Use one such as '\.2f'"),
+        ("name: str = 'x'", r"a stage is called as it is mounted, sft here\. Remove MyStage\.name"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Field name")
+def test_a_class_that_says_nonsense_is_refused_before_anything_runs(
+    line: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nonsense.py").write_text(
+        "from typing import ClassVar\nfrom rlhf.pipeline.metrics import Metric\n"
+        f"from rlhf.stages.sft import SftStage\n\nclass MyStage(SftStage):\n    {line}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "nonsense", raising=False)
+    composed = compose("model=tiny")
+    composed["sft"]["_target_"] = "nonsense.MyStage"
+    with pytest.raises(ConfigError, match=told):
         build_experiment(composed)
 
 
