@@ -154,7 +154,8 @@ def test_a_crashed_rank_ends_the_job_with_its_reason(cluster: SlurmCluster) -> N
         "import os\n"
         "def score(prompts, responses):\n"
         "    if os.environ['RANK'] == '1':\n"
-        "        raise SystemExit('no score today')\n"
+        "        os.write(2, b'no score today\\n')\n"
+        "        os._exit(1)\n"
         "    return [float(len(response)) for response in responses]\n"
     )
     reward = ("ppo.reward=python:failing:score", "ppo.critic.init=sft", "ppo.score.normalize=running")
