@@ -14,7 +14,7 @@ from helpers.experiments import build
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult, Run
-from rlhf.report.summary import print_summary, write_report
+from rlhf.report.summary import print_summary, stage_cells, write_report
 
 ANSWERS = {
     "base": "The [bold]chair[/] stands [/] there, \x1b[31mwith four legs and a back, " + "and so on, " * 12,
@@ -269,3 +269,15 @@ def test_a_page_that_cannot_be_written_is_said_and_loses_nothing(run: Run) -> No
     assert "Verdict. It did not work.\nImproved: " in out.getvalue()  # a gate failed
     report = (run.directory / "report.md").read_text()
     assert "**Verdict.** It did not work.\n\n- Improved: " in report and "\n- To blame is perhaps" in report
+
+
+@pytest.mark.parametrize(
+    ("unscored", "said"), [(0.0, "score +1.00"), (11.0, "score +1.00, answers without a score 11")]
+)
+def test_answers_without_a_score_are_told_where_there_are_some(
+    tmp_path: Path, unscored: float, said: str
+) -> None:
+    figures = {"score_mean": 1.0, "unscored": unscored}
+    run = Run(tmp_path, {"generate": stage("generate", figures)}, chain=build().stages)
+    ((*_, told),) = stage_cells(run).rows
+    assert told == said

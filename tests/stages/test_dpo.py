@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -396,6 +398,16 @@ def test_rows_that_are_too_long_are_left_out_and_counted(tmp_path: Path, tiny_mo
     assert 0 < summary(job)["rows_too_long"] < len(lengths)
     with pytest.raises(ConfigError, match=r"dpo\.max_tokens=9: 0 train rows of reward.pairs are that short"):
         run(tmp_path / "none", tiny_model, "dpo.max_tokens=9")
+
+
+def test_a_policy_that_never_got_better_is_said_to_be_its_start(tmp_path: Path, tiny_model: Path) -> None:
+    printed = StringIO()
+    job = job_of(tmp_path / "job", tiny_model, console=Console(file=printed, width=300))
+    run_in(stage_of("dpo.optim.lr=1e-30", "dpo.epochs=1"), job)
+    assert summary(job)["best_step"] == 0
+    assert (
+        "dpo: no evaluation in" in printed.getvalue() and "the one that it started from" in printed.getvalue()
+    )
 
 
 def test_a_single_pair_can_be_learned(tmp_path: Path, tiny_model: Path) -> None:

@@ -98,6 +98,8 @@ def test_a_model_that_is_not_here_on_gpus_that_are_not_here(chain: Chain, config
     price, most_price = map(float, table["LoRA"][5].split(" to "))
     assert price == pytest.approx(hours * 8 * 2, rel=0.1)
     assert most_price == pytest.approx(most_hours * 8 * 2, rel=0.1)
+    published = outcome.summary["stages"]["plan"]["metrics"]["plan/peak_gib"]
+    assert f"{published:.1f} GiB" == table["LoRA"][3].partition(" (")[0]
     assert "Recommended: LoRA" in outcome.out
     assert re.search(r"- price: [\d.]+ to [\d.]+ hours x 8 ranks x 2 = [\d.]+ to [\d.]+", text)
     assert "| on the GPU | on the host |" in text
