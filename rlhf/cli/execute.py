@@ -68,7 +68,7 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
             word = "Interrupted" if signum == signal.SIGINT else f"Stopped by {signal.Signals(signum).name}"
             print(f"\n{word}. {KEPT}", file=sys.stderr)
         return INTERRUPTED if signum == signal.SIGINT else STOPPED
-    except BaseException:  # a crash (a user's function may call sys.exit): shown whole, told by the exit code
+    except BaseException:  # a crash (a user's stage may call sys.exit): shown whole, told by the exit code
         traceback.print_exc()
         return leave(CRASH)
 

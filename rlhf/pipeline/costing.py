@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined
@@ -49,9 +48,8 @@ def _from_fields(stage: Stage, on: CostContext) -> StageCost:
         return joined(found, found) if pairs else found
 
     train, held_out = map(rows, TRAINING)
-    given: dict[str, Any] = {"epochs": keys.get("epochs", 1)}
     return training_cost(
-        on, peft, train, held_out, batch_rows=keys[sizes[0]], **given,
+        on, peft, train, held_out, batch_rows=keys[sizes[0]], epochs=keys.get("epochs", 1),
         micro_batch_tokens=keys[most[0]], has_logits=stage.publishes == "policy",
         checkpointing=keys.get("activation_checkpointing", False),
         longest=train.longest // 2 if pairs else train.longest,

@@ -87,18 +87,17 @@ def _preparing(made: Mapping[str, SourceConfig], prepare: Stage) -> dict[str, An
 def knobs(stage: Stage) -> dict[str, Any]:
     """The knobs that decide the result, as plain JSON values. Of a model's directory and of a source of rows
     the content decides, not the place."""
-    left_out: dict[str, Any] = dict.fromkeys(("gates", *stage.unkeyed()), True)
-    models = {}
+    found = stage.model_dump(mode="json", exclude={"gates", *stage.unkeyed()})
     for key, value, marks in marked(stage):
+        *sections, name = key.split(".")
+        place = found
+        for section in sections:
+            place = place[section]
         if {Mark.UNKEYED, Mark.MEMORY} & {*marks} or any(isinstance(each, Rows) for each in marks):
-            *sections, name = key.split(".")
-            place = left_out
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[name] = True
-        if Mark.MODEL in marks and value is not None:
-            models[key] = init_in_key(value)
-    return stage.model_dump(mode="json", exclude=left_out) | models
+            place.pop(name, None)
+        elif Mark.MODEL in marks and value is not None:
+            place[name] = init_in_key(value)
+    return found
 
 
 def external_digests(

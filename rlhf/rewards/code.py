@@ -45,7 +45,7 @@ def imported_code(source: str) -> dict[str, str]:
         raise ConfigError(f"{source}: {error.filename}:{error.lineno}: {error.msg}. Fix that line.") from None
     except ConfigError:
         raise
-    except Exception as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # whatever a user's module raises, told in one line
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
             f"{source}: importing {name} raised {type(error).__name__}: {error} ({last.filename}, line "

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from helpers.chains import Chain
+from helpers.experiments import build_stage
+from rlhf.config import Strict
+from rlhf.pipeline.fields import Memory, Model
+from rlhf.pipeline.key import knobs
+from rlhf.stages.dpo import DpoStage
 
 CODE = """
 from rlhf.pipeline.fields import Model
@@ -72,6 +78,23 @@ def test_the_content_of_both_is_in_the_key(chain: Chain, tiny_model: Path) -> No
 def test_a_stage_that_it_names_is_read(chain: Chain) -> None:
     outcome = chain.run(*MOUNTED, "distil.teacher=sft")
     assert outcome.code == 0 and {"sft", "distil"} <= outcome.statuses.keys(), outcome.err
+
+
+def test_of_a_model_in_a_section_the_place_is_in_no_key() -> None:
+    class Teachers(Strict):
+        first: Model
+        rows: Memory
+
+    class TaughtStage(DpoStage):
+        teachers: Teachers
+
+    def key_of(teacher: str, rows: int) -> dict[str, Any]:
+        keys = dict(build_stage(DpoStage)) | {"teachers": Teachers(first=teacher, rows=rows)}
+        return knobs(TaughtStage.model_construct(**keys))
+
+    one, moved, base = key_of("./teacher", 1), key_of("elsewhere/teacher", 2), key_of("base", 1)
+    assert one == moved != base and one["teachers"] == {"first": "directory"}
+    assert "micro_batch_tokens" not in one and "data" not in one and one["init"] == "sft"
 
 
 AS_POLICY = '    title = "Distilled"\n    publishes = "policy"\n    init: Model\n'

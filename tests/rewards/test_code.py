@@ -33,6 +33,7 @@ def score(prompts, responses):
             "\n1 / 0\n",
             r"python:broken:score: importing broken raised ZeroDivisionError: .*broken\.py, line 2\)",
         ),
+        ("raise SystemExit(0)\n", r"score: importing broken raised SystemExit: 0 \(.*broken\.py, line 1\)"),
         ("import nowhere_at_all\n", r"No module named 'nowhere_at_all'\. The module must be importable"),
     ],
 )
