@@ -44,7 +44,7 @@ def busy(cores: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 def take_steps(directory: Path, model: str, steps: int) -> None:
     """Runs in the fresh process: print the seconds of each step but the first."""
-    from run_rlhf import make_trainer
+    from run_rlhf import make_trainer, take_step
 
     from rlhf.data.schema import PromptRow
 
@@ -57,7 +57,7 @@ def take_steps(directory: Path, model: str, steps: int) -> None:
         rows = [PromptRow(prompt) for prompt in work["prompts"][0]]
         for step in range(1, steps + 2):
             begun = time.monotonic()
-            trainer.step(rows, step)
+            take_step(trainer, rows, step)
             seconds.append(time.monotonic() - begun)
     print(json.dumps(seconds[1:]))
 

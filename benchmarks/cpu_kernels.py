@@ -22,7 +22,7 @@ import torch
 from look import new_console
 from peft.tuners.lora import Linear
 from rich.table import Table
-from run_rlhf import make_trainer
+from run_rlhf import make_trainer, take_step
 from workloads import make_work
 
 from rlhf.data.schema import PromptRow
@@ -101,7 +101,7 @@ def main() -> None:
                 number += 1
                 with changed(changes):
                     begun = time.process_time()
-                    metrics = trainer.step(rows, number)
+                    metrics = take_step(trainer, rows, number)
                     whole = time.process_time() - begun
                 clocks = {key: value for key, value in metrics.items() if key.startswith("seconds_")}
                 seconds[name].append({"step": whole, **clocks})

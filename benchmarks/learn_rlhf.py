@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peer_work import Report
-from run_rlhf import make_trainer
+from run_rlhf import make_trainer, take_step
 
 from rlhf.data.schema import PromptRow
 from rlhf.ppo.trainer import PolicyTrainer
@@ -32,15 +32,15 @@ def measure(work: dict[str, Any]) -> Report:
             if done % work["evaluate_every"] == 0:
                 evaluate(trainer, work, report, done)
             report.ask()
-            take_step(trainer, [PromptRow(prompt) for prompt in prompts], report)
+            learn(trainer, [PromptRow(prompt) for prompt in prompts], report)
         report.ask()
         evaluate(trainer, work, report, len(work["prompts"]))
     return report
 
 
-def take_step(trainer: PolicyTrainer, batch: list[PromptRow], report: Report) -> None:
+def learn(trainer: PolicyTrainer, batch: list[PromptRow], report: Report) -> None:
     """One step of the product's loop."""
-    metrics = trainer.step(batch, len(report.asked))
+    metrics = take_step(trainer, batch, len(report.asked))
     if metrics["bad_steps"]:
         sys.exit(f"step {len(report.asked)} was skipped: these figures would not be those of all steps")
     report.new_tokens.append(int(metrics["response_tokens"]))

@@ -83,7 +83,7 @@ def operations(
 ) -> dict[str, float]:
     """Useful matrix operations of each phase (2 a weight and token, 6 where it trains): no padding, no
     recomputation, no attention scores, and what rows begin with alike once. The pass in `score` is the first
-    in `update` where the rollout fits into one (`rlhf.ppo.update.PolicyUpdater.score`), and is not counted
+    in `update` where the rollout fits into one (`rlhf.ppo.trainer.PolicyTrainer.score`), and is not counted
     again."""
     config = AutoConfig.from_pretrained(work["model"])
     head = config.hidden_size * config.vocab_size

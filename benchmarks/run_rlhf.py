@@ -37,13 +37,13 @@ from rlhf.distributed.device import matmul_speed
 from rlhf.distributed.signals import StopSignals
 from rlhf.generation import policy_model, sampler
 from rlhf.models.base import BaseModelFiles, ModelConfig
+from rlhf.models.value_head import ActorCritic
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.sampling_engine import make_vllm
 from rlhf.pipeline.store import Artifact, Manifest
 from rlhf.ppo.stage import PolicyStage
 from rlhf.ppo.trainer import PolicyTrainer, repeated
-from rlhf.ppo.update import ActorAlone, ActorCritic
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rl.rollout import Rollout
 from rlhf.tracking.progress import Progress
@@ -61,7 +61,7 @@ OF_ALGORITHM = {
     "ppo": ["ppo.critic.init=reward"],
     "grpo": ["grpo.advantage=grpo", "grpo.kl.place=loss", "grpo.kl.estimator=k3", "grpo.loss_mean=token"],
     "rloo": [
-        "grpo.advantage=rloo", "grpo.kl.place=reward", "grpo.kl.estimator=k1", "grpo.ratio=sequence",
+        "grpo.advantage=rloo", "grpo.kl.place=reward", "grpo.kl.estimator=k1", "grpo.policy_loss=gspo",
         "grpo.loss_mean=sequence",
     ],
 }  # fmt: skip
@@ -164,10 +164,16 @@ def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
     )  # fmt: skip
 
 
+def take_step(trainer: PolicyTrainer, rows: list[PromptRow], number: int) -> dict[str, float]:
+    """One step, counted from 1."""
+    trainer.learner.begin(number, trainer.config.steps, {0: trainer.config.warmup_steps})
+    return trainer.step(rows)
+
+
 class Positions:
     """Counts what goes through the policy when it scores and learns. A critic's batches are the same."""
 
-    def __init__(self, model: ActorCritic | ActorAlone) -> None:
+    def __init__(self, model: ActorCritic) -> None:
         self.real_tokens, self.positions, self._is_counting = 0, 0, False
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end)
@@ -237,7 +243,7 @@ def main() -> None:
             trainer.policy.stop_ids = []
         if work["lengths"] is not None:
             force_lengths(work["lengths"], work["stop_id"], work["never"])
-        assert isinstance(trainer.engine.model, ActorCritic | ActorAlone)
+        assert isinstance(trainer.engine.model, ActorCritic)
         positions, peak = Positions(trainer.engine.model), matmul_peak(trainer.compute)
         clock = CLOCKS[work["clock"]]
         if work["clock"] == "cpu":
@@ -245,7 +251,7 @@ def main() -> None:
         steps, times = [], [clock()]
         for number, batch in enumerate(work["prompts"], 1):
             rows = repeated([PromptRow(prompt) for prompt in batch], work["answers"])
-            steps.append(trainer.step(rows, number))
+            steps.append(take_step(trainer, rows, number))
             times.append(clock())
         if trainer.policy.vllm is not None:
             trainer.policy.vllm.close()

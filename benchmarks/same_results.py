@@ -143,9 +143,9 @@ def digest(path: Path) -> str:
     """Of a file; of rows and values in JSON without what changes."""
     if path.suffix == ".jsonl":
         rows = [steady(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-        content = json.dumps(rows).encode()
+        content = json.dumps(rows, sort_keys=True).encode()
     elif path.suffix == ".json":
-        content = json.dumps(steady(json.loads(path.read_text(encoding="utf-8")))).encode()
+        content = json.dumps(steady(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True).encode()
     else:
         content = path.read_bytes()
     return hashlib.sha256(content).hexdigest()[:16]
@@ -171,7 +171,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
         for kind in ("metrics", "files"):
             for name in sorted(was[kind].keys() | is_now[kind].keys()):
                 first, second = was[kind].get(name, "none"), is_now[kind].get(name, "none")
-                if json.dumps(first) != json.dumps(second):  # NaN is as it was, too
+                if json.dumps(first, sort_keys=True) != json.dumps(
+                    second, sort_keys=True
+                ):  # NaN is as it was, too
                     results.append(f"{stage}/{name}: {first} -> {second}")
     return keys, results
 

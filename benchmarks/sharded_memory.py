@@ -79,9 +79,9 @@ PHASES: dict[str, tuple[str, ...]] = {
     "sampling": ("rlhf.generation.policy_model:PolicyModel.sample",),
     "reading": (
         "rlhf.stages.sft:answer_losses", "rlhf.generation.policy_model:PolicyModel.log_probabilities",
-        "rlhf.rewards.model:LearnedReward.__call__", "rlhf.ppo.update:PolicyUpdater.score",
+        "rlhf.rewards.model:LearnedReward.__call__", "rlhf.ppo.trainer:PolicyTrainer.score",
     ),
-    "learning": ("rlhf.stages.sft:answer_step", "rlhf.ppo.update:PolicyUpdater.learn"),
+    "learning": ("rlhf.stages.sft:answer_step", "rlhf.ppo.trainer:PolicyTrainer.learn"),
     "checkpointing": ("rlhf.training.checkpoint:Checkpointer.save",),
     "publishing": (
         "rlhf.training.engine:PlainEngine.save_trained", "rlhf.training.fsdp:FsdpEngine.save_trained",

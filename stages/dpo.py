@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
@@ -26,7 +26,6 @@ from rlhf.costs.training import training_cost, with_reference
 from rlhf.data.roles import TRAINING
 from rlhf.data.schema import Split, ThumbRow
 from rlhf.data.sources import SourceConfig
-from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.checks import too_long
@@ -40,6 +39,7 @@ from rlhf.supervised.preferences import (
     Measured,
     PreferenceConfig,
     Preferences,
+    Values,
     all_logps,
     measure,
     preference_step,
@@ -52,7 +52,8 @@ from rlhf.training.config import OptimConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf.training.engine import Engine
+    from rlhf.pipeline.learner import Evaluations
+    from rlhf.pipeline.trainable import PolicyLearner
 
 CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
 """The held-out rows that choose the published weights, and those that judge them."""
@@ -194,66 +195,45 @@ class DpoStage(PreferenceConfig, Stage):
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Ask the reference once, train, and publish the best policy."""
-        from rlhf.generation.decoding_check import check_decoding
-        from rlhf.generation.latency import token_seconds
-        from rlhf.models.load import load_causal_lm
-        from rlhf.models.logprobs import ResponseModel, check_policy
-        from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
-        from rlhf.models.peft.merge import publish_policy
-        from rlhf.models.recompute import checkpoint_layers
-        from rlhf.supervised.loop import train_batches
+        from rlhf.pipeline.learner import Evaluations
 
-        compute, start = job.compute, job.start(self.init)
-        tokenizer = start.load_tokenizer()
+        tokenizer = job.start(self.init).load_tokenizer()
         train, held_out = self.rows(job, tokenizer)
-        policy = load_causal_lm(
-            start.directory, job.base.config, compute.dtype, loads_on(self.peft, compute), compute
+        learner = job.trainable(
+            self.init, self.peft, self.optim, activation_checkpointing=self.activation_checkpointing
         )
-        compute.ask_once(lambda: check_policy(policy))
-        if job.will_sample:  # better refused now than by a later stage
-            compute.ask_once(lambda: check_decoding(policy, copies=False))
-        attach(policy, self.peft, compute.device)
-        compute.ask_once(lambda: check_reached(policy))
-        if self.activation_checkpointing:
-            checkpoint_layers(policy)
-        trained, _ = count_parameters(policy)
-        engine, found = job.engine(ResponseModel(policy), [(policy.parameters(), self.optim)])
-        batches = shuffled_batches(range(len(train)), self.batch_rows, self.epochs, job.seed)
+        batches = job.batches(range(len(train)), self.batch_rows, self.epochs)
         due = {math.ceil(len(batches) * turn / self.evaluations) for turn in range(1, self.evaluations + 1)}
-        trial = Trial(self, job, engine, policy, held_out)
-        done = trial.restore(found) if found else trial.begin()
-        del found  # its file is closed
-        train_batches(
-            job,
-            engine,
-            batches,
-            lambda batch: preference_step(engine, self, train.pick(batch), self.micro_batch_tokens, compute),
-            state=trial.state,
-            as_json=train.as_json,
-            done=done,
-            after=lambda step: trial.evaluate(step) if step in due else None,
+
+        def chosen_loss(found: Measured) -> float:
+            return self.mean_loss(held_out, found, CHOICE)
+
+        evaluations = Evaluations(
+            Measured,
+            lambda: self.measure(job, learner, held_out),
+            is_better=lambda new, best: chosen_loss(new) < chosen_loss(best),
+            steps=due,
         )
-        if trial.state["best_step"] == 0:
-            job.tell_start(len(batches))
-        written = compute.main_only(
-            lambda: publish_policy(
-                job.directory, job.checkpoints.best, tokenizer, start=start.directory, key=start.identity,
-                settings=job.base.config, dtype=compute.dtype, peft=self.peft,
-            )
-        )  # fmt: skip
-        if (kept := job.checkpoints.kept(f"train.{REFERENCE}")) and compute.is_main:
+        learner.fit(
+            batches,
+            lambda batch: preference_step(
+                learner.engine, self, train.pick(batch), self.micro_batch_tokens, job.compute
+            ),
+            rows=lambda batch: map(train.as_json, batch),
+            evaluations=evaluations,
+        )
+        written = learner.publish()
+        if (kept := job.checkpoints.kept(f"train.{REFERENCE}")) and job.compute.is_main:
             shutil.copyfile(kept, job.directory / REFERENCE)
         all_rows = sum(len(job.data.rows(self.role, split)) for split in TRAINING)
         return {
-            **trial.summary(),
+            **self.summary(held_out, evaluations),
             **written,
-            **token_seconds(policy, compute),
             "steps": len(batches),
             "held_out_rows": len(held_out),
             "train_rows": len(train),
             "rows_too_long": all_rows - len(train) - len(held_out),
-            "skipped_steps": engine.skipped_steps,
-            "trained_parameters": trained,
+            "skipped_steps": learner.engine.skipped_steps,
         }  # fmt: skip
 
     def rows(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Preferences, Preferences]:
@@ -314,66 +294,30 @@ class DpoStage(PreferenceConfig, Stage):
                 task.advance(1)
         return found
 
-
-class Trial:
-    """The held-out rows while a policy trains, and which weights were the best."""
-
-    def __init__(self, stage: DpoStage, job: Job, engine: Engine, policy: Any, held_out: Preferences) -> None:
-        self.stage, self.job, self.engine, self.policy, self.rows = stage, job, engine, policy, held_out
-        self.state: dict[str, Any] = {}
-        """Kept in every checkpoint."""
-
-    def begin(self) -> int:
-        """Measure the policy before its first step."""
-        self.state |= {"first": tuple(self.measure())}
-        self.state |= {"best": self.state["first"], "last": self.state["first"], "best_step": 0}
-        self.job.checkpoints.keep_best(self.engine, self.policy)
-        self.tell(Measured(*self.state["first"]), 0)
-        return 0
-
-    def restore(self, found: Mapping[str, Any]) -> int:
-        """Go on from a checkpoint. Gives the number of steps that are done."""
-        self.state["best_step"] = found["best_step"]
-        for name in ("first", "best", "last"):
-            self.state[name] = tuple(each.clone() for each in found[name])
-        return int(found["done"])
-
-    def measure(self) -> Measured:
-        """The policy as it is."""
-        return measure(
-            self.engine.model, self.stage, self.rows, self.stage.micro_batch_tokens, self.job.compute
-        )
-
-    def evaluate(self, step: int) -> None:
-        """Measure, and keep the weights if the choosing half of the rows has the lowest loss so far."""
-        found = self.measure()
-        self.state["last"] = tuple(found)
-        if self.loss(found, CHOICE) < self.loss(Measured(*self.state["best"]), CHOICE):
-            self.state |= {"best": tuple(found), "best_step": step}
-            self.job.checkpoints.keep_best(self.engine, self.policy)
-        self.tell(found, step)
-
-    def tell(self, found: Measured, step: int) -> None:
-        """Log what was measured after a step."""
-        margin_B = self.values(found).margin_B[JUDGED]
-        self.job.log(
+    def measure(self, job: Job, learner: PolicyLearner, rows: Preferences) -> Measured:
+        """The policy on held-out rows, as it is; logged."""
+        found = measure(learner.engine.model, self, rows, self.micro_batch_tokens, job.compute)
+        margin_B = self.values_of(rows, found).margin_B[JUDGED]
+        job.log(
             {
-                "held_out_loss": self.loss(found, JUDGED), "held_out_choice_loss": self.loss(found, CHOICE),
+                "held_out_loss": self.mean_loss(rows, found, JUDGED),
+                "held_out_choice_loss": self.mean_loss(rows, found, CHOICE),
                 "held_out_accuracy": float(right(margin_B).mean()), "held_out_margin": float(margin_B.mean()),
             },
-            step,
+            learner.done,
         )  # fmt: skip
+        return found
 
-    def values(self, found: Measured) -> Any:
+    def values_of(self, rows: Preferences, found: Measured) -> Values:
         """Losses and rewards of all held-out rows."""
-        return self.stage.values(self.rows, found.logp_B2, found.point.double())
+        return self.values(rows, found.logp_B2, found.point.double())
 
-    def loss(self, found: Measured, half: slice) -> float:
+    def mean_loss(self, rows: Preferences, found: Measured, half: slice) -> float:
         """The mean over the examples of a half of the rows."""
-        examples_B = self.stage.examples(self.rows)[half]
-        return float(self.values(found).loss_B[half].sum() / examples_B.sum())
+        examples_B = self.examples(rows)[half]
+        return float(self.values_of(rows, found).loss_B[half].sum() / examples_B.sum())
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, rows: Preferences, found: Evaluations[Measured]) -> dict[str, float]:
         """Of the best policy, on the half that judges."""
         import torch
 
@@ -381,26 +325,26 @@ class Trial:
         from rlhf.evaluation.reward_model import over_baseline
         from rlhf.evaluation.win_rate import wins
 
-        first, best = Measured(*self.state["first"]), Measured(*self.state["best"])
-        before, after = self.values(first), self.values(best)
-        examples_B = self.stage.examples(self.rows)[JUDGED]
+        first, best = found.first, found.best
+        before, after = self.values_of(rows, first), self.values_of(rows, best)
+        examples_B = self.examples(rows)[JUDGED]
         change_B = (after.loss_B - before.loss_B)[JUDGED]
-        has_B2 = torch.from_numpy(self.rows.has_B2)[JUDGED]
+        has_B2 = torch.from_numpy(rows.has_B2)[JUDGED]
         moved_B2 = (best.logp_B2 - first.logp_B2)[JUDGED]
         right_B = right(after.margin_B[JUDGED])
-        lengths_B2 = torch.from_numpy(self.rows.answer_lengths_B2)[JUDGED]
+        lengths_B2 = torch.from_numpy(rows.answer_lengths_B2)[JUDGED]
         longer_B, is_pair_B = wins(lengths_B2[:, 0], lengths_B2[:, 1]), has_B2.all(-1)
         # of an answer with a thumb, the rule is that all thumbs are up
         rule_B = torch.where(is_pair_B, longer_B, has_B2[:, 0].to(longer_B.dtype))
         metrics = {
-            "held_out_loss_before": self.loss(first, JUDGED),
-            "held_out_loss": self.loss(best, JUDGED),
+            "held_out_loss_before": self.mean_loss(rows, first, JUDGED),
+            "held_out_loss": self.mean_loss(rows, best, JUDGED),
             **ratio(change_B, examples_B).metrics("held_out_loss_change"),
-            "held_out_loss_last": self.loss(Measured(*self.state["last"]), JUDGED),
+            "held_out_loss_last": self.mean_loss(rows, found.last, JUDGED),
             **share(right_B).metrics("accuracy"),
             **over_baseline(right_B, rule_B),
             **mean(after.margin_B[JUDGED]).metrics("margin"),
-            "best_step": self.state["best_step"],
+            "best_step": found.best_step,
         }
         if bool(is_pair_B.any()):
             metrics["longer_wins_accuracy"] = float(longer_B[is_pair_B].mean())

@@ -5,7 +5,7 @@ Reads   the SFT model, or what `grpo.init` names instead (policy and reference);
 Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
         another grpo.peft than none also what was trained of it alone, in `adapter/`; held_out_answers.jsonl,
         its answers to held-out prompts, evaluation by evaluation.
-The loop is PPO's, rlhf/ppo/trainer.py; what is learned from a rollout is rlhf/ppo/group_objective.py.
+A step is PPO's, rlhf/ppo/trainer.py; what is learned from a rollout is rlhf/ppo/objective.py.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from rlhf.data.roles import TRAINING
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
 from rlhf.ppo.group_config import GrpoConfig
 from rlhf.ppo.stage import PolicyStage
 
 if TYPE_CHECKING:
-    from rlhf.ppo.trainer import PolicyTrainer
+    from rlhf.ppo.objective import Objective
 
 
 class GrpoStage(GrpoConfig, PolicyStage):
@@ -40,9 +41,16 @@ class GrpoStage(GrpoConfig, PolicyStage):
             {"groups_without_spread": alone} if self.samples_per_prompt == 1 else {}
         )
 
-    def trainer(self, job: Job) -> PolicyTrainer:
-        """The loop with its three models, before its first step."""
-        from rlhf.ppo.build import build_loop
-        from rlhf.ppo.group_objective import GroupObjective
+    def objective(self) -> Objective:
+        """Groups of answers, the clipped loss."""
+        from rlhf.ppo.objective import GroupObjective
 
-        return build_loop(self, GroupObjective(self), job, self.mismatch_limit)
+        return GroupObjective(self)
+
+    def run(self, job: Job) -> Mapping[str, float]:
+        """Sample, score and learn, step by step (`PolicyTrainer.step`). Publish the policy that scores the
+        best on held-out prompts."""
+        prompts, held_out = (job.data.rows("ppo", split) for split in TRAINING)
+        trainer = self.trainer(job)
+        metrics = trainer.train(prompts, held_out[: self.evaluate_prompts])
+        return {**metrics, **trainer.publish()}

@@ -5,7 +5,7 @@ Reads   the SFT model, or what `ppo.init` names instead (policy and reference); 
 Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
         another ppo.peft than none also what was trained of it alone, in `adapter/`; held_out_answers.jsonl,
         its answers to held-out prompts, evaluation by evaluation.
-The loop itself is rlhf/ppo/trainer.py.
+A step is rlhf/ppo/trainer.py; what is learned from a rollout is rlhf/ppo/objective.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from rlhf.data.roles import TRAINING
 from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import described, origin_of
 from rlhf.models.start import files_of
@@ -25,7 +26,7 @@ from rlhf.ppo.stage import PolicyStage
 from rlhf.rewards.kinds import critic_part, reward_directory, stage_of
 
 if TYPE_CHECKING:
-    from rlhf.ppo.trainer import PolicyTrainer
+    from rlhf.ppo.objective import Objective
 
 
 class PpoStage(PpoConfig, PolicyStage):
@@ -78,8 +79,16 @@ class PpoStage(PpoConfig, PolicyStage):
             return None
         return f"ppo.reward={self.reward}" if described(directory)["peft_type"] in KINDS else None
 
-    def trainer(self, job: Job) -> PolicyTrainer:
-        """The loop with its four models, before its first step."""
-        from rlhf.ppo.build import build_trainer
+    def objective(self) -> Objective:
+        """A critic, the clipped loss."""
+        from rlhf.ppo.objective import PpoObjective
 
-        return build_trainer(self, job, self.mismatch_limit)
+        return PpoObjective(self)
+
+    def run(self, job: Job) -> Mapping[str, float]:
+        """Sample, score and learn, step by step (`PolicyTrainer.step`). Publish the policy that scores the
+        best on held-out prompts."""
+        prompts, held_out = (job.data.rows("ppo", split) for split in TRAINING)
+        trainer = self.trainer(job)
+        metrics = trainer.train(prompts, held_out[: self.evaluate_prompts])
+        return {**metrics, **trainer.publish()}

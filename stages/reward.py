@@ -19,7 +19,6 @@ from pydantic import NonNegativeFloat, PositiveInt
 from rlhf.config import ConfigError
 from rlhf.data.roles import TRAINING
 from rlhf.data.sources import SourceConfig
-from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.on_disk import kept_on_disk
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
@@ -138,13 +137,12 @@ class RewardStage(Stage):
 
     def train(self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Pairs) -> dict[str, float]:
         """Train and publish; summary metrics of both."""
-        from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
+        from rlhf.models.peft.attach import attach, check_reached, loads_on
         from rlhf.models.recompute import checkpoint_layers
         from rlhf.models.value_head import load_scalar_model, reset_head
-        from rlhf.supervised.loop import train_batches
+        from rlhf.pipeline.learner import Learner
 
-        start = job.start(self.init).directory
-        compute = job.compute
+        start, compute = job.start(self.init).directory, job.compute
         read_to = loads_on(self.peft, compute)
         model = load_scalar_model(start, job.base.config, compute.dtype, read_to, compute, new_head=True)
         reset_head(model)
@@ -155,28 +153,27 @@ class RewardStage(Stage):
         model.offset.requires_grad_(False)
         if self.activation_checkpointing:
             checkpoint_layers(model)
-        trained, _ = count_parameters(model)
-        engine, state = job.engine(model, [(model.parameters(), self.optim)])
-        train_batches(
-            job,
-            engine,
-            shuffled_batches(range(len(pairs)), self.batch_pairs, self.epochs, job.seed),
+        learner = Learner(job, model, [(model.parameters(), self.optim)], published=model)
+        learner.fit(
+            job.batches(range(len(pairs)), self.batch_pairs, self.epochs),
             lambda batch: pair_step(
-                engine, pairs.pick(batch), self.micro_batch_tokens, job.compute, center=self.center
+                learner.engine, pairs.pick(batch), self.micro_batch_tokens, compute, center=self.center
             ),
-            state={},
-            as_json=pairs.as_json,
-            done=state["done"] if state else 0,
+            rows=lambda batch: map(pairs.as_json, batch),
         )
-        with job.trained(engine, model) as weights:
-            written = job.compute.main_only(lambda: self.save(job, weights, tokenizer))
-        return {**written, "trained_parameters": trained, "skipped_steps": engine.skipped_steps}
+        with learner.weights() as weights:
+            written = compute.main_only(lambda: self.save(job, weights, tokenizer))
+        return {
+            **written,
+            "trained_parameters": learner.trained_parameters,
+            "skipped_steps": learner.engine.skipped_steps,
+        }
 
     def save(self, job: Job, weights: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
         """Publish what was trained, and a plain classification model where the method merges.
 
         Args:
-            weights: what `Engine.save_trained` wrote.
+            weights: of `Learner.weights`.
 
         Returns:
             Summary metrics of what was written.

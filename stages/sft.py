@@ -21,7 +21,6 @@ from rlhf.data.answers import Answers
 from rlhf.data.roles import TRAINING
 from rlhf.data.schema import Split
 from rlhf.data.sources import SourceConfig
-from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.costing import starting
@@ -33,6 +32,7 @@ from rlhf.supervised.answers import answer_losses, answer_step, cut_share, promp
 from rlhf.training.config import OptimConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 READ_FOR_CUTS = 1000
@@ -137,69 +137,39 @@ class SftStage(Stage):
         import torch
 
         from rlhf.evaluation.intervals import ratio
-        from rlhf.generation.decoding_check import check_decoding
-        from rlhf.generation.latency import token_seconds
-        from rlhf.models.load import load_causal_lm
-        from rlhf.models.logprobs import ResponseModel, check_policy
-        from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
-        from rlhf.models.peft.merge import publish_policy
-        from rlhf.models.recompute import checkpoint_layers
-        from rlhf.supervised.loop import train_batches
 
-        start = job.start(self.init)
-        tokenizer = start.load_tokenizer()
-        assert isinstance(tokenizer.pad_token_id, int)
-        compute = job.compute
-        read_to = loads_on(self.peft, compute)
-        policy = load_causal_lm(start.directory, job.base.config, compute.dtype, read_to, compute)
-        compute.ask_once(lambda: check_policy(policy))
-        if job.will_sample:  # better refused now than by a later stage
-            compute.ask_once(lambda: check_decoding(policy, copies=False))
-        train = answers = self.answers(job, tokenizer, "sft", "train", f"{self.name}.data: no training row")
-        held_out = self.answers(job, tokenizer, "sft", "held_out", f"{self.name}.data: no held-out row")
+        learner = job.trainable(
+            self.init, self.peft, self.optim, activation_checkpointing=self.activation_checkpointing
+        )
+        engine, budget, compute = learner.engine, self.micro_batch_tokens, job.compute
+        train = answers = self.answers(job, learner.tokenizer, "sft", "train", "data: no training row")
+        held_out = self.answers(job, learner.tokenizer, "sft", "held_out", "data: no held-out row")
         left_out = len(job.data.rows("sft", "train")) - train.num_rows
         self.tell_cut(job, train, left_out)
-        batches = own = shuffled_batches(range(len(train)), self.batch_rows, self.epochs, job.seed)
+        batches = own = job.batches(range(len(train)), self.batch_rows, self.epochs)
         if self.replay_fraction > 0:
-            general = self.answers(
-                job, tokenizer, "replay", "train", f"{self.name}.replay={self.replay}: no row"
-            )
+            none = f"replay={self.replay}: no row"
+            general = self.answers(job, learner.tokenizer, "replay", "train", none)
             answers = Answers.joined(train, general)
             batches = with_replay(own, train, general, self.replay_fraction, job.seed)
-        attach(policy, self.peft, compute.device)
-        compute.ask_once(lambda: check_reached(policy))
-        if self.activation_checkpointing:
-            checkpoint_layers(policy)
-        trained, _ = count_parameters(policy)
-        engine, state = job.engine(ResponseModel(policy), [(policy.parameters(), self.optim)])
-        budget = self.micro_batch_tokens
         tokens_B = torch.from_numpy(held_out.learned.astype("int64"))
-        before_B = state["before_B"].clone() if state else answer_losses(engine, held_out, budget, compute)
-        if not state:
-            job.log({"held_out_loss": ratio(before_B, tokens_B).value}, 0)
-        train_batches(
-            job,
-            engine,
+
+        def measure(step: int) -> Tensor:
+            loss_B = answer_losses(engine, held_out, budget, compute)
+            job.log({"held_out_loss": ratio(loss_B, tokens_B).value}, step)
+            return loss_B
+
+        before_B = learner.once("before_B", lambda: measure(0))
+        learner.fit(
             batches,
             lambda batch: answer_step(engine, answers.pick(batch), budget, compute),
-            state={"before_B": before_B},
-            as_json=answers.as_json,
-            done=state["done"] if state else 0,
+            rows=lambda batch: map(answers.as_json, batch),
         )
-        after_B = answer_losses(engine, held_out, budget, compute)
-        job.log({"held_out_loss": ratio(after_B, tokens_B).value}, len(batches))
-        gain = prompt_gain(engine, held_out, after_B, self.room(start.context_length), budget, compute)
-
-        with job.trained(engine, policy) as weights:
-            written = job.compute.main_only(
-                lambda: publish_policy(
-                    job.directory, weights, tokenizer, start=start.directory, key=start.identity,
-                    settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
-                )
-            )  # fmt: skip
+        after_B = measure(len(batches))
+        context = job.start(self.init).context_length
+        gain = prompt_gain(engine, held_out, after_B, self.room(context), budget, compute)
         return {
-            **written,
-            **token_seconds(policy, job.compute),
+            **learner.publish(),
             "held_out_loss_before": ratio(before_B, tokens_B).value,
             "held_out_loss": ratio(after_B, tokens_B).value,
             **ratio(after_B - before_B, tokens_B).metrics("held_out_loss_change"),
@@ -210,7 +180,6 @@ class SftStage(Stage):
             "rows_cut": train.num_cut,
             "rows_left_out": left_out,
             "turns_apart": train.num_apart,
-            "trained_parameters": trained,
             "tokens": sum(int(answers.lengths[batch].sum()) for batch in batches),
             "replayed_rows": sum(map(len, batches)) - sum(map(len, own)),
         }  # fmt: skip
@@ -239,14 +208,14 @@ class SftStage(Stage):
         """The rows of a split that leave something to learn.
 
         Raises:
-            ConfigError: there is none. The message begins with `none`.
+            ConfigError: there is none. `none` says of which key.
         """
         rows, ids = job.data.rows(role, split), job.tokens(role, split, tokenizer)
         room = self.room(job.start(self.init).context_length)
         found = Answers.of(rows, ids, room, all_turns=self.turns == "all")
         if not found:
             raise ConfigError(
-                f"{none} has anything to learn within {self.name}.max_tokens={self.max_tokens}. Raise it, or "
-                "give rows with shorter prompts."
+                f"{self.name}.{none} has anything to learn within {self.name}.max_tokens={self.max_tokens}. "
+                "Raise it, or give rows with shorter prompts."
             )
         return found

@@ -112,15 +112,27 @@ def clipped_policy_loss(
         cut_BR = cut_BR | too_likely_BR
     loss_BR = loss_BR if weight_B is None else weight_B[:, None] * loss_BR
     loss = loss_BR.sum() / total_tokens
-    with torch.no_grad():
-        cut_BR = cut_BR | (raw_log_ratio_BR.abs() > LOG_RATIO_LIMIT)
-        return PolicyLoss(
-            loss=loss,
-            clipped=cut_BR.sum(),
-            approximate_kl=(log_ratio_BR.expm1() - log_ratio_BR).sum(),
-            max_ratio=torch.where(mask_BR, log_ratio_BR.exp(), 0.0).max(),
-            ratio_deviation=log_ratio_BR.expm1().abs().sum(),
-        )
+    cut_BR = cut_BR | (raw_log_ratio_BR.abs() > LOG_RATIO_LIMIT)
+    return with_figures(loss, logp_BR, sampled_logp_BR, mask_BR)._replace(clipped=cut_BR.sum())
+
+
+@torch.no_grad()
+def with_figures(loss: Tensor, logp_BR: Tensor, sampled_logp_BR: Tensor, mask_BR: Tensor) -> PolicyLoss:
+    """A loss with what the ratios say of it; none of them is clipped.
+
+    Args:
+        loss: scalar, carries the gradient.
+        logp_BR, sampled_logp_BR, mask_BR: as of `clipped_policy_loss`.
+    """
+    log_ratio_BR = torch.where(mask_BR, logp_BR - sampled_logp_BR, 0.0)
+    log_ratio_BR = log_ratio_BR.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return PolicyLoss(
+        loss=loss,
+        clipped=torch.zeros((), dtype=torch.long, device=logp_BR.device),
+        approximate_kl=(log_ratio_BR.expm1() - log_ratio_BR).sum(),
+        max_ratio=torch.where(mask_BR, log_ratio_BR.exp(), 0.0).max(),
+        ratio_deviation=log_ratio_BR.expm1().abs().sum(),
+    )
 
 
 def _sequence_ratio(log_ratio_BR: Tensor, mask_BR: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -32,7 +32,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, reading
 from rlhf.models.form import keep_form
 from rlhf.models.load import attention_of, check_complete, device_map, files_as_loaded
-from rlhf.models.logprobs import Sequences
+from rlhf.models.logprobs import Sequences, TokenStatistics, response_statistics
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.methods import PREFIX
@@ -124,6 +124,31 @@ class ScalarModel(nn.Module):
         with torch.no_grad():
             self.head.weight.mul_(gain)
             self.offset.mul_(gain).add_(bias)
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic in one module, so that one engine and one optimizer hold both. They read the same
+    token ids, one after the other."""
+
+    def __init__(self, policy: PreTrainedModel, critic: ScalarModel | None) -> None:
+        """`critic`: None for an algorithm without one."""
+        super().__init__()
+        self.policy, self.critic = policy, critic
+
+    def forward(
+        self, half: Literal["policy", "critic"], batch: Sequences, temperature: float = 1.0
+    ) -> TokenStatistics | Tensor:
+        """Run one half on every response token.
+
+        Returns:
+            policy: log-probability and entropy in nats, at the sampling temperature.
+            critic: V(prompt + y_<t) in units of the normalised reward, fp32 [N] (the response tokens of a
+            micro-batch laid end to end).
+        """
+        if half == "policy":
+            return response_statistics(self.policy, batch, temperature)
+        assert self.critic is not None
+        return self.critic.values(batch)
 
 
 def check_score_head(directory: Path) -> None:

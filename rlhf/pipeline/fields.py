@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, PositiveInt
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
+from rlhf.config import did_you_mean
 from rlhf.models.peft.config import PeftConfig
 from rlhf.rewards.kinds import RewardMix, RewardSource
 
@@ -38,6 +41,32 @@ class Rows:
     """A name in `rlhf.data.roles.ROLES`."""
     otherwise: str | None = None
     """The role that is read where the field is null. None: that of `role`, which then has no rows."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """The field names a function: one of ours, or `python:MODULE:FUNCTION`, whose code is in the key:
+    `Annotated[str, Function("grpo", "rloo")]`."""
+
+    names: tuple[str, ...]
+    """Of ours."""
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self.checked, handler(source))
+
+    def checked(self, name: str) -> str:
+        """The name.
+
+        Raises:
+            ValueError: there is no such function.
+        """
+        if name in self.names or (name.startswith("python:") and name.count(":") > 1):
+            return name
+        near = did_you_mean(name, self.names)
+        raise ValueError(f"it must be {', '.join(self.names)} or python:MODULE:FUNCTION.{near}".rstrip("."))
 
 
 UNKEYED = Mark.UNKEYED
@@ -134,4 +163,4 @@ def _marks(info: FieldInfo) -> list[Any]:
     found = [*info.metadata]
     for each in get_args(info.annotation):  # of `Model | None`
         found += getattr(each, "__metadata__", ())
-    return [each for each in found if isinstance(each, Mark | Rows)]
+    return [each for each in found if isinstance(each, Mark | Rows | Function)]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rlhf.data.chat_template import tokenizer_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.tokens import TokenIds, write_tokens
+from rlhf.distributed.batching import Batches, shuffled_batches
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import directory_of
 from rlhf.pipeline.store import Artifact
@@ -28,14 +29,19 @@ if TYPE_CHECKING:
     from rlhf.distributed.compute import Compute
     from rlhf.generation.policy_model import PolicyModel
     from rlhf.generation.vllm import Vllm
+    from rlhf.models.peft.config import PeftConfig
     from rlhf.models.weight_sharing import Backbone, Placement
     from rlhf.pipeline.experiment import Experiment
+    from rlhf.pipeline.trainable import PolicyLearner
     from rlhf.rewards.function import Tolerance
     from rlhf.rewards.http import RewardServerConfig
     from rlhf.rewards.kinds import RewardMix
     from rlhf.rewards.reward import Reward
     from rlhf.training.checkpoint import Checkpointer
-    from rlhf.training.engine import Engine, Groups
+    from rlhf.training.config import OptimConfig
+    from rlhf.training.engine import Engine
+
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -113,16 +119,33 @@ class Job:
             path.unlink()  # it is mapped, and goes with the last process that reads it
         return found
 
-    def engine(self, model: nn.Module, groups: Groups) -> tuple[Engine, dict[str, Any] | None]:
-        """The engine that `zero=` asks for, as the newest checkpoint left it.
+    def trainable(
+        self, init: str, peft: PeftConfig, optim: OptimConfig, *, activation_checkpointing: bool = False
+    ) -> PolicyLearner:
+        """The model that a key of the type `Model` names, ready to train: read, checked, with what `peft`
+        trains, under the engine that `zero=` asks for, as the newest checkpoint left it.
 
-        Returns:
-            The engine, and the loop's state in that checkpoint; None if there is no checkpoint.
+        The engine's model is a `rlhf.models.logprobs.ResponseModel`.
+
+        Args:
+            activation_checkpointing: keep only the input of each layer for the backward pass.
+
+        Raises:
+            ConfigError: the model is of a kind that is not supported.
         """
-        from rlhf.training.make_engine import make_engine
+        from rlhf.models.logprobs import ResponseModel
+        from rlhf.models.recompute import checkpoint_layers
+        from rlhf.pipeline.trainable import PolicyLearner, TunedPolicy
 
-        engine = make_engine(model, groups, self.compute, self.checkpoints.newest)
-        return engine, self.checkpoints.restore(engine)
+        policy = TunedPolicy.load(self, init, peft, check_decodes=self.will_sample)
+        if activation_checkpointing:
+            checkpoint_layers(policy.model)
+        groups = [(policy.model.parameters(), optim)]
+        return PolicyLearner(self, policy, ResponseModel(policy.model), groups)
+
+    def batches(self, rows: Sequence[Row], batch_rows: int, epochs: float) -> Batches[Row]:
+        """The batches of a whole training, in order. Each epoch shuffles the rows anew, by the run's seed."""
+        return shuffled_batches(rows, batch_rows, epochs, self.seed)
 
     @contextmanager
     def trained(self, engine: Engine, module: nn.Module) -> Iterator[Path]:
@@ -190,14 +213,6 @@ class Job:
         return make_reward(
             source, learned, self.base.config, self.compute,
             micro_batch_tokens, self.reward_server, backbone, placement, moments, tolerance,
-        )  # fmt: skip
-
-    def tell_start(self, steps: int) -> None:
-        """Say that what is published is the model that training began with."""
-        self.progress.console.print(
-            f"{self.stage}: no evaluation in {steps} steps was better than the one before the first step, so "
-            "the policy that is published is the one that it started from.",
-            style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -13,11 +13,11 @@ from rlhf.digests import DirectoryDigest, Recipe, directory_digest
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.start import init_digest, init_in_key
 from rlhf.pipeline.abilities import Records, TellsOfRuns
-from rlhf.pipeline.fields import Mark, Rows, marked
+from rlhf.pipeline.fields import Function, Mark, Rows, marked
 from rlhf.pipeline.graph import inputs, made_roles, own_roles, reads_base_model, starts_from, users_words
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
-from rlhf.rewards.code import own_code
+from rlhf.rewards.code import imported_code, own_code
 from rlhf.rewards.kinds import reward_digest
 from rlhf.tracking.redaction import redacted
 
@@ -115,6 +115,9 @@ def external_digests(
             found |= reward_digest(source, digest)
         for key, model in reads.models.items():
             found |= init_digest(f"{stage.name}.{key}", model, digest, name=digest_name(stage, key))
+        for _, value, marks in marked(stage):
+            if any(isinstance(each, Function) for each in marks) and value.startswith("python:"):
+                found |= imported_code(value)
         return found | stage.external_digests(digest, chain) | own_code(kind.__module__, kind.__name__)
 
 

@@ -13,7 +13,7 @@ from rlhf.config import Strict
 from rlhf.data.sources import PromptSource, SourceConfig
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows, Score
+from rlhf.pipeline.fields import UNKEYED, Batch, Function, Memory, Model, Rows, Score
 from rlhf.rewards.kinds import critic_part
 from rlhf.training.config import OptimConfig
 
@@ -115,8 +115,12 @@ class PolicyConfig(Strict):
     """The same for ratios above 1; null uses clip."""
     dual_clip: float | None = Field(gt=1)
     """Ratio above which a token with a negative advantage gets no gradient; null for no limit."""
-    ema_decay: float | None = Field(gt=0, lt=1)
-    """Publish an exponential moving average of the policy's weights; null for the weights themselves."""
+    advantage: str
+    """What makes advantages of rewards: see the stage's own."""
+    policy_loss: Annotated[str, Function("clip", "gspo")]
+    """The loss on a micro-batch. clip: PPO's, with each token's probability ratio. gspo: the same with one
+    ratio of the whole answer (with loss_mean=sequence and a much smaller clip, such as 3e-4). Or your own,
+    `python:MODULE:FUNCTION`."""
     evaluate_every: PositiveInt
     """Steps between evaluations on held-out prompts; the policy with the best score on one half of them is
     published, and judged on the other half."""
@@ -200,6 +204,9 @@ class PpoConfig(PolicyConfig):
     reward.pairs."""
     critic: CriticConfig
     ptx: PtxConfig
+    advantage: Annotated[str, Function("gae")]
+    """What makes advantages of rewards and the critic's values. gae: generalized advantage estimation, with
+    gamma and lam. Or your own, `python:MODULE:FUNCTION`."""
     gamma: float = Field(gt=0, le=1)
     """Discount per token; 1 if the length should not matter."""
     lam: float = Field(ge=0, le=1)

@@ -94,9 +94,6 @@ def policy_cost(
         others.append(frozen_weights(more, "reward model", "replicated", is_scalar=True))
     best = on.dtype_bytes * trained.of_one
     """Bytes of the best policy so far, which is on disk."""
-    average = 0 if config.ema_decay is None else FP32 * trained.of_one
-    if average:
-        states.append(Allocation("weights", average, "moving average of the policy, in fp32"))
 
     running = [*states, *trained.gathered()]
     learned = on.pass_tokens(mini, length, most)
@@ -137,7 +134,7 @@ def policy_cost(
     return StageCost(
         beside_vllm(on, phases), policy_work(config, on, scorer, critic, trained, once=once),
         artifact=artifact_bytes(on, config.peft),
-        checkpoint=3 * FP32 * trained.parameters + best + average,
+        checkpoint=3 * FP32 * trained.parameters + best,
         longest=length.longest + COSTS[config.peft.method].added_tokens(on.shape, config.peft),
         sampled=length.longest, context=on.shape.context,
         tokens=config.steps * batch * length.mean,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from rlhf.config import Strict
+from rlhf.pipeline.fields import Function
 from rlhf.ppo.config import KlConfig, PolicyConfig
 
 
@@ -42,18 +43,15 @@ class GrpoConfig(PolicyConfig):
     """Every knob of the GRPO stage. Sources of the details: docs/algorithms/grpo.md."""
 
     kl: GroupKlConfig
-    advantage: Literal["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+    advantage: Annotated[str, Function("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")]
     """What an answer's reward is compared with. grpo: its group's mean, in deviations of the group. rloo: the
     mean of the others of its group. reinforce_plus_plus: all tokens of the batch, in their deviations; with
-    _baseline after the group's mean is subtracted."""
+    _baseline after the group's mean is subtracted. Or your own, `python:MODULE:FUNCTION`."""
     samples_per_prompt: PositiveInt
     """Answers to each prompt, a group. `batch_episodes` and `minibatch_episodes` count answers, and are
     multiples of it."""
     divide_by_deviation: bool
     """For advantage=grpo: divide by the group's deviation. false is Dr. GRPO's (with loss_mean=constant)."""
-    ratio: Literal["token", "sequence"]
-    """The probability ratio that is clipped: each token's, or one of the whole answer (GSPO), which needs a
-    much smaller clip, such as 3e-4."""
     loss_mean: Literal["token", "sequence", "constant"]
     """token: the mean over all tokens (DAPO). sequence: the mean over answers of the mean over their tokens
     (GRPO's paper). constant: the sum over tokens, divided by answers x max_new_tokens (Dr. GRPO)."""
@@ -83,7 +81,7 @@ class GrpoConfig(PolicyConfig):
                     f"KEY.{name}={episodes} is no multiple of KEY.samples_per_prompt={size}: it counts "
                     f"answers, and a group stays together. Use {near} or {near + size}"
                 )
-        if size == 1 and self.advantage != "reinforce_plus_plus":
+        if size == 1 and self.advantage in ("grpo", "rloo", "reinforce_plus_plus_baseline"):
             raise ValueError(
                 f"KEY.samples_per_prompt=1: KEY.advantage={self.advantage} compares the answers to a prompt, "
                 "so it needs two of them. Raise it, or use KEY.advantage=reinforce_plus_plus"
@@ -97,16 +95,18 @@ class GrpoConfig(PolicyConfig):
 
     @model_validator(mode="after")
     def _losses(self) -> Self:
-        if self.ratio == "sequence" and self.loss_mean != "sequence":
+        if self.policy_loss != "gspo":
+            return self
+        if self.loss_mean != "sequence":
             raise ValueError(
-                f"KEY.ratio=sequence is one ratio a response, so its loss is a mean over responses, not "
-                f"KEY.loss_mean={self.loss_mean}. Use KEY.loss_mean=sequence, or KEY.ratio=token"
+                f"KEY.policy_loss=gspo has one ratio a response, so its loss is a mean over responses, not "
+                f"KEY.loss_mean={self.loss_mean}. Use KEY.loss_mean=sequence, or KEY.policy_loss=clip"
             )
-        if self.ratio == "sequence" and self.advantage == "reinforce_plus_plus" and self.kl.place == "reward":
+        if self.advantage == "reinforce_plus_plus" and self.kl.place == "reward":
             raise ValueError(
-                "KEY.ratio=sequence clips a response as a whole, but with KEY.advantage=reinforce_plus_plus "
-                "and KEY.kl.place=reward each token has an advantage of its own. Use KEY.kl.place=loss, or "
-                "KEY.ratio=token"
+                "KEY.policy_loss=gspo clips a response as a whole, but with "
+                "KEY.advantage=reinforce_plus_plus and KEY.kl.place=reward each token has an advantage of "
+                "its own. Use KEY.kl.place=loss, or KEY.policy_loss=clip"
             )
         return self
 

@@ -19,6 +19,7 @@ from rlhf.evaluation.intervals import mean, ratio
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.losses.policy import PolicyLoss
+from rlhf.models.logprobs import TokenStatistics
 from rlhf.rewards.combined import scored
 from rlhf.rewards.reward import Reward, RewardError, with_token_ids
 from rlhf.rl.advantage import kl_k1, kl_k3
@@ -85,6 +86,21 @@ def explained_variance_error(experience: Experience) -> float:
     return (unforeseen.high - unforeseen.low) / 2
 
 
+def update_sums(policy: PolicyLoss, statistics: TokenStatistics, total_tokens: int) -> dict[str, Tensor]:
+    """What `UpdateSums` counts of a micro-batch, and `ratio_deviation`: sums over its tokens, but for
+    `max_ratio`.
+
+    Args:
+        policy: its loss is divided by total_tokens.
+    """
+    return {
+        "policy_loss": policy.loss.detach() * total_tokens, "entropy": statistics.entropy_N.sum(),
+        "clip_fraction": policy.clipped, "approximate_kl": policy.approximate_kl,
+        "max_ratio": policy.max_ratio, "ratio_deviation": policy.ratio_deviation,
+        "tokens": torch.tensor(len(statistics.logp_N)),
+    }  # fmt: skip
+
+
 class UpdateSums:
     """Sums over the tokens of all optimizer steps of one rollout."""
 
@@ -97,19 +113,15 @@ class UpdateSums:
         self._tokens = 0.0
         self._max_ratio = 0.0
 
-    def add(
-        self, policy: PolicyLoss, entropy_sum: Tensor, tokens: int, total_tokens: float,
-        beside: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
-        """Count one of this rank's micro-batches; its loss is already divided by total_tokens, the figures
-        beside it are sums over tokens."""
-        figures = {
-            "policy_loss": policy.loss.detach() * total_tokens, "entropy": entropy_sum,
-            "clip_fraction": policy.clipped, "approximate_kl": policy.approximate_kl, **beside,
-        }  # fmt: skip
-        self._sums += torch.stack([figures[name].float() for name in self.names]).double().cpu()
-        self._tokens += tokens
-        self._max_ratio = max(self._max_ratio, float(policy.max_ratio))
+    def add(self, found: Mapping[str, Tensor]) -> None:
+        """Count one of this rank's micro-batches.
+
+        Args:
+            found: `update_sums`, and the sums beside them.
+        """
+        self._sums += torch.stack([found[name].float() for name in self.names]).double().cpu()
+        self._tokens += float(found["tokens"])
+        self._max_ratio = max(self._max_ratio, float(found["max_ratio"]))
 
     def max_ratio(self, compute: Compute) -> float:
         """The largest probability ratio of any token, over all ranks."""

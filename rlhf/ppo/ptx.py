@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from rlhf.data.answers import Answers
+from rlhf.distributed.compute import Compute
 from rlhf.losses.language import next_token_loss
+from rlhf.models.logprobs import pack_sequences
 from rlhf.ppo.config import PtxConfig
+from rlhf.training.engine import Engine
 
 
 class PretrainingMix:
@@ -25,6 +28,15 @@ class PretrainingMix:
         """The next few rows; the same on every rank."""
         places = range(len(self._answers))
         return self._answers.pick(self._random.sample(places, min(self._config.rows, len(places))))
+
+    def accumulate(self, engine: Engine, compute: Compute, micro_batch_tokens: int) -> None:
+        """Add the gradients of the next few rows, over all ranks."""
+        drawn = self.draw()
+        total_tokens, lengths = int(drawn.learned.sum()), drawn.lengths.tolist()
+        for group, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
+            rows = [drawn[index] for index in group]
+            batch = pack_sequences([row.prompt for row in rows], [row.answer for row in rows], compute.device)
+            engine.backward_part(weight * self.loss(engine.model("policy", batch, 1.0).logp_N, total_tokens))
 
     def loss(self, logp_N: Tensor, total_tokens: int) -> Tensor:
         """coef x negative log-likelihood of these answer tokens, in nats, / total_tokens."""

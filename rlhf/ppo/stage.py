@@ -23,6 +23,7 @@ from rlhf.ppo.cost import policy_cost
 from rlhf.rewards.kinds import models_of, stage_of
 
 if TYPE_CHECKING:
+    from rlhf.ppo.objective import Objective
     from rlhf.ppo.trainer import PolicyTrainer
 
 
@@ -87,6 +88,8 @@ class PolicyStage(PolicyConfig, Stage):
         yield from self.moments_missing(view.chain)
         if view.compute is not None:
             yield from self.impossible(view.compute)
+            if "python:" in (self.advantage[:7], self.policy_loss[:7]):
+                yield from self.objective().try_functions()
         if (data := view.data) is None:
             return
         held_out = data.rows("ppo", "held_out")
@@ -108,11 +111,6 @@ class PolicyStage(PolicyConfig, Stage):
     def impossible(self, compute: Compute) -> Iterator[str]:
         """What cannot be done on these ranks and this device."""
         name = self.name
-        if self.ema_decay is not None and compute.shards_weights:
-            yield (
-                f"{name}.ema_decay needs whole weights on each rank. Use zero=zero2, or "
-                f"{name}.ema_decay=null."
-            )
         if self.frozen_placement == "sharded" and compute.zero == "none":
             yield (
                 f"{name}.frozen_placement=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, "
@@ -151,28 +149,6 @@ class PolicyStage(PolicyConfig, Stage):
                     f"mean and deviation from `generate`, {cure} {self.instead_of_moments}."
                 )
 
-    def run(self, job: Job) -> Mapping[str, float]:
-        """Load the models, train, and publish the best policy."""
-        from rlhf.generation.latency import token_seconds
-        from rlhf.models.peft.merge import publish_policy
-
-        trainer = self.trainer(job)
-        metrics = trainer.train(
-            job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
-        )
-        trainer.publish_answers()
-        if metrics["best_step"] == 0:
-            job.tell_start(self.steps)
-        start = job.start(self.init)
-        written = job.compute.main_only(
-            lambda: publish_policy(
-                job.directory, job.checkpoints.best, trainer.policy.tokenizer, start=start.directory,
-                key=start.identity,
-                settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
-            )
-        )  # fmt: skip
-        return {**metrics, **written, **token_seconds(trainer.policy.model, job.compute)}
-
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """See rlhf/ppo/cost.py."""
         stages = filter(None, (stage_of(part.source) for part in models_of(self.reward)))
@@ -182,13 +158,14 @@ class PolicyStage(PolicyConfig, Stage):
         return policy_cost(self, on, reward_method=trained["peft"].method, reward_init=trained["init"])
 
     @abstractmethod
-    def trainer(self, job: Job) -> PolicyTrainer:
-        """The loop with its models, before its first step."""
+    def objective(self) -> Objective:
+        """What it learns from a rollout."""
 
-    @property
-    def mismatch_limit(self) -> float:
-        """Nats a token of `engine_mismatch` that end the run at once; none without the gate."""
-        from rlhf.ppo.trainer import TIMES_THE_BOUND
+    def trainer(self, job: Job) -> PolicyTrainer:
+        """The steps with their models, before the first one."""
+        from rlhf.ppo.models import load_models
+        from rlhf.ppo.trainer import TIMES_THE_BOUND, PolicyTrainer
 
         bound = self.gates.get("engine_mismatch")
-        return math.inf if bound is None or bound.max is None else TIMES_THE_BOUND * bound.max
+        limit = math.inf if bound is None or bound.max is None else TIMES_THE_BOUND * bound.max
+        return PolicyTrainer(self, self.objective(), load_models(self, job), job, mismatch_limit=limit)

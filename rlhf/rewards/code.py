@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rlhf.config import ConfigError
 from rlhf.digests import PACKAGES, digest_of, file_digest
@@ -52,6 +53,20 @@ def imported_code(source: str) -> dict[str, str]:
             f"{last.lineno}). Fix it."
         ) from error
     return _named(source, _imported[name][1])
+
+
+def imported_object(source: str) -> Any:
+    """What `python:MODULE:NAME` names.
+
+    Raises:
+        ConfigError: it cannot be imported, or there is no such name.
+    """
+    _, module, name = source.split(":", 2)
+    imported_code(source)
+    try:
+        return getattr(sys.modules[module], name)
+    except AttributeError as error:
+        raise ConfigError(f"{source}: {error}. Name a function of that module.") from None
 
 
 def import_code(name: str, named_by: str) -> ModuleType:

@@ -13,7 +13,6 @@ import asyncio
 import inspect
 import math
 import reprlib
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
-from rlhf.rewards.code import imported_code
+from rlhf.rewards.code import imported_object
 from rlhf.rewards.reward import (
     TOKEN_IDS,
     Prompts,
@@ -63,11 +62,7 @@ def imported_function(source: str) -> Function:
         ConfigError: it cannot be imported, or cannot be called in either form.
     """
     _, module, name = source.split(":", 2)
-    imported_code(source)
-    try:
-        function: Function = getattr(sys.modules[module], name)
-    except AttributeError as error:
-        raise ConfigError(f"{source}: {error}. Name a function of that module.") from None
+    function: Function = imported_object(source)
     wanted = WANTED.format(name=name)
     if not callable(function):
         raise ConfigError(f"{source}: {name} is not a function. {wanted}")

@@ -64,21 +64,22 @@ def _passes(num_rows: int, seed: int) -> Iterator[int]:
 def answer_step(
     engine: Engine, answers: Answers, micro_batch_tokens: int, compute: Compute
 ) -> dict[str, float]:
-    """One optimizer step. The loss is the mean over all learned tokens of the batch, over all ranks. Each
-    rank reads its own share of the answers."""
+    """One optimizer step. The loss is the mean over all learned tokens of the batch, over all ranks."""
     import torch
 
     total_tokens = int(answers.learned.sum())
-    loss_sum = torch.zeros((), device=compute.device)
-    for indices, weight, last in compute.micro_batches(answers.lengths.tolist(), micro_batch_tokens):
-        rows = [answers[index] for index in indices]
+
+    def loss(rows: list[EncodedAnswer]) -> tuple[Tensor, dict[str, Tensor]]:
         logp_N = engine.model(packed(rows, compute), temperature=1.0).logp_N
         learned_N = torch.cat([row.mask for row in rows]).to(logp_N.device)
-        loss = -weight * (logp_N * learned_N).sum() / total_tokens
-        engine.backward(loss, last=last)
-        loss_sum += loss.detach()
-    engine.step()
-    return {"loss": float(compute.global_sum(loss_sum)), "tokens": float(total_tokens)}
+        mean = -(logp_N * learned_N).sum() / total_tokens
+        return mean, {"loss": mean}
+
+    found = engine.learn(
+        answers.lengths.tolist(), lambda indices: [answers[index] for index in indices], loss,
+        micro_batch_tokens,
+    )  # fmt: skip
+    return {**found, "tokens": float(total_tokens)}
 
 
 def answer_losses(

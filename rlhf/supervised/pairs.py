@@ -127,24 +127,19 @@ class BothSides(Sequence["Tensor"]):
 def pair_step(
     engine: Engine, batch: Pairs, micro_batch_tokens: int, compute: Compute, *, center: float
 ) -> dict[str, float]:
-    """One optimizer step. The Bradley-Terry loss is the mean over all pairs of the batch, over all ranks.
-    Each rank reads its own share of the pairs."""
-    import torch
-
+    """One optimizer step. The Bradley-Terry loss is the mean over all pairs of the batch, over all ranks."""
     from rlhf.losses.pairwise import bradley_terry_loss
 
-    sums = torch.zeros(2, device=compute.device)  # loss, right rankings
-    lengths = (2 * batch.lengths.max(-1)).tolist()
-    for indices, weight, last in compute.micro_batches(lengths, micro_batch_tokens):
-        pairs = [batch[index] for index in indices]
+    def loss(pairs: list[EncodedPair]) -> tuple[Tensor, dict[str, Tensor]]:
         score_2B = engine.model([*(p.chosen for p in pairs), *(p.rejected for p in pairs)])
         chosen_B, rejected_B = score_2B.chunk(2)
-        loss = weight * bradley_terry_loss(chosen_B, rejected_B, total_pairs=len(batch), center=center)
-        engine.backward(loss, last=last)
-        sums += torch.stack([loss.detach(), weight * (chosen_B > rejected_B).sum() / len(batch)])
-    engine.step()
-    loss_sum, accuracy = compute.global_sum(sums).tolist()
-    return {"loss": loss_sum, "train_accuracy": accuracy}
+        mean = bradley_terry_loss(chosen_B, rejected_B, total_pairs=len(batch), center=center)
+        return mean, {"loss": mean, "train_accuracy": (chosen_B > rejected_B).sum() / len(batch)}
+
+    lengths = (2 * batch.lengths.max(-1)).tolist()
+    return engine.learn(
+        lengths, lambda indices: [batch[index] for index in indices], loss, micro_batch_tokens
+    )
 
 
 def rank_pairs(model: ScalarModel, pairs: Pairs, micro_batch_tokens: int, compute: Compute) -> Ranking:

@@ -300,30 +300,31 @@ class PreferenceConfig(Strict):
 def preference_step(
     engine: Engine, config: PreferenceConfig, batch: Preferences, micro_batch_tokens: int, compute: Compute
 ) -> dict[str, float]:
-    """One optimizer step. The loss is the mean over all examples of the batch, over all ranks. Each rank
-    reads its own share of the rows."""
+    """One optimizer step. The loss is the mean over all examples of the batch, over all ranks."""
     import torch
 
     point = reference_point(engine.model, config, batch, micro_batch_tokens, compute)
-    examples, sides = config.examples(batch), batch.has_B2.sum(0)
-    sums = torch.zeros(5, device=compute.device)  # loss, right, margin, reward of either side
-    for indices, weight, last in compute.micro_batches(batch.lengths, micro_batch_tokens):
-        rows = batch.pick(indices)
+    examples = int(config.examples(batch).sum())
+
+    def loss(rows: Preferences) -> tuple[Tensor, dict[str, Tensor]]:
         loss_B, reward_B2, margin_B = config.values(rows, logps(engine.model, rows, compute), point)
-        loss = weight * loss_B.sum() / int(examples.sum())
-        engine.backward(loss, last=last)
         has_B2 = torch.from_numpy(rows.has_B2).to(compute.device)
-        rewards = torch.where(has_B2, reward_B2, 0.0).sum(0)
-        parts = torch.stack([right(margin_B).sum(), margin_B.sum(), *rewards])
-        sums += torch.cat([loss.detach()[None], weight * parts])
-    engine.step()
-    loss_sum, correct, margin, *rewards_2 = compute.global_sum(sums).tolist()
-    metrics = {
-        "loss": loss_sum, "train_accuracy": correct / len(batch), "train_margin": margin / len(batch),
+        chosen, rejected = torch.where(has_B2, reward_B2, 0.0).sum(0)
+        mean = loss_B.sum() / examples
+        return mean, {
+            "loss": mean, "train_accuracy": right(margin_B).sum(), "train_margin": margin_B.sum(),
+            "chosen_reward": chosen, "rejected_reward": rejected,
+        }  # fmt: skip
+
+    sums = engine.learn(batch.lengths, batch.pick, loss, micro_batch_tokens)
+    chosen, rejected = batch.has_B2.sum(0).tolist()
+    counts = {
+        "train_accuracy": len(batch), "train_margin": len(batch), "chosen_reward": chosen,
+        "rejected_reward": rejected,
     }  # fmt: skip
-    for name, total, count in zip(("chosen_reward", "rejected_reward"), rewards_2, sides, strict=True):
-        if count:
-            metrics[name] = total / int(count)
+    metrics = {"loss": sums["loss"], "grad_norm": sums["grad_norm"]} | {
+        name: sums[name] / number for name, number in counts.items() if number
+    }
     return metrics | ({"reference_point": float(point)} if config.needs_others else {})
 
 

@@ -8,16 +8,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.distributed.compute import Compute
+from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.training.config import OptimConfig
 from rlhf.training.optimizer import MasterAdamW, parameter_group, rate_factor
 from rlhf.training.trained import TrainedFiles, owners
 
+Part = TypeVar("Part")
+Loss = Callable[[Part], tuple[Tensor, Mapping[str, Tensor]]]
+"""A micro-batch -> its part of the loss, and its part of sums for metrics. Losses are divided by global
+counts: the parts of all micro-batches and ranks add up to the loss of the batch."""
 Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
 Gather = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
 """Opens a context in which the weights of modules, without those below, are whole on each rank."""
@@ -99,6 +103,64 @@ class Engine(ABC):
         So the graphs of both parts need not be in memory at the same time.
         """
         self.backward(loss, last=False)
+
+    def accumulate(
+        self,
+        passes: Iterable[MicroBatch],
+        part_of: Callable[[Sequence[int]], Part],
+        *losses: Loss[Part],
+        count: Callable[[float, Mapping[str, Tensor]], None],
+    ) -> None:
+        """Add up the gradients of a batch. `step` follows.
+
+        Args:
+            passes: this rank's micro-batches, as of `Compute.micro_batches`.
+            part_of: makes a micro-batch of the indices of its rows.
+            losses: each goes backwards before the next one is computed, so that two graphs are never in
+                memory together. Each uses a part of the model of its own.
+            count: gets the weight of each micro-batch and its sums. The weight is 0 where a rank repeats a
+                row.
+        """
+        *first, final = losses
+        for rows, weight, last in passes:
+            part, sums = part_of(rows), dict[str, Tensor]()
+            for loss in first:
+                value, figures = loss(part)
+                self.backward_part(weight * value)
+                sums |= figures
+            value, figures = final(part)
+            self.backward(weight * value, last=last)
+            count(weight, {**sums, **figures})
+
+    def learn(
+        self,
+        lengths: Sequence[int],
+        part_of: Callable[[Sequence[int]], Part],
+        loss: Loss[Part],
+        micro_batch_tokens: int,
+    ) -> dict[str, float]:
+        """Learn a batch in one step. Each rank reads its own share of the rows.
+
+        Args:
+            lengths: tokens of each row of the batch.
+            part_of: makes a micro-batch of the indices of its rows.
+            loss: its sums are numbers, and are the same ones for each micro-batch.
+            micro_batch_tokens: tokens per forward pass.
+
+        Returns:
+            The loss's sums, added up over micro-batches and ranks; and `grad_norm`, before clipping.
+        """
+        totals: dict[str, Tensor] = {}
+
+        def count(weight: float, sums: Mapping[str, Tensor]) -> None:
+            for name, value in sums.items():
+                totals[name] = weight * value.detach() + totals.get(name, 0.0)
+
+        self.accumulate(self.compute.micro_batches(lengths, micro_batch_tokens), part_of, loss, count=count)
+        self.step()
+        sums = torch.stack([value.float() for value in totals.values()])
+        found = self.compute.global_sum(sums).tolist()
+        return {**dict(zip(totals, found, strict=True)), "grad_norm": self.grad_norm}
 
     @abstractmethod
     def step(self) -> None:

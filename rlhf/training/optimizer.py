@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -284,55 +283,3 @@ def rate_factor(schedule: Schedule, step: int, num_steps: int, warmup_fraction: 
             return left
         case "cosine":
             return (1 - math.cos(math.pi * left)) / 2
-
-
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter that trains, on the CPU."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def load_trainable(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put a `trainable_state` back."""
-    parameters = dict(model.named_parameters())
-    for name, value in state.items():
-        parameters[name].copy_(value)
-
-
-class WeightAverage:
-    """An exponential moving average of the weights that train, in fp32."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model, self._decay = model, decay
-        self._average = {
-            name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad
-        }
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the current weights."""
-        for name, value in self._model.named_parameters():
-            if name in self._average:
-                self._average[name].lerp_(value.float(), 1 - self._decay)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The average."""
-        return self._average
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore a saved average."""
-        for name, value in state.items():
-            self._average[name].copy_(value)
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """While open, the model has the averaged weights."""
-        current = trainable_state(self._model)
-        for name, parameter in self._model.named_parameters():
-            if name in self._average:
-                round_into(parameter, self._average[name])
-        try:
-            yield
-        finally:
-            load_trainable(self._model, current)

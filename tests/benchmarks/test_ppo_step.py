@@ -20,8 +20,7 @@ from transformers import LlamaConfig
 from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import pack_sequences
-from rlhf.models.value_head import load_scalar_model
-from rlhf.ppo.update import ActorCritic
+from rlhf.models.value_head import ActorCritic, load_scalar_model
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ppo_step.py"
 TRUNK = 3 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16 + 16 * 8)

@@ -39,7 +39,6 @@ TEN, HUNDRED = LengthStats(0, 10.0, 0.0, 10), LengthStats(0, 100.0, 0.0, 100)
     ("stage", "knobs", "phase", "kind"),
     [
         ("ppo", ["ppo.ptx.coef=0.5", "ppo.ptx.rows=64"], "learning", "activations"),
-        ("ppo", ["ppo.ema_decay=0.9"], "learning", "weights"),
         (
             "sft",
             ["sft.replay=samples:prompts", "sft.replay_fraction=0.5"],

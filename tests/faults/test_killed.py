@@ -61,7 +61,7 @@ IN_PPO: dict[str, tuple[str, ...]] = {
     "zero1": ("launch.processes=2", "zero=zero1"),
     "zero2": ("launch.processes=2", "zero=zero2"),
     "lora_mix_average": (
-        "ppo.peft=lora", "ppo.ptx.coef=0.5", "ppo.ema_decay=0.9", "ppo.kl.controller=adaptive",
+        "ppo.peft=lora", "ppo.ptx.coef=0.5", "ppo.kl.controller=adaptive",
         "ppo.score.normalize=running", "ppo.critic.init=sft", "precision=bf16",
     ),
 }  # fmt: skip

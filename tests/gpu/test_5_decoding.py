@@ -22,7 +22,7 @@ from rlhf.generation.sampler import _draw, _nucleus, generate
 from rlhf.models.load import load_causal_lm
 from rlhf.models.value_head import reset_head
 from rlhf.models.weight_sharing import offload
-from rlhf.ppo.build import load_critic, score_normalizer
+from rlhf.ppo.models import load_critic, score_normalizer
 from rlhf.rewards.model import LearnedReward
 from rlhf.rl.rollout import Rollout
 from rlhf.training.engine import Access

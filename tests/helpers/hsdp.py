@@ -14,6 +14,7 @@ from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
 from rlhf.supervised.answers import answer_step
 from rlhf.training.config import OptimConfig
+from rlhf.training.make_engine import make_engine
 
 OPTIM = OptimConfig(
     lr=1e-3, weight_decay=0.1, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=0.5
@@ -35,7 +36,9 @@ def train(compute: Compute, model: Path, directory: Path, name: str, *, steps: i
         checkpoints=directory / "checkpoints", keep=9,
     )  # fmt: skip
     policy = load_causal_lm(model, TINY, compute.dtype, compute.loads_on, compute)
-    engine, state = job.engine(ResponseModel(policy), [(policy.parameters(), OPTIM)])
+    groups = [(policy.parameters(), OPTIM)]
+    engine = make_engine(ResponseModel(policy), groups, compute, job.checkpoints.newest)
+    state = job.checkpoints.restore(engine)
     figures: dict[str, float] = {}
     for step in range(0 if state is None else state["step"], steps):
         engine.set_rates(step, 10)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.experiments import build
 from helpers.jobs import TINY, small_job, tiny_base
-from helpers.ppo import SETTINGS, prompts
+from helpers.ppo import SETTINGS, prompts, take_step
 from rlhf.costs.hardware import LIBRARIES
 from rlhf.costs.memory import LOADING
 from rlhf.costs.model_shape import shape_in
@@ -89,7 +89,7 @@ def main(model: Path, scratch: Path, device: torch.device) -> dict[str, tuple[fl
     meter = Meter(device)
     trainer = meter.during(LOADING, lambda: stage.trainer(job))
     trainer.engine.set_rates(0, 10)
-    trainer.step(rows, 1)  # from now on the optimizer has its moments
+    take_step(trainer, rows, 1)  # from now on the optimizer has its moments
     meter.during(
         "sampling",
         lambda: trainer.policy.sample(
@@ -97,7 +97,7 @@ def main(model: Path, scratch: Path, device: torch.device) -> dict[str, tuple[fl
             generator=torch.Generator(), batch_rows=len(rows),
         ),
     )  # fmt: skip
-    meter.during("a step", lambda: trainer.step(rows, 2))
+    meter.during("a step", lambda: take_step(trainer, rows, 2))
     weights = scratch / "trained"
     trainer.engine.save_trained(trainer.policy.model, weights)
     meter.during(

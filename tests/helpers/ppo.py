@@ -13,20 +13,16 @@ from helpers.encoded import answers_of
 from helpers.experiments import build_stage
 from helpers.jobs import TINY, SmallJob, small_job, tiny_base, user
 from rlhf.data.schema import PromptRow, SftRow
-from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import load_tokenizer
-from rlhf.models.load import load_causal_lm
-from rlhf.models.peft.attach import attach, count_parameters
+from rlhf.models.peft.attach import attach
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.saved import save_adapter
-from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
-from rlhf.ppo.build import load_critic, score_normalizer
+from rlhf.models.value_head import ActorCritic, ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.ppo.update import ActorCritic, PpoObjective
+from rlhf.ppo.trainer import ForwardPass, PolicyTrainer
 from rlhf.rewards.reward import Prompts, Reward
+from rlhf.rl.rollout import Experience
 from rlhf.stages.ppo import PpoStage
-from rlhf.training.engine import Access, PlainEngine
 from rlhf.training.trained import load_trained
 
 if TYPE_CHECKING:
@@ -54,10 +50,10 @@ def signal_at(trainer: PolicyTrainer, step: int, monkeypatch: pytest.MonkeyPatch
     """Let SIGTERM come while the trainer takes this step, as the operating system would tell of it."""
     take = trainer.step
 
-    def interrupted(rows: Sequence[PromptRow], number: int) -> dict[str, float]:
-        if number == step:
+    def interrupted(rows: Sequence[PromptRow]) -> dict[str, float]:
+        if trainer.learner.done + 1 == step:
             trainer.job.checkpoints.signals._handle(15, None)
-        return take(rows, number)
+        return take(rows)
 
     monkeypatch.setattr(trainer, "step", interrupted)
 
@@ -80,29 +76,28 @@ def ppo_job(directory: Path, model: Path, seed: int = 0, checkpoints: Path | Non
 def ppo_learner(
     stage: PpoStage, job: SmallJob, reward: Reward, mix_rows: Sequence[SftRow] = ()
 ) -> PolicyTrainer:
-    """A trainer of all parameters, as the stage makes it; the critic starts with a zero head."""
-    sft = job.inputs["sft"].path
-    tokenizer, normalizer = load_tokenizer(sft, TINY), score_normalizer(stage, job)
-    policy = load_causal_lm(sft, TINY, job.compute.dtype)
-    critic = load_critic(stage, job, reward, normalizer, tokenizer)
-    engine = PlainEngine(
-        ActorCritic(policy, critic),
-        [(policy.parameters(), stage.optim), (critic.parameters(), stage.critic.optim)],
-        job.compute,
-    )
-    return PolicyTrainer(
-        stage,
-        PpoObjective(stage),
-        engine=engine,
-        policy=PolicyModel(policy, tokenizer, job.compute, Access(lambda: engine.gathered(policy))),
-        reference=PolicyModel.load(sft, TINY, job.compute),
-        reward=reward,
-        normalizer=normalizer,
-        mix=PretrainingMix(stage.ptx, answers_of(tokenizer, mix_rows, 1024), job.seed) if mix_rows else None,
-        job=job,
-        trained_parameters=count_parameters(policy)[0],
-        mismatch_limit=stage.mismatch_limit,
-    )
+    """A trainer as the stage makes it, with another reward, and other rows to mix in."""
+    without_mix = stage.model_copy(update={"ptx": stage.ptx.model_copy(update={"coef": 0.0})})
+    trainer = without_mix.trainer(job)
+    trainer.config, trainer.reward = stage, reward
+    if mix_rows:
+        answers = answers_of(trainer.policy.tokenizer, mix_rows, 1024)
+        trainer.mix = PretrainingMix(stage.ptx, answers, job.seed)
+    return trainer
+
+
+def take_step(trainer: PolicyTrainer, rows: Sequence[PromptRow], number: int) -> dict[str, float]:
+    """One step, as the loop takes it; counted from 1."""
+    trainer.learner.begin(number, trainer.config.steps, {0: trainer.config.warmup_steps})
+    return {"lr": trainer.learner.rates[0], **trainer.step(rows)}
+
+
+def experience_of(trainer: PolicyTrainer, rows: Sequence[PromptRow]) -> tuple[Experience, ForwardPass | None]:
+    """What a step learns from, and what its `score` kept."""
+    answered = trainer.sample(rows)
+    scored, graph = trainer.score(answered.rollout)
+    rollout, score_B = answered.rollout, answered.score_B
+    return trainer.objective.experience(rollout, score_B, scored, trainer.normalizer), graph
 
 
 def resumed_learner(directory: Path, model: Path, reward: Reward, *overrides: str) -> PolicyTrainer:
@@ -116,6 +111,13 @@ def actor_critic(trainer: PolicyTrainer) -> ActorCritic:
     """What its engine trains."""
     assert isinstance(trainer.engine.model, ActorCritic)
     return trainer.engine.model
+
+
+def critic_of(trainer: PolicyTrainer) -> ScalarModel:
+    """The critic, which there must be."""
+    critic = actor_critic(trainer).critic
+    assert critic is not None
+    return critic
 
 
 def length(prompts: Prompts, completions: Sequence[str]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -155,7 +156,7 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
     tokenizer = trainer.policy.tokenizer
     rows = answers_of(tokenizer, [SftRow(prompt(n), answer(n)) for n in (*LENGTHS, ALONE)])
     mixed = answers_of(tokenizer, [SftRow(prompt(ALONE), answer(ALONE))], 1024)
-    trainer.update.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), mixed, 0)
+    trainer.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), mixed, 0)
     counted = Gathers(trainer.engine, trainer.policy.model)
     frozen = Gathers(trainer.reference.model, trainer.reference.model)
 
@@ -165,10 +166,9 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
             [row.prompt for row in some], [row.answer for row in some], torch.ones(len(some)) > 0
         )
         passes = len(list(job.compute.micro_batches([len(row) for row in some], stage.micro_batch_tokens)))
-        logp_BR, value_BR, scored = trainer.update.score(rollout)
+        (logp_BR, reference_BR, value_BR), graph = trainer.score(rollout)
         assert value_BR is not None
         counted.check(f"scoring {name}", passes=passes, each=1)
-        reference_BR = trainer.reference.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
         frozen.check(f"reference {name}", passes=passes, each=1)
         score_B = trainer.reward(
             [PromptRow(prompt(0)) for _ in some], [answer(len(row.answer)) for row in some]
@@ -181,9 +181,9 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
             experience = make_experience(
                 rollout, logp_BR=logp_BR, reference_logp_BR=reference_BR, score_B=score_B,
                 rule=RewardRule(trainer.normalizer, 0.05, None, 0.0),
-                advantages=trainer.objective.estimator(value_BR),
+                advantages=partial(trainer.objective.advantages, value_BR=value_BR),
             )  # fmt: skip
-            learned = trainer.update.learn(experience, scored, critic_only=False)
+            learned = trainer.learn(experience, graph, critic_only=False)
             counted.check("learning", passes=stage.epochs * (passes + 1), each=2)  # and the mix, of one row
             names = ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm", "entropy")
             figures |= {key: learned[key] for key in names}

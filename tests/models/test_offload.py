@@ -19,7 +19,7 @@ from rlhf.models.value_head import reset_head
 from rlhf.models.weight_sharing import offload
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.stage import View
-from rlhf.ppo.build import load_critic, score_normalizer
+from rlhf.ppo.models import load_critic, score_normalizer
 from rlhf.rewards.model import LearnedReward
 from rlhf.rl.rollout import Rollout
 from rlhf.training.engine import Access

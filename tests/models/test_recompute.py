@@ -19,8 +19,7 @@ from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.attach import attach
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.recompute import checkpoint_layers
-from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
-from rlhf.ppo.update import ActorCritic
+from rlhf.models.value_head import ActorCritic, ScalarModel, load_scalar_model, reset_head
 
 CPU = torch.device("cpu")
 generator = torch.Generator().manual_seed(0)

@@ -19,18 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import PairRow
-from rlhf.distributed.batching import shuffled_batches
 from rlhf.evaluation.intervals import share
-from rlhf.models.load import load_causal_lm
-from rlhf.models.logprobs import ResponseModel, pack_sequences
-from rlhf.models.peft.attach import attach
+from rlhf.models.logprobs import pack_sequences
 from rlhf.models.peft.config import Peft
-from rlhf.models.peft.merge import publish_policy
 from rlhf.pipeline.fields import Batch, Memory, Reads
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.metrics import Metric, named
+from rlhf.pipeline.metrics import TUNED, Metric, named
 from rlhf.pipeline.stage import Stage
-from rlhf.supervised.loop import train_batches
 from rlhf.training.config import OptimConfig
 from rlhf.training.engine import Engine
 
@@ -60,7 +55,8 @@ class DpoStage(Stage):
     publishes: ClassVar[Literal["policy"]] = "policy"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "accuracy": Metric("ranks right", ".2f"),
-        **named("skipped_steps", "artifact_bytes", "adapter_bytes"),
+        **TUNED,
+        **named("skipped_steps"),
     }
     role: ClassVar[str] = "pairs"
 
@@ -77,35 +73,24 @@ class DpoStage(Stage):
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Measure the reference, train, and publish."""
-        start = job.start("sft")
-        tokenizer = start.load_tokenizer()
+        learner = job.trainable("sft", self.peft, self.optim)
+        engine = learner.engine
         train, held_out = (
-            [Pair(tokenizer, self.pair(row)) for row in job.data.rows(self.role, split)]
+            [Pair(learner.tokenizer, self.pair(row)) for row in job.data.rows(self.role, split)]
             for split in ("train", "held_out")
         )
-        policy = load_causal_lm(
-            start.directory, start.config, job.compute.dtype, job.compute.loads_on, job.compute
-        )
-        attach(policy, self.peft)
-        engine, state = job.engine(ResponseModel(policy), [(policy.parameters(), self.optim)])
-        reference_B = state["reference_B"] if state else self.margins(job, engine, [*train, *held_out])
-        for pair, margin in zip([*train, *held_out], reference_B.tolist(), strict=True):
+        everything = [*train, *held_out]
+        reference_B = learner.once("reference_B", lambda: self.margins(job, engine, everything))
+        for pair, margin in zip(everything, reference_B.tolist(), strict=True):
             pair.reference = margin
-        train_batches(
-            job, engine, shuffled_batches(train, self.batch_pairs, self.epochs, job.seed),
-            lambda batch: self.step(job, engine, batch), state={"reference_B": reference_B},
-            as_json=self.as_json, done=state["done"] if state else 0,
-        )  # fmt: skip
+        learner.fit(
+            job.batches(train, self.batch_pairs, self.epochs),
+            lambda batch: self.step(job, engine, batch),
+            rows=lambda batch: map(self.as_json, batch),
+        )
         gain_B = self.margins(job, engine, held_out) - torch.tensor([pair.reference for pair in held_out])
-        with job.trained(engine, policy) as weights:
-            written = job.compute.main_only(
-                lambda: publish_policy(
-                    job.directory, weights, tokenizer, start=start.directory, key=start.identity,
-                    settings=start.config, dtype=job.compute.dtype, peft=self.peft,
-                )
-            )  # fmt: skip
         right = share((gain_B > 0).double()).metrics("accuracy")
-        return {**written, **right, "skipped_steps": engine.skipped_steps}
+        return {**learner.publish(), **right, "skipped_steps": engine.skipped_steps}
 
     def pair(self, row: Any) -> PairRow:
         """The pair that a prepared row stands for."""
@@ -114,18 +99,16 @@ class DpoStage(Stage):
 
     def step(self, job: Job, engine: Engine, pairs: Sequence[Pair]) -> dict[str, float]:
         """One optimizer step: the mean over all pairs of the batch, over all ranks."""
-        total = torch.zeros((), device=job.compute.device)
-        for indices, weight, last in job.compute.micro_batches(
-            [pair.tokens for pair in pairs], self.micro_batch_tokens
-        ):
-            part = [pairs[index] for index in indices]
+
+        def loss(part: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
             reference_B = torch.tensor([pair.reference for pair in part], device=job.compute.device)
-            margin_B = self.margin(job, engine, part) - reference_B
-            loss = weight * dpo_loss(margin_B, self.beta, len(pairs))
-            engine.backward(loss, last=last)
-            total += loss.detach()
-        engine.step()
-        return {"loss": float(job.compute.global_sum(total))}
+            mean = dpo_loss(self.margin(job, engine, part) - reference_B, self.beta, len(pairs))
+            return mean, {"loss": mean}
+
+        lengths = [pair.tokens for pair in pairs]
+        return engine.learn(
+            lengths, lambda places: [pairs[place] for place in places], loss, self.micro_batch_tokens
+        )
 
     def margin(self, job: Job, engine: Engine, pairs: Sequence[Pair]) -> Tensor:
         """Of each pair, log p(chosen) - log p(rejected) under the model as it is, nats."""

@@ -1,8 +1,7 @@
-"""PPO's models as `build_trainer` puts them together."""
+"""PPO's models as `load_models` puts them together."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from helpers.ppo import ppo_job, ppo_stage
 from helpers.store import manifest
 from rlhf.config import ConfigError
 from rlhf.pipeline.store import Artifact
-from rlhf.ppo.build import build_trainer, score_normalizer
+from rlhf.ppo.models import load_models, score_normalizer
 from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.training.engine import WHOLE
 
@@ -24,8 +23,8 @@ def test_the_reference_waits_on_the_host_where_that_is_asked_for(
 ) -> None:
     """The stage refuses it without a GPU; the mechanism is the same."""
     stage = ppo_stage(f"ppo.frozen_placement={placement}")
-    trainer = build_trainer(stage, ppo_job(tmp_path / "ppo", tiny_model), math.inf)
-    assert (trainer.reference.access is not WHOLE) == (placement == "offloaded")
+    models = load_models(stage, ppo_job(tmp_path / "ppo", tiny_model))
+    assert (models.reference.access is not WHOLE) == (placement == "offloaded")
 
 
 def test_scores_are_normalised_by_what_generate_measured(tmp_path: Path, tiny_model: Path) -> None:

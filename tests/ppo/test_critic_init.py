@@ -15,7 +15,7 @@ from helpers.models import write_reward
 from helpers.ppo import length, ppo_stage
 from rlhf.data.chat_template import PLAIN
 from rlhf.models.base import load_tokenizer
-from rlhf.ppo.build import load_critic
+from rlhf.ppo.models import load_critic
 from rlhf.rewards.model import LearnedReward, load_learned_reward
 from rlhf.rewards.reward import Reward
 from rlhf.rl.advantage import ScoreNormalizer

@@ -108,7 +108,7 @@ def test_what_a_bad_last_step_left_is_evaluated_by_the_next_run(tmp_path: Path, 
     summary = train(second)
     assert evaluated_steps(second) == [0, 2, 4]
     assert asked.rollouts == 0
-    assert second.last is not None and summary["held_out_score_last"] == second.last.score
+    assert summary["held_out_score_last"] == second.evaluations.last.score
 
 
 def test_held_out_responses_without_a_score_are_left_out_and_told(tmp_path: Path, tiny_model: Path) -> None:
@@ -169,7 +169,8 @@ def test_one_held_out_prompt_cannot_choose_and_judge(tmp_path: Path, tiny_model:
 def test_a_response_that_looks_like_markup_is_quoted_as_it_is(tmp_path: Path, tiny_model: Path) -> None:
     trainer = learner_in(tmp_path / "job", tiny_model, Faulty())
     trainer.job.progress.console = console = Console(file=StringIO(), width=200)
-    trainer.count_bad(1, "the reward of 'no [/INST] [red]' is nan.")
+    trainer.learner.begin(1, 4)
+    trainer.learner.count_bad("the reward of 'no [/INST] [red]' is nan.")
     assert isinstance(console.file, StringIO)
     assert "step 1 skipped: the reward of 'no [/INST] [red]' is nan." in console.file.getvalue()
 
@@ -181,7 +182,7 @@ def test_killed_between_the_best_weights_and_the_checkpoint_it_ends_the_same(
     """What lies beside the checkpoint is half written then, or of a later step."""
     overrides = ("ppo.evaluate_every=1", "ppo.steps=3", "ppo.optim.lr=3e-2")
     through = learner_in(tmp_path / "through" / "job", tiny_model, letters, *overrides)
-    expected, moment = train(through), through.best_step
+    expected, moment = train(through), through.evaluations.best_step
     assert moment > 1
     first = learner_in(tmp_path / "first", tiny_model, letters, *overrides)
     checkpoints = first.job.checkpoints
@@ -191,7 +192,7 @@ def test_killed_between_the_best_weights_and_the_checkpoint_it_ends_the_same(
 
     def then_killed(*arguments: Any) -> None:
         work(*arguments)
-        if first.done == moment:
+        if first.learner.done == moment:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(owners[after], after, then_killed)
@@ -215,10 +216,10 @@ def test_every_answer_of_each_evaluation_is_published(tmp_path: Path, tiny_model
     assert [answer["prompt"] for answer in answers] == 3 * [row.prompt for row in HELD_OUT]
     assert [answer["response"] for answer in answers[-4:]] == reward.responses
     assert [answer["score"] for answer in answers[::4]] == [None] * 3
-    assert trainer.last is not None
-    assert sum(answer["score"] for answer in answers[-4:][1::2]) / 2 == trainer.last.score
-    assert [answer["kl"] for answer in answers[-4:]] == trainer.last.kl_B.tolist()
-    assert [len(answer["token_ids"]) for answer in answers[-4:]] == trainer.last.length_B.tolist()
+    last = trainer.evaluations.last
+    assert sum(answer["score"] for answer in answers[-4:][1::2]) / 2 == last.score
+    assert [answer["kl"] for answer in answers[-4:]] == last.kl_B.tolist()
+    assert [len(answer["token_ids"]) for answer in answers[-4:]] == last.length_B.tolist()
 
 
 def test_answers_that_were_damaged_on_the_disk_are_told_and_left_out(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.ppo import actor_critic, ppo_job, ppo_learner, ppo_stage, prompts
+from helpers.ppo import critic_of, experience_of, ppo_job, ppo_learner, ppo_stage, prompts
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.function import function_reward
 
@@ -43,14 +43,12 @@ def test_what_is_learned_is_the_same_with_one_pass_less(make: Make, epochs: int)
     results, passes = [], []
     for trainer in (once, twice):
         trainer.engine.set_rates(0, 4)
-        experience, scored = trainer.experience(ROWS)
+        experience, scored = experience_of(trainer, ROWS)
         assert scored is not None
         count: list[int] = []
-        for model in (trainer.policy.model, actor_critic(trainer).critic.model):
+        for model in (trainer.policy.model, critic_of(trainer).model):
             model.get_input_embeddings().register_forward_hook(lambda *_, n=count: n.append(1))
-        results.append(
-            trainer.update.learn(experience, scored if trainer is once else None, critic_only=False)
-        )
+        results.append(trainer.learn(experience, scored if trainer is once else None, critic_only=False))
         passes.append(len(count))
     assert passes == [2 * (epochs - 1), 2 * epochs]
     assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-6)
@@ -61,7 +59,7 @@ def test_what_is_learned_is_the_same_with_one_pass_less(make: Make, epochs: int)
 
 @pytest.mark.parametrize("override", ["ppo.micro_batch_tokens=100", "ppo.minibatch_episodes=4"])
 def test_a_rollout_in_parts_keeps_no_graph(make: Make, override: str) -> None:
-    experience, scored = make(override).experience(ROWS)
+    experience, scored = experience_of(make(override), ROWS)
     assert scored is None
     assert not experience.logp_BR.requires_grad
     assert not experience.value_BR.requires_grad

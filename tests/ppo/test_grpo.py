@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.grpo import OfSomePrompts, constant, grpo_job, grpo_stage, grpo_trainer
 from helpers.jobs import run_in, user
-from helpers.ppo import best_weights, equal, prompts, shake, signal_at, weights
+from helpers.ppo import best_weights, equal, experience_of, prompts, shake, signal_at, take_step, weights
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.pipeline.metrics import check_metric
@@ -47,7 +47,7 @@ def test_a_run_of_each_estimator(tmp_path: Path, tiny_model: Path, advantage: st
 def test_a_step_with_other_methods_of_tuning(tmp_path: Path, tiny_model: Path, method: str) -> None:
     trainer = grpo_trainer(tmp_path / "job", tiny_model, f"grpo.peft={method}")
     before = weights(trainer.policy.model)
-    metrics = trainer.step(GROUPS, 1)
+    metrics = take_step(trainer, GROUPS, 1)
     assert metrics["grad_norm"] > 0.0 and metrics["bad_steps"] == 0
     assert not equal(weights(trainer.policy.model), before)
 
@@ -60,9 +60,9 @@ def test_a_group_is_the_answers_to_one_prompt(
     asked: list[list[str]] = []
     step = trainer.step
 
-    def noted(rows: Sequence[PromptRow], number: int) -> dict[str, float]:
+    def noted(rows: Sequence[PromptRow]) -> dict[str, float]:
         asked.append([row.prompt[-1]["content"] for row in rows])
-        return step(rows, number)
+        return step(rows)
 
     monkeypatch.setattr(trainer, "step", noted)
     trainer.train(TRAIN, HELD_OUT)
@@ -74,7 +74,7 @@ def test_no_critic_is_trained(tmp_path: Path, tiny_model: Path) -> None:
     trainer = grpo_trainer(tmp_path / "job", tiny_model)
     trained = sum(each.numel() for each in trainer.engine.model.parameters())
     assert trained == sum(each.numel() for each in trainer.policy.model.parameters())
-    experience, _ = trainer.experience(GROUPS)
+    experience, _ = experience_of(trainer, GROUPS)
     assert experience.values is None
 
 
@@ -83,7 +83,7 @@ def test_no_critic_is_trained(tmp_path: Path, tiny_model: Path) -> None:
     [
         ("grpo.loss_mean=token", "grpo.dual_clip=1.5"),
         ("grpo.loss_mean=constant", "grpo.clip_high=0.3"),
-        ("grpo.loss_mean=sequence", "grpo.ratio=sequence", "grpo.clip=0.05"),
+        ("grpo.loss_mean=sequence", "grpo.policy_loss=gspo", "grpo.clip=0.05"),
     ],
 )
 def test_micro_batches_add_up_to_the_whole(
@@ -97,11 +97,11 @@ def test_micro_batches_add_up_to_the_whole(
             f"grpo.micro_batch_tokens={tokens}",
         )  # fmt: skip
         trainer.policy.stop_ids = list(range(0, 259, 15))
-        experience, _ = trainer.experience(GROUPS)
+        experience, _ = experience_of(trainer, GROUPS)
         assert len(set(experience.rollout.response_lengths.tolist())) > 3
         shake(trainer)
         sums = UpdateSums(trainer.objective.figures)
-        trainer.update.accumulate(experience, [sums], critic_only=False)
+        trainer.accumulate(experience, [sums], critic_only=False)
         assert isinstance(trainer.engine, PlainEngine)
         trainer.engine.step()
         found.append((sums.means(trainer.compute), weights(trainer.engine.model), trainer.engine.grad_norm))
@@ -117,15 +117,15 @@ def test_a_group_reads_its_prompt_once_in_every_pass(tmp_path: Path, tiny_model:
     mixed groups each would be read several times."""
     long = [PromptRow(user(f"{n}{' and the sea' * 4}")) for n in range(4)]
     one = grpo_trainer(tmp_path / "one" / "job", tiny_model)
-    prompt = len(one.experience(repeated(long[:1], 4))[0].rollout.prompt_ids[0])
+    prompt = len(experience_of(one, repeated(long[:1], 4))[0].rollout.prompt_ids[0])
     budget = 2 * 4 * (prompt + 8)
     trainer = grpo_trainer(tmp_path / "job", tiny_model, f"grpo.micro_batch_tokens={budget}")
     trainer.policy.stop_ids = list(range(0, 259, 15))  # answers of many lengths, by which passes are filled
-    trainer.experience(GROUPS)  # the first one also tests how the model decodes
+    experience_of(trainer, GROUPS)  # the first one also tests how the model decodes
     read: list[int] = []
     for model in (trainer.policy.model, trainer.reference.model):
         model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))
-    experience, scored = trainer.experience(repeated(long, 4))
+    experience, scored = experience_of(trainer, repeated(long, 4))
     lengths = {len(ids) for ids in experience.rollout.prompt_ids}
     assert lengths == {prompt} and scored is None
     new = sum(map(len, experience.rollout.response_ids))
@@ -133,7 +133,7 @@ def test_a_group_reads_its_prompt_once_in_every_pass(tmp_path: Path, tiny_model:
     assert prompts_read <= 4 * prompt
     assert len(passes) == 2 * 2 and sum(passes) <= 2 * (4 * prompt + new)  # of reference and policy
     read.clear()
-    trainer.update.learn(experience, None, critic_only=False)
+    trainer.learn(experience, None, critic_only=False)
     assert len(read) == 2 and sum(read) <= 4 * prompt + new
 
 
@@ -146,9 +146,9 @@ def test_the_kl_is_paid_in_the_loss_or_in_the_reward(tmp_path: Path, tiny_model:
     }.items():
         trainer = grpo_trainer(tmp_path / name / "job", tiny_model, *overrides)
         shake(trainer)  # away from the reference
-        experience, _ = trainer.experience(GROUPS)
+        experience, _ = experience_of(trainer, GROUPS)
         sums = UpdateSums(trainer.objective.figures)
-        trainer.update.accumulate(experience, [sums], critic_only=False)
+        trainer.accumulate(experience, [sums], critic_only=False)
         losses[name], rewards[name] = sums.means(trainer.compute), experience.reward_BR
     assert losses["loss"]["policy_loss"] == pytest.approx(
         losses["free"]["policy_loss"] + 0.5 * losses["loss"]["kl_loss"], abs=1e-6
@@ -163,11 +163,11 @@ def test_the_adaptive_coefficient_reaches_the_loss(tmp_path: Path, tiny_model: P
         tmp_path / "job", tiny_model, "grpo.kl.controller=adaptive", "grpo.kl.horizon=100", "grpo.kl.coef=1.0"
     )
     shake(trainer)
-    experience, _ = trainer.experience(GROUPS)
+    experience, _ = experience_of(trainer, GROUPS)
     losses = []
     for _ in range(2):
         sums = UpdateSums(trainer.objective.figures)
-        trainer.update.accumulate(experience, [sums], critic_only=False)
+        trainer.accumulate(experience, [sums], critic_only=False)
         losses.append(sums.means(trainer.compute))
         trainer.kl.update(1e9, 16)
     assert trainer.kl.coef > 1.03
@@ -180,7 +180,7 @@ def test_groups_without_spread_are_replaced_as_often_as_allowed(tmp_path: Path, 
     dull = repeated([*TRAIN[:3], TRAIN[20]], 4)  # three dull groups, and one that is not
     trainer = grpo_trainer(tmp_path / "job", tiny_model, "grpo.max_resamples=20", reward=OfSomePrompts("10"))
     trainer.prompts = TRAIN
-    metrics = trainer.step(dull, 1)
+    metrics = take_step(trainer, dull, 1)
     assert metrics["groups_without_spread"] == 0.0 and metrics["resampled_groups"] >= 3
     asked = [row.prompt[-1]["content"] for row in trainer.rows]
     assert asked[12:] == [dull[12].prompt[-1]["content"]] * 4, "a group with spread stays"
@@ -190,10 +190,10 @@ def test_groups_without_spread_are_replaced_as_often_as_allowed(tmp_path: Path, 
 
     never = grpo_trainer(tmp_path / "never" / "job", tiny_model, "grpo.max_resamples=2", reward=constant)
     never.prompts = TRAIN
-    metrics = never.step(dull, 1)
+    metrics = take_step(never, dull, 1)
     assert (metrics["groups_without_spread"], metrics["resampled_groups"]) == (1.0, 2 * 4)
     kept = grpo_trainer(tmp_path / "kept" / "job", tiny_model, reward=OfSomePrompts("10"))
-    metrics = kept.step(dull, 1)
+    metrics = take_step(kept, dull, 1)
     assert metrics["groups_without_spread"] == 0.75 and "resampled_groups" not in metrics
 
 
@@ -204,7 +204,7 @@ def test_replacements_without_a_score_leave_the_other_groups_to_learn_from(
     rows, reward = repeated([*TRAIN[:3], TRAIN[20]], 4), OfSomePrompts("10", math.nan)
     trainer = grpo_trainer(tmp_path / "job", tiny_model, "grpo.max_resamples=2", reward=reward)
     trainer.prompts = TRAIN[:10]
-    metrics = trainer.step(rows, 1)
+    metrics = take_step(trainer, rows, 1)
     assert metrics["bad_steps"] == 0.0 and metrics["grad_norm"] > 0.0
     assert (metrics["unscored"], metrics["resampled_groups"]) == (12.0, 2 * 3)
 
@@ -227,9 +227,9 @@ def test_a_batch_of_which_nothing_can_be_used_is_a_bad_step(
 
     trainer = grpo_trainer(tmp_path / "job", tiny_model, "grpo.max_resamples=2", reward=reward)
     trainer.prompts = TRAIN
-    metrics = trainer.step(GROUPS, 1)
+    metrics = take_step(trainer, GROUPS, 1)
     assert metrics["bad_steps"] == 1.0 and "grad_norm" not in metrics
-    assert said in trainer.last_bad and asked == [16] * attempts
+    assert said in trainer.learner.last_bad and asked == [16] * attempts
 
 
 def test_a_reward_that_cannot_be_learned_moves_nothing_and_says_so(tmp_path: Path, tiny_model: Path) -> None:
@@ -254,7 +254,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, with groups that are replaced on the way."""
-    overrides = ("grpo.steps=5", "grpo.max_resamples=3", "grpo.ema_decay=0.5", "grpo.epochs=2")
+    overrides = ("grpo.steps=5", "grpo.max_resamples=3", "grpo.epochs=2")
 
     def trainer_in(name: str) -> PolicyTrainer:
         return grpo_trainer(tmp_path / name, tiny_model, *overrides, reward=OfSomePrompts("10"))
@@ -316,9 +316,9 @@ def test_a_policy_too_far_away_is_told_by_the_stages_own_keys(tmp_path: Path, ti
             "Use grpo.max_resamples=0.",
         ),
         (("grpo.kl.estimator=k1",), "grpo.kl.estimator=k1 does nothing with grpo.kl.place=loss"),
-        (("grpo.ratio=sequence",), "Use grpo.loss_mean=sequence, or grpo.ratio=token."),
+        (("grpo.policy_loss=gspo",), "Use grpo.loss_mean=sequence, or grpo.policy_loss=clip."),
         (
-            ("grpo.ratio=sequence", "grpo.loss_mean=sequence", "grpo.advantage=reinforce_plus_plus",
+            ("grpo.policy_loss=gspo", "grpo.loss_mean=sequence", "grpo.advantage=reinforce_plus_plus",
              *KL_IN_REWARD),
             "each token has an advantage of its own",
         ),
@@ -342,5 +342,5 @@ def test_long_answers_lose_their_share(tmp_path: Path, tiny_model: Path) -> None
         reward=constant,
     )  # fmt: skip
     trainer.policy.stop_ids = []
-    experience, _ = trainer.experience(GROUPS)
+    experience, _ = experience_of(trainer, GROUPS)
     torch.testing.assert_close(experience.reward_BR.sum(1), torch.full((16,), 0.3 - 2.5))

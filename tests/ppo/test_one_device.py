@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from helpers.ppo import actor_critic, ppo_job, ppo_stage, reward_model
+from helpers.ppo import critic_of, ppo_job, ppo_stage, reward_model
 from rlhf.models.logprobs import pack_sequences, response_statistics
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.model import LearnedReward
@@ -51,7 +51,7 @@ def learner_on_meta(tmp_path: Path, sft: Path, *overrides: str) -> PolicyTrainer
 def test_all_weights_and_all_they_meet_are_on_the_device(
     peft: str, init: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for check in ("models.packed_attention._leaks", "ppo.build.check_policy"):
+    for check in ("models.packed_attention._leaks", "pipeline.trainable.check_policy"):
         monkeypatch.setattr(f"rlhf.{check}", lambda *_: False)  # of numbers, of which there are none
     reward = reward_model(tmp_path / "reward", tiny_model, "lora")
     trainer = learner_on_meta(
@@ -63,7 +63,7 @@ def test_all_weights_and_all_they_meet_are_on_the_device(
         "ppo.gates.first_kl=null",
     )
     assert isinstance(trainer.reward, LearnedReward)
-    policy, critic = trainer.policy.model, actor_critic(trainer).critic
+    policy, critic = trainer.policy.model, critic_of(trainer)
     modules: list[nn.Module] = [policy, critic, trainer.reference.model, trainer.reward.model]
     for module in modules:
         elsewhere = [name for name, weight in module.named_parameters() if weight.device != META]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from helpers.ppo import ROWS, MakeTrainer, actor_critic, shake
+from helpers.ppo import ROWS, MakeTrainer, critic_of, experience_of, shake
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rl.rollout import Experience
@@ -89,7 +89,7 @@ def plain_update(
 
 def own_update(trainer: PolicyTrainer, experience: Experience) -> tuple[dict[str, float], dict[str, Tensor]]:
     sums = UpdateSums(trainer.objective.figures)
-    trainer.update.accumulate(experience, [sums], critic_only=False)
+    trainer.accumulate(experience, [sums], critic_only=False)
     trainer.engine.step()
     assert isinstance(trainer.engine, PlainEngine)
     moments = trainer.engine.optimizer.state_dict()["adamw"]["state"].values()
@@ -104,13 +104,13 @@ def test_losses_and_gradients_are_those_of_the_plain_implementation(
 ) -> None:
     trainer = make(*SETTINGS)
     trainer.policy.stop_ids = list(range(0, 259, 15))  # an untrained model hardly ever says one of its own
-    experience, scored = trainer.experience(ROWS)
+    experience, scored = experience_of(trainer, ROWS)
     lengths = [len(ids) for ids in experience.rollout.response_ids]
     total = sum(map(len, experience.rollout.prompt_ids)) + sum(lengths)
     assert scored is None and len(set(lengths)) > 1 and total > 4 * 150  # several micro-batches
     shake(trainer)
     with torch.no_grad():
-        actor_critic(trainer).critic.offset.add_(0.35)
+        critic_of(trainer).offset.add_(0.35)
     weights = {name: value.detach().clone() for name, value in trainer.engine.model.named_parameters()}
     expected, plain_gradients = plain_update(experience, tiny_model, weights)
     found, gradients = own_update(trainer, experience)

@@ -31,8 +31,8 @@ def test_the_mix_draws_from_its_own_source_where_there_is_one(
     job.data.write("ptx", "train", GENERAL)
     torch.manual_seed(0)
     trainer = stage.trainer(job)
-    assert trainer.update.mix is not None
-    answers = [row.answer for row in trainer.update.mix.draw()]
+    assert trainer.mix is not None
+    answers = [row.answer for row in trainer.mix.draw()]
     drawn = {trainer.policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers}
     assert drawn == {row.completion for row in rows}
 

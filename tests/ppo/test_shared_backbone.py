@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.jobs import TINY, on_cpu
 from helpers.models import embedding
-from helpers.ppo import best_weights, ppo_job, ppo_stage, prompts, reward_model
+from helpers.ppo import best_weights, experience_of, ppo_job, ppo_stage, prompts, reward_model
 from helpers.spawned import start_ranks
 from rlhf.data.chat_template import exchange_ids
 from rlhf.distributed.compute import Compute
@@ -22,7 +23,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.save import save_policy
 from rlhf.models.value_head import ScalarModel, load_scalar_model
 from rlhf.models.weight_sharing import Backbone
-from rlhf.ppo import build
+from rlhf.pipeline.trainable import TunedPolicy
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.model import LearnedReward, load_learned_reward
@@ -45,7 +46,8 @@ def learners(tmp_path: Path, sft: Path, *overrides: str) -> tuple[PolicyTrainer,
     torch.manual_seed(0)
     shared = stage.trainer(ppo_job(tmp_path / "shared", sft))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "shared_backbone", lambda *_: None)
+        load = partial(TunedPolicy.load, share=False)
+        patch.setattr(TunedPolicy, "load", lambda *given, **options: load(*given))
         patch.setattr(type(stage), "shares_reference", lambda *_, **options: False)
         torch.manual_seed(0)
         return shared, stage.trainer(ppo_job(tmp_path / "separate", sft))
@@ -85,13 +87,13 @@ def assert_same_step(shared: PolicyTrainer, separate: PolicyTrainer) -> None:
     pair = (shared, separate)
     for trainer in pair:
         shake(trainer)
-    experiences = [trainer.experience(ROWS)[0] for trainer in pair]
+    experiences = [experience_of(trainer, ROWS)[0] for trainer in pair]
     for name in ("logp_BR", "reference_logp_BR", "value_BR", "advantage_BR", "score_B"):
         assert relative(*(getattr(each, name) for each in experiences)) < 1e-5, name
     assert relative(experiences[0].logp_BR, experiences[0].reference_logp_BR) > 1e-3
     sums = [UpdateSums(trainer.objective.figures) for trainer in pair]
     for trainer, each, experience in zip(pair, sums, experiences, strict=True):
-        trainer.update.accumulate(experience, [each], critic_only=False)
+        trainer.accumulate(experience, [each], critic_only=False)
     losses = [each.means(on_cpu()) for each in sums]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
     for group in range(2):  # policy, critic
@@ -248,13 +250,13 @@ def references(compute: Compute, model: Path, directory: Path) -> dict[str, tupl
 
         before = sums()
         trainer.engine.set_rates(0, 10)
-        logp_BR, _, scored = trainer.update.score(rollout)
+        (logp_BR, _, _), graph = trainer.score(rollout)
         experience = make_experience(
             rollout, logp_BR=logp_BR, reference_logp_BR=logp_BR, score_B=torch.tensor([1.0, -1.0]),
             rule=RewardRule(trainer.normalizer, 0.05, None, 0.0),
-            advantages=trainer.objective.estimator(torch.zeros_like(logp_BR)),
+            advantages=partial(trainer.objective.advantages, value_BR=torch.zeros_like(logp_BR)),
         )  # fmt: skip
-        trainer.update.learn(experience, scored, critic_only=False)
+        trainer.learn(experience, graph, critic_only=False)
         moved = (sums() - before).abs().tolist()
         found[zero] = (trainer.reference.model is trainer.policy.model, [float(before.diff()), *moved])
     return found

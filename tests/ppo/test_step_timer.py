@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.ppo import ppo_job, ppo_learner, ppo_stage, prompts
+from helpers.ppo import ppo_job, ppo_learner, ppo_stage, prompts, take_step
 from rlhf.data.chat_template import prompt_ids
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.function import function_reward
@@ -21,7 +21,7 @@ def test_every_step_has_its_own_seconds(tmp_path: Path, tiny_model: Path) -> Non
     reward = function_reward("python:helpers.ppo:starts_with_e")
     trainer = ppo_learner(stage, ppo_job(tmp_path / "ppo", tiny_model), reward)
     for step in (1, 2):
-        metrics = trainer.step(prompts(range(8)), step)
+        metrics = take_step(trainer, prompts(range(8)), step)
         assert [name for name in metrics if name.startswith("seconds_")] == [f"seconds_{n}" for n in NAMES]
         assert all(metrics[f"seconds_{name}"] > 0 for name in NAMES)
         assert trainer.phases.seconds == {}  # nothing is left over for the next step

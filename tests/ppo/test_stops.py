@@ -100,9 +100,9 @@ def test_no_rank_holds_a_checkpoint_that_it_goes_on_from(tmp_path: Path, tiny_mo
     assert state is not None and mapped(tmp_path, "loop.pt")  # not copied into memory
     said = io.StringIO()
     second.job.progress.console = Console(file=said, width=300)
-    second.load_state_dict(state)
+    second.load_state_dict(state["state"])
     assert said.getvalue() == ""
-    second.load_state_dict(state | {"local_sampling": "layers"})
+    second.load_state_dict(state["state"] | {"local_sampling": "layers"})
     assert "gathered for sampling whole from here on, and were layer by layer until step" in said.getvalue()
     del state
     train(second)
@@ -132,11 +132,12 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
     restored = learner_in(tmp_path / "restored", tiny_model, Length(), *overrides)
     state = restored.job.checkpoints.restore(restored.engine)
     assert state is not None
-    restored.load_state_dict(state)
+    restored.evaluations.load_state_dict(state["evaluations"])
     for name in ("first", "best"):
-        for restored_B, expected_B in zip(getattr(restored, name), getattr(first, name), strict=True):
+        pair = (getattr(trainer.evaluations, name) for trainer in (restored, first))
+        for restored_B, expected_B in zip(*pair, strict=True):
             assert torch.equal(restored_B, expected_B)
-    assert restored.best_step == first.best_step
+    assert restored.evaluations.best_step == first.evaluations.best_step
     assert best and equal(best_weights(restored), best)
 
     asked = Length()
@@ -236,7 +237,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checkpoints every step; the second attempt starts from the last one, bit for bit."""
-    overrides = ("ppo.steps=5", "ppo.ema_decay=0.5", "ppo.critic.warmup_steps=1")
+    overrides = ("ppo.steps=5", "ppo.critic.warmup_steps=1")
     through = learner_in(tmp_path / "through" / "job", tiny_model, Length(), *overrides)
     expected = train(through)
 

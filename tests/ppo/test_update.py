@@ -17,10 +17,12 @@ from helpers.ppo import (
     MakeTrainer,
     best_weights,
     equal,
+    experience_of,
     length,
     prompts,
     resumed_learner,
     shake,
+    take_step,
     weights,
 )
 from rlhf.data.schema import SftRow
@@ -51,11 +53,11 @@ def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def test_epochs_end_by_the_last_epochs_own_kl_not_by_the_mean_of_all(make: MakeTrainer) -> None:
-    one, two = (make(f"ppo.epochs={n}").step(ROWS, 1)["approximate_kl"] for n in (1, 2))
+    one, two = (take_step(make(f"ppo.epochs={n}"), ROWS, 1)["approximate_kl"] for n in (1, 2))
     second = 2 * two - one  # both epochs have the same tokens
     assert one < two < second
     bound = (two + second) / 2
-    metrics = make("ppo.epochs=3", f"ppo.stop_epochs_kl={bound}").step(ROWS, 1)
+    metrics = take_step(make("ppo.epochs=3", f"ppo.stop_epochs_kl={bound}"), ROWS, 1)
     assert metrics["epochs"] == 2.0
 
 
@@ -78,13 +80,13 @@ def test_passes_without_weight_change_no_gradient(make: MakeTrainer, mixed: bool
     for idle in (False, True):
         settings = (*FREE, "ppo.micro_batch_tokens=150", f"ppo.ptx.coef={1.0 if mixed else 0.0}")
         trainer = make(*settings, mix_rows=ANSWERS if mixed else ())
-        experience = trainer.experience(ROWS)[0]
+        experience = experience_of(trainer, ROWS)[0]
         shake(trainer)
         if idle:
             compute = trainer.compute
-            trainer.update.compute = WithIdlePasses(compute.device_name, compute.dtype_name)
+            trainer.compute = WithIdlePasses(compute.device_name, compute.dtype_name)
         sums = UpdateSums(trainer.objective.figures)
-        trainer.update.accumulate(experience, [sums], critic_only=False)
+        trainer.accumulate(experience, [sums], critic_only=False)
         results.append((sums.means(trainer.compute), gradients(trainer)))
     (expected_means, expected), (means, found) = results
     assert means == pytest.approx(expected_means, rel=1e-5, abs=1e-7)
@@ -100,8 +102,8 @@ def test_the_pretraining_mix_is_learned_at_temperature_one_whatever_its_micro_ba
             *FREE, f"ppo.temperature={temperature}", f"ppo.micro_batch_tokens={micro_batch_tokens}",
             "ppo.ptx.coef=1.0", mix_rows=ANSWERS,
         )  # fmt: skip
-        assert trainer.update.mix is not None
-        trainer.update.accumulate_mix(trainer.update.mix)
+        assert trainer.mix is not None
+        trainer.mix.accumulate(trainer.engine, trainer.compute, micro_batch_tokens)
         results.append(gradients(trainer))
     assert_close(results[1], results[0])
     assert_close(results[2], results[0])
@@ -114,7 +116,7 @@ def test_the_adaptive_coefficient_follows_the_mean_log_ratio(make: MakeTrainer) 
         wanted = target or found[0]["kl"] * 1.01
         trainer = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", f"ppo.kl.target={wanted}")
         shake(trainer)
-        found.append(trainer.step(ROWS, 1))
+        found.append(take_step(trainer, ROWS, 1))
     kl, k3 = found[1]["kl"], found[1]["kl_k3"]
     by_kl, by_k3 = (AdaptiveKL(0.1, wanted, trainer.config.kl.horizon) for _ in range(2))
     by_kl.update(kl, len(ROWS))

@@ -15,7 +15,7 @@ from torch import Tensor
 from helpers.chains import Chain
 from helpers.experiments import build
 from helpers.jobs import TINY, SmallJob, on_cpu, run_in, small_job, tiny_base, user
-from helpers.ppo import actor_critic
+from helpers.ppo import critic_of
 from rlhf.config import ConfigError
 from rlhf.data.schema import PairRow, PromptRow, SftRow, Split
 from rlhf.distributed.signals import Stopped
@@ -236,7 +236,7 @@ def test_a_critic_stands_on_a_reward_model_beside_its_base(
     assert isinstance(stage, PpoStage)
     trainer = stage.trainer(job_of("ppo", tmp_path / "ppo", tiny_model))
     assert isinstance(trainer.reward, LearnedReward)
-    critic = actor_critic(trainer).critic
+    critic = critic_of(trainer)
     with torch.no_grad():
         scores = trainer.reward.model.last_values(ROWS)
         torch.testing.assert_close(critic.last_values(ROWS), scores, atol=1e-5, rtol=1e-5)

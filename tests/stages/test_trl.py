@@ -25,7 +25,7 @@ from helpers.experiments import build, build_stage
 from helpers.gradients import Gradients, agree, gradients_in, ours
 from helpers.grpo import grpo_trainer
 from helpers.jobs import TINY, on_cpu, small_job, tiny_base, user
-from helpers.ppo import prompts, shake
+from helpers.ppo import experience_of, prompts, shake
 from helpers.spawned import start_ranks
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
@@ -343,7 +343,10 @@ SEQUENCE = ("grpo.loss_mean=sequence",)
             ("grpo.loss_mean=constant", "grpo.divide_by_deviation=false"),
             {"loss_type": "dr_grpo", "scale_rewards": "none"},
         ),
-        ((*SEQUENCE, "grpo.ratio=sequence"), {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+        (
+            (*SEQUENCE, "grpo.policy_loss=gspo"),
+            {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+        ),
     ],
     ids=["grpo", "dapo", "dr_grpo", "gspo"],
 )
@@ -398,13 +401,13 @@ def group_step(
     shake(trainer)
     sampled_by = deepcopy(trainer.policy.model.state_dict())
     rows = repeated([PromptRow(user(f"{n}{' and the sea' * n}")) for n in range(4)], 4)
-    experience, _ = trainer.experience(rows)
+    experience, _ = experience_of(trainer, rows)
     answers = [ids.tolist() for ids in experience.rollout.response_ids]
     assert len({*map(len, answers)}) > 3
     if moved:
         shake(trainer)
     sums = UpdateSums(trainer.objective.figures)
-    trainer.update.accumulate(experience, [sums], critic_only=False)
+    trainer.accumulate(experience, [sums], critic_only=False)
     figures = sums.means(trainer.compute)
     assert figures["clip_fraction"] > 0.05 if moved else figures["clip_fraction"] == 0.0
     mine = figures["policy_loss"], gradients_in(trainer.engine, trainer.policy.model)

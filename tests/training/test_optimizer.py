@@ -15,11 +15,8 @@ import rlhf.training.optimizer
 from rlhf.training.config import OptimConfig, Schedule
 from rlhf.training.optimizer import (
     MasterAdamW,
-    WeightAverage,
-    load_trainable,
     parameter_group,
     rate_factor,
-    trainable_state,
 )
 
 
@@ -326,60 +323,3 @@ def test_the_schedule_by_hand(num_steps: int, warmup: float, expected: list[floa
 def test_each_schedule_warms_up_alike(schedule: Schedule, expected: list[float]) -> None:
     """Six steps, of which a third warm up; and two behind the last."""
     assert [rate_factor(schedule, step, 6, 1 / 3) for step in range(8)] == pytest.approx(expected)
-
-
-def test_the_average_by_hand() -> None:
-    model = nn.Linear(1, 1, bias=False)
-    frozen = nn.Linear(1, 1)
-    frozen.requires_grad_(False)
-    both = nn.ModuleList([model, frozen])
-    with torch.no_grad():
-        model.weight.fill_(1.0)
-    average = WeightAverage(both, decay=0.75)
-    for value in (2.0, 4.0):
-        with torch.no_grad():
-            model.weight.fill_(value)
-        average.update()
-    # 1 -> 0.75 x 1 + 0.25 x 2 = 1.25 -> 0.75 x 1.25 + 0.25 x 4 = 1.9375
-    with average.swapped_in():
-        assert model.weight.item() == 1.9375
-    assert model.weight.item() == 4.0
-
-
-def test_the_average_is_taken_out_again_after_an_error() -> None:
-    model = nn.Linear(1, 1)
-    average = WeightAverage(model, decay=0.5)
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    before = model.weight.clone()
-    with pytest.raises(ValueError, match="stop"), average.swapped_in():
-        raise ValueError("stop")
-    assert torch.equal(model.weight, before)
-
-
-def test_the_average_is_finer_than_bf16() -> None:
-    model = nn.Linear(1, 1, bias=False).bfloat16()
-    with torch.no_grad():
-        model.weight.fill_(1.0)
-    average = WeightAverage(model, decay=0.999)
-    with torch.no_grad():
-        model.weight.fill_(2.0)
-    for _ in range(1000):
-        average.update()
-    with average.swapped_in():
-        assert float(model.weight) == pytest.approx(2 - 0.999**1000, abs=0.01)  # 1.632
-
-
-def test_the_best_weights_can_be_put_back() -> None:
-    model = network()
-    model[0].requires_grad_(False)
-    state = trainable_state(model)
-    assert set(state) == {"2.weight", "2.bias"}
-    before = weights(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)
-    load_trainable(model, state)
-    assert [torch.equal(now, then) for now, then in zip(weights(model), before, strict=True)] == [
-        False, False, True, True,
-    ]  # fmt: skip

@@ -1,35 +1,29 @@
-"""The models of a policy gradient and its loop, built from the stage's keys. PPO has four models; without a
-critic there are three."""
+"""The models of a policy gradient, as the stage's keys describe them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
 from rlhf.data.answers import Answers
 from rlhf.data.chat_template import tokenizer_digest
-from rlhf.distributed.compute import Compute
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.models.load import context_left, load_causal_lm
-from rlhf.models.logprobs import check_policy
-from rlhf.models.peft.attach import Adapter, attach, check_reached, count_parameters, loads_on
+from rlhf.models.load import context_left
+from rlhf.models.peft.attach import attach, loads_on
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.virtual_tokens import virtual_tokens
 from rlhf.models.recompute import checkpoint_layers
-from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
+from rlhf.models.value_head import ActorCritic, ScalarModel, load_scalar_model, reset_head
 from rlhf.models.weight_sharing import Backbone, sharing
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.trainable import PolicyLearner, TunedPolicy
 from rlhf.ppo.config import WHICH, PolicyConfig, PpoConfig
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.ppo.update import ActorAlone, ActorCritic, Objective, PpoObjective
 from rlhf.rewards.combined import CombinedReward
 from rlhf.rewards.kinds import RewardMix, critic_part
 from rlhf.rewards.model import LearnedReward
@@ -37,104 +31,48 @@ from rlhf.rewards.reward import Reward
 from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.tracking.redaction import redacted
 from rlhf.training.config import OptimConfig
-from rlhf.training.engine import Access, Engine
-from rlhf.training.make_engine import make_engine
 
 
-def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyTrainer:
-    """PPO's loop with its four models, before its first step."""
+class Models(NamedTuple):
+    """Those of a policy gradient, and what belongs to one of them."""
 
-    def critic(
-        reward: Reward,
-        normalizer: ScoreNormalizer,
-        tokenizer: PreTrainedTokenizerBase,
-        backbone: Backbone | None,
-    ) -> tuple[ScalarModel, OptimConfig]:
-        return load_critic(config, job, reward, normalizer, tokenizer, backbone), config.critic.optim
-
-    def mix(tokenizer: PreTrainedTokenizerBase, context: int) -> PretrainingMix | None:
-        return pretraining_mix(config, job, tokenizer, context) if config.ptx.coef > 0 else None
-
-    return build_loop(config, PpoObjective(config), job, mismatch_limit, critic=critic, mix=mix)
+    learner: PolicyLearner
+    """Policy and critic, an `ActorCritic`, under the engine."""
+    policy: PolicyModel
+    """The policy as it samples."""
+    reference: PolicyModel
+    reward: Reward
+    normalizer: ScoreNormalizer
+    """Of the reward's scores."""
+    mix: PretrainingMix | None
+    """What the policy learns beside."""
 
 
-LoadCritic = Callable[
-    [Reward, ScoreNormalizer, PreTrainedTokenizerBase, Backbone | None], tuple[ScalarModel, OptimConfig]
-]
-
-
-def build_loop(
-    config: PolicyConfig,
-    objective: Objective,
-    job: Job,
-    mismatch_limit: float,
-    *,
-    critic: LoadCritic | None = None,
-    mix: Callable[[PreTrainedTokenizerBase, int], PretrainingMix | None] = lambda tokenizer, context: None,
-) -> PolicyTrainer:
-    """The loop with its models, before its first step.
-
-    Args:
-        critic: loads it, and says how it is trained; None for an algorithm without one.
-        mix: makes the pretraining mix of rows that fit into so many tokens, if there is one.
-    """
-    settings, compute, tokenizer = job.base.config, job.compute, job.start(config.init).load_tokenizer()
-    start = job.start(config.init).directory
-    policy = load_causal_lm(start, settings, compute.dtype, loads_on(config.peft, compute), compute)
-    compute.ask_once(lambda: check_policy(policy))
-    backbone = shared_backbone(config, policy, start, compute)
-    adapter = attach(policy, config.peft, compute.device)
-    compute.ask_once(lambda: check_reached(policy))
+def load_models(config: PolicyConfig, job: Job) -> Models:
+    """The four models of PPO, or three without a critic, before the first step."""
+    compute, policy = job.compute, TunedPolicy.load(job, config.init, config.peft, share=True)
     placement = config.placement(shards_weights=compute.shards_weights)
-    reward = job.reward(config.reward, config.micro_batch_tokens, backbone, placement)
+    reward = job.reward(config.reward, config.micro_batch_tokens, policy.backbone, placement)
     normalizer = score_normalizer(config, job)
-    groups: list[tuple[Iterable[nn.Parameter], OptimConfig]] = [(policy.parameters(), config.optim)]
-    model: nn.Module = ActorAlone(policy)
-    if critic is not None:
-        scalar, optim = critic(reward, normalizer, tokenizer, backbone)
-        attach(scalar.model, config.peft, compute.device)
-        scalar.to(compute.loads_on)  # its head, behind what QLoRA took there
-        scalar.head.requires_grad_(True)
-        scalar.offset.requires_grad_(True)
-        groups.append((scalar.parameters(), optim))
-        model = ActorCritic(policy, scalar)
-    trained, _ = count_parameters(policy)  # before they are sharded
+    groups: list[tuple[Iterable[nn.Parameter], OptimConfig]] = [(policy.model.parameters(), config.optim)]
+    critic = None
+    if isinstance(config, PpoConfig):
+        critic = load_critic(config, job, reward, normalizer, policy.tokenizer, policy.backbone)
+        attach(critic.model, config.peft, compute.device)
+        critic.to(compute.loads_on)  # its head, behind what QLoRA took there
+        critic.head.requires_grad_(True)
+        critic.offset.requires_grad_(True)
+        groups.append((critic.parameters(), config.critic.optim))
+    model = ActorCritic(policy.model, critic)
     if config.activation_checkpointing:
         checkpoint_layers(model)
-    engine = make_engine(  # the trainer restores it, when all models are loaded
-        model,
-        groups,
-        compute,
-        job.checkpoints.newest,
-        in_turns=critic is not None,
-    )
-    access = policy_access(engine, policy, adapter, compute)
-    if backbone is not None:
-        reference = PolicyModel(backbone.model, tokenizer, compute)
-    elif config.shares_reference(shards_weights=compute.shards_weights):
-        reference = PolicyModel(policy, tokenizer, compute, without(adapter, access))
-    else:
-        reference = PolicyModel.load(start, settings, compute, tokenizer, placement=placement)
-    return PolicyTrainer(
-        config,
-        objective,
-        engine=engine,
-        policy=PolicyModel(
-            policy,
-            tokenizer,
-            compute,
-            access,
-            job.vllm,
-            job.local_sampling,
-        ),
-        reference=reference,
-        reward=reward,
-        normalizer=normalizer,
-        mix=mix(tokenizer, context_left(policy)),
-        job=job,
-        trained_parameters=trained,
-        mismatch_limit=mismatch_limit,
-    )
+    learner = PolicyLearner(job, policy, model, groups, in_turns=critic is not None)
+    in_policy = config.shares_reference(shards_weights=compute.shards_weights)
+    reference = learner.reference(placement, in_policy=in_policy)
+    mix = None
+    if isinstance(config, PpoConfig) and config.ptx.coef > 0:
+        mix = pretraining_mix(config, job, policy.tokenizer, context_left(policy.model))
+    return Models(learner, learner.sampler(), reference, reward, normalizer, mix)
 
 
 def pretraining_mix(
@@ -155,44 +93,6 @@ def pretraining_mix(
             "shorter rows."
         )
     return PretrainingMix(config.ptx, answers, job.seed)
-
-
-def shared_backbone(
-    config: PolicyConfig, policy: PreTrainedModel, start: Path, compute: Compute
-) -> Backbone | None:
-    """The weights that reference, critic and reward model share with the policy, which has no adapter yet.
-
-    None if they cannot: only LoRA leaves the weights as they are, and with `zero=` they belong to one engine
-    (whose policy, with its adapter turned off, may be the reference).
-    """
-    if not METHODS[config.peft.method].shares or compute.zero != "none":
-        return None
-    return Backbone(start, sharing(policy))
-
-
-def policy_access(engine: Engine, policy: PreTrainedModel, adapter: Adapter, compute: Compute) -> Access:
-    """How the policy that trains is run."""
-    if compute.zero == "none":
-        return Access(adapter.merged)
-    together = (lambda: engine.by_layers(policy)) if compute.shards_weights else None
-    return Access(lambda: engine.gathered(policy), together, engine.gathered_weights)
-
-
-Opens = Callable[[], AbstractContextManager[None]]
-
-
-def without(adapter: Adapter, access: Access) -> Access:
-    """How the policy's start is run, in the policy's own weights: with the adapter turned off."""
-
-    def opened(context: Opens) -> Opens:
-        @contextmanager
-        def both() -> Iterator[None]:
-            with adapter.off(), context():
-                yield
-
-        return both
-
-    return Access(opened(access.alone), access.together and opened(access.together), access.weights)
 
 
 def score_normalizer(config: PolicyConfig, job: Job) -> ScoreNormalizer:

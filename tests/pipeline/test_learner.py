@@ -16,9 +16,8 @@ from helpers.jobs import small_job, tiny_base
 from rlhf.config import ConfigError
 from rlhf.distributed.signals import Stopped
 from rlhf.pipeline.job import Job
-from rlhf.supervised.loop import train_batches
+from rlhf.pipeline.learner import Learner
 from rlhf.training.config import OptimConfig
-from rlhf.training.engine import PlainEngine
 
 OPTIM = OptimConfig(
     lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9
@@ -36,7 +35,9 @@ class Bench:
         self.model = nn.Linear(1, 1, bias=False)
         with torch.no_grad():
             self.model.weight.fill_(5.0)
-        self.engine = PlainEngine(self.model, [(self.model.parameters(), OPTIM)], self.job.compute)
+        groups = [(self.model.parameters(), OPTIM)]
+        self.learner = Learner(self.job, self.model, groups, published=self.model)
+        self.engine = self.learner.engine
         self.seen: list[Sequence[float]] = []
 
     @property
@@ -48,20 +49,11 @@ class Bench:
         loss = sum(batch) * self.model.weight.sum()
         self.engine.backward(loss, last=True)
         self.engine.step()
-        return {"loss": float(loss.detach())}
+        return {"loss": float(loss.detach()), "grad_norm": self.engine.grad_norm}
 
     def train(self, batches: Sequence[Sequence[float]]) -> None:
-        state = self.job.checkpoints.restore(self.engine)
-        self.noted = state["noted"] if state else "at the start"
-        train_batches(
-            self.job,
-            self.engine,
-            batches,
-            self.step,
-            state={"noted": self.noted},
-            as_json=lambda row: {"number": str(row)},
-            done=state["done"] if state else 0,
-        )
+        self.noted = self.learner.once("noted", lambda: self.weight)
+        self.learner.fit(batches, self.step, rows=lambda batch: ({"number": str(number)} for number in batch))
 
     def logged(self) -> list[dict[str, Any]]:
         lines = (self.job.directory / "metrics.jsonl").read_text().splitlines()
@@ -138,7 +130,7 @@ def test_a_signal_waits_for_the_step_and_its_checkpoint(
     for bench in (second, through):
         bench.train(batches)
     assert second.seen == [[3.0]]
-    assert second.noted == "at the start"
+    assert second.noted == 5.0  # not its weight after two steps
     assert second.weight == through.weight
 
 

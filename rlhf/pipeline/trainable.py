@@ -1,0 +1,156 @@
+"""A policy that a stage trains: read, checked, tuned as `STAGE.peft` says, sampled from, published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.generation.decoding_check import check_decoding
+from rlhf.generation.latency import token_seconds
+from rlhf.generation.policy_model import PolicyModel
+from rlhf.models.base import BaseModelFiles
+from rlhf.models.load import load_causal_lm
+from rlhf.models.logprobs import check_policy
+from rlhf.models.peft.attach import Adapter, attach, check_reached, loads_on
+from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.merge import publish_policy
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.weight_sharing import Backbone, Placement, sharing
+from rlhf.pipeline.learner import Learner
+from rlhf.training.engine import Access, Groups
+
+if TYPE_CHECKING:
+    from rlhf.pipeline.job import Job
+
+
+@dataclass
+class TunedPolicy:
+    """A policy with what trains of it, before an engine takes it."""
+
+    start: BaseModelFiles
+    """What it was read from."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: Adapter
+    peft: PeftConfig
+    backbone: Backbone | None
+    """Its weights without the adapter, for other models to share."""
+
+    @classmethod
+    def load(
+        cls, job: Job, init: str, peft: PeftConfig, *, share: bool = False, check_decodes: bool = False
+    ) -> TunedPolicy:
+        """Read and check the model that a key of the type `Model` names, and add what `peft` trains.
+
+        Args:
+            share: whether other models shall share its weights, if they can: only LoRA leaves the weights as
+                they are, and under `zero=` they belong to one engine.
+            check_decodes: refuse a model that the local engine cannot sample from: now, not in a later stage.
+
+        Raises:
+            ConfigError: the model is of a kind that is not supported.
+        """
+        compute, start = job.compute, job.start(init)
+        model = load_causal_lm(
+            start.directory, job.base.config, compute.dtype, loads_on(peft, compute), compute
+        )
+        compute.ask_once(lambda: check_policy(model))
+        if check_decodes:
+            compute.ask_once(lambda: check_decoding(model, copies=False))
+        can_share = share and METHODS[peft.method].shares and compute.zero == "none"
+        backbone = Backbone(start.directory, sharing(model)) if can_share else None
+        adapter = attach(model, peft, compute.device)
+        compute.ask_once(lambda: check_reached(model))
+        return cls(start, model, start.load_tokenizer(), adapter, peft, backbone)
+
+
+class PolicyLearner(Learner):
+    """A policy under its engine."""
+
+    def __init__(
+        self, job: Job, policy: TunedPolicy, model: nn.Module, groups: Groups, *, in_turns: bool = False
+    ) -> None:
+        """Args:
+        model: what the engine runs, with the policy in it.
+        groups, in_turns: as of `make_engine`.
+        """
+        super().__init__(job, model, groups, published=policy.model, in_turns=in_turns)
+        self._tuned = policy
+        self.policy, self.tokenizer = policy.model, policy.tokenizer
+
+    @property
+    def access(self) -> Access:
+        """How the policy is run as it is, for sampling."""
+        engine, policy, compute = self.engine, self.policy, self.compute
+        if compute.zero == "none":
+            return Access(self._tuned.adapter.merged)
+        together = (lambda: engine.by_layers(policy)) if compute.shards_weights else None
+        return Access(lambda: engine.gathered(policy), together, engine.gathered_weights)
+
+    def sampler(self) -> PolicyModel:
+        """The policy that trains, as it is at each call: it samples by the run's engine, and says how likely
+        answers are."""
+        job = self.job
+        return PolicyModel(
+            self.policy, self.tokenizer, self.compute, self.access, job.vllm, job.local_sampling
+        )
+
+    def reference(self, placement: Placement | None = None, *, in_policy: bool = False) -> PolicyModel:
+        """The model that the policy started from, which does not train.
+
+        Args:
+            placement: of a model of its own; None for as the weights that train.
+            in_policy: it is the policy with its adapter turned off, in the same weights. Only for LoRA.
+        """
+        tuned, compute = self._tuned, self.compute
+        if tuned.backbone is not None:
+            return PolicyModel(tuned.backbone.model, self.tokenizer, compute)
+        if in_policy:
+            return PolicyModel(self.policy, self.tokenizer, compute, _without(tuned.adapter, self.access))
+        return PolicyModel.load(
+            tuned.start.directory, self.job.base.config, compute, self.tokenizer, placement=placement
+        )
+
+    def publish(self) -> dict[str, float]:
+        """Write the policy into the artifact: a plain model, or with a method that does not merge what was
+        trained and a reference to the start.
+
+        Returns:
+            Summary metrics of it: `artifact_bytes`, `trained_parameters`, ...
+        """
+        job, tuned = self.job, self._tuned
+        with self.weights() as weights:
+            written = job.compute.main_only(
+                lambda: publish_policy(
+                    job.directory, weights, self.tokenizer, start=tuned.start.directory,
+                    key=tuned.start.identity, settings=job.base.config, dtype=job.compute.dtype,
+                    peft=tuned.peft,
+                )
+            )  # fmt: skip
+        return {
+            **written,
+            **token_seconds(self.policy, job.compute),
+            "trained_parameters": self.trained_parameters,
+        }
+
+
+Opens = Callable[[], AbstractContextManager[None]]
+
+
+def _without(adapter: Adapter, access: Access) -> Access:
+    """How the policy's start is run in the policy's own weights: with the adapter turned off."""
+
+    def opened(context: Opens) -> Opens:
+        @contextmanager
+        def both() -> Iterator[None]:
+            with adapter.off(), context():
+                yield
+
+        return both
+
+    return Access(opened(access.alone), access.together and opened(access.together), access.weights)

@@ -1,0 +1,375 @@
+"""What a policy gradient learns from a rollout: advantages and losses, as its keys name them.
+
+`STAGE.advantage` and `STAGE.policy_loss` are names in the tables here, or `python:MODULE:FUNCTION` for a
+function of the user's. The estimators are in rlhf/rl, the losses in rlhf/losses.
+Dimensions: B episodes, R response tokens (padded).
+"""
+
+from __future__ import annotations
+
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf.config import ConfigError
+from rlhf.losses.policy import (
+    PolicyLoss,
+    clipped_policy_loss,
+    kl_loss,
+    loss_weights,
+    with_figures,
+)
+from rlhf.losses.value import clipped_value_loss
+from rlhf.ppo.config import PolicyConfig, PpoConfig
+from rlhf.ppo.group_config import GrpoConfig
+from rlhf.rewards.code import imported_object
+from rlhf.rl.advantage import AdaptiveKL, FixedKL, OverlongPenalty, ScoreNormalizer
+from rlhf.rl.group import (
+    batch_advantage,
+    group_advantage,
+    group_spread,
+    leave_one_out_advantage,
+    neighbours,
+)
+from rlhf.rl.rollout import Advantages, Experience, RewardRule, Rollout, critic_advantages, make_experience
+
+Found = TypeVar("Found")
+
+
+class Rewarded(NamedTuple):
+    """What advantages are made of: the episodes of all ranks."""
+
+    reward_BR: Tensor
+    """Units of the normalised score, the KL penalty included; 0 on padding."""
+    mask_BR: Tensor
+    """bool, right-padded, true on the sampled tokens of episodes with a score."""
+    group_B: Tensor
+    """long; episodes with the same number answer the same prompt."""
+    value_BR: Tensor | None
+    """The critic's, in units of the reward; None without a critic."""
+
+
+class Estimator(Protocol):
+    """Makes advantages of rewards."""
+
+    def __call__(self, rewarded: Rewarded, config: Any, /) -> Tensor | Advantages:
+        """
+        Args:
+            config: the stage's keys, such as `config.gamma`.
+
+        Returns:
+            advantage_BR, of which what is outside of the mask is not used. With a critic: `Advantages` with
+            its targets.
+        """
+
+
+class Loss(Protocol):
+    """A policy's loss on a micro-batch."""
+
+    def __call__(
+        self, logp_BR: Tensor, sampled_logp_BR: Tensor, advantage_BR: Tensor, mask_BR: Tensor, /, *,
+        total_tokens: int, weight_B: Tensor | None, config: Any,
+    ) -> Tensor | PolicyLoss:  # fmt: skip
+        """See `rlhf.losses.policy.clipped_policy_loss`.
+
+        Args:
+            config: the stage's keys, such as `config.clip`.
+
+        Returns:
+            A scalar that carries the gradient, a sum over tokens / total_tokens; or that with its figures.
+        """
+
+
+def gae(rewarded: Rewarded, config: PpoConfig) -> Advantages:
+    """Generalized advantage estimation, whitened."""
+    assert rewarded.value_BR is not None
+    return critic_advantages(
+        rewarded.reward_BR, rewarded.mask_BR, rewarded.value_BR, gamma=config.gamma, lam=config.lam
+    )
+
+
+def grpo(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
+    """The distance from the group's mean, in the group's deviations."""
+    return group_advantage(
+        rewarded.reward_BR, rewarded.mask_BR, rewarded.group_B, divide_by_deviation=config.divide_by_deviation
+    )
+
+
+def rloo(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
+    """The distance from the mean of the group's others."""
+    return leave_one_out_advantage(rewarded.reward_BR, rewarded.mask_BR, rewarded.group_B)
+
+
+def reinforce_plus_plus(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
+    """Whitened over all tokens of the batch."""
+    return batch_advantage(rewarded.reward_BR, rewarded.mask_BR, None)
+
+
+def reinforce_plus_plus_baseline(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
+    """The same, after the group's mean is subtracted."""
+    return batch_advantage(rewarded.reward_BR, rewarded.mask_BR, rewarded.group_B)
+
+
+def clip(
+    logp_BR: Tensor, sampled_logp_BR: Tensor, advantage_BR: Tensor, mask_BR: Tensor, *,
+    total_tokens: int, weight_B: Tensor | None, config: PolicyConfig,
+) -> PolicyLoss:  # fmt: skip
+    """PPO's, with each token's ratio."""
+    return clipped_policy_loss(
+        logp_BR, sampled_logp_BR, advantage_BR, mask_BR, clip=config.clip, clip_high=config.clip_high,
+        dual_clip=config.dual_clip, total_tokens=total_tokens, weight_B=weight_B,
+    )  # fmt: skip
+
+
+def gspo(
+    logp_BR: Tensor, sampled_logp_BR: Tensor, advantage_BR: Tensor, mask_BR: Tensor, *,
+    total_tokens: int, weight_B: Tensor | None, config: PolicyConfig,
+) -> PolicyLoss:  # fmt: skip
+    """The same with one ratio for the whole response."""
+    return clipped_policy_loss(
+        logp_BR, sampled_logp_BR, advantage_BR, mask_BR, clip=config.clip, clip_high=config.clip_high,
+        dual_clip=config.dual_clip, total_tokens=total_tokens, weight_B=weight_B, ratio="sequence",
+    )  # fmt: skip
+
+
+ADVANTAGES: Mapping[str, Estimator] = {
+    "gae": gae, "grpo": grpo, "rloo": rloo, "reinforce_plus_plus": reinforce_plus_plus,
+    "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+}  # fmt: skip
+POLICY_LOSSES: Mapping[str, Loss] = {"clip": clip, "gspo": gspo}
+
+
+def named(table: Mapping[str, Found], name: str) -> Found:
+    """What a key names: of ours, or `python:MODULE:FUNCTION`.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    return table[name] if name in table else imported_object(name)
+
+
+class Scored(NamedTuple):
+    """What the models say of a rollout: fp32 [B, R], on the CPU."""
+
+    logp_BR: Tensor
+    """Nats, under the policy."""
+    reference_logp_BR: Tensor
+    """Nats, under the reference."""
+    value_BR: Tensor | None
+    """The critic's, in units of the normalised score; None without a critic."""
+
+
+class Objective(ABC):
+    """What makes one algorithm differ from another."""
+
+    has_critic: ClassVar[bool]
+    figures: tuple[str, ...] = ()
+    """What it counts of every update, beside the policy's figures."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        """Raises:
+        ConfigError: a function of the user's cannot be imported.
+        """
+        self._config = config
+        self._advantage = named(ADVANTAGES, config.advantage)
+        self._loss = named(POLICY_LOSSES, config.policy_loss)
+        self.kl = (
+            AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
+            if config.kl.controller == "adaptive"
+            else FixedKL(config.kl.coef)
+        )
+
+    def rule(self, normalizer: ScoreNormalizer) -> RewardRule:
+        """How scores become rewards."""
+        score = self._config.score
+        return RewardRule(normalizer, self.kl.coef, score.missing_stop, score.missing_stop_penalty)
+
+    def experience(
+        self, rollout: Rollout, score_B: Tensor, scored: Scored, normalizer: ScoreNormalizer
+    ) -> Experience:
+        """Rewards and advantages.
+
+        Args:
+            score_B: raw score units; NaN for no score.
+        """
+
+        return make_experience(
+            rollout, logp_BR=scored.logp_BR, reference_logp_BR=scored.reference_logp_BR, score_B=score_B,
+            rule=self.rule(normalizer), advantages=partial(self.advantages, value_BR=scored.value_BR),
+        )  # fmt: skip
+
+    def advantages(self, reward_BR: Tensor, mask_BR: Tensor, *, value_BR: Tensor | None) -> Advantages:
+        """What `STAGE.advantage` makes of rewards: see `make_experience`.
+
+        Raises:
+            ConfigError: it is a function of the user's that gives something else.
+        """
+        group_B = neighbours(len(reward_BR), self._config.group_size)
+        found = self._advantage(Rewarded(reward_BR, mask_BR, group_B, value_BR), self._config)
+        if isinstance(found, Tensor):
+            found = Advantages(found, None)
+        if not isinstance(found, Advantages) or found.advantage_BR.shape != mask_BR.shape:
+            got = getattr(getattr(found, "advantage_BR", found), "shape", type(found).__name__)
+            raise ConfigError(
+                f"STAGE.advantage={self._config.advantage}: it must return a tensor of "
+                f"{tuple(mask_BR.shape)} (episodes, tokens), and returned {got}. Fix it."
+            )
+        if self.has_critic and found.values is None:
+            raise ConfigError(
+                f"STAGE.advantage={self._config.advantage}: the critic learns the returns, so it must return "
+                "rlhf.rl.rollout.Advantages(advantage_BR, Values(value_BR, return_BR))."
+            )
+        return found._replace(advantage_BR=torch.where(mask_BR, found.advantage_BR, 0.0))
+
+    def try_functions(self) -> Iterator[str]:
+        """Complain about functions of the user's that cannot be called, before anything trains."""
+        config, size = self._config, 2 * self._config.group_size
+        mask_BR = torch.ones(size, 3, dtype=torch.bool)
+        reward_BR = torch.arange(3.0 * size).view(size, 3)
+        logp_BR = torch.zeros(size, 3, requires_grad=True)
+        calls: dict[str, Callable[[], object]] = {
+            "advantage": lambda: self.advantages(
+                reward_BR, mask_BR, value_BR=reward_BR if self.has_critic else None
+            ),
+            "policy_loss": lambda: self._loss(
+                logp_BR, torch.zeros(size, 3), reward_BR, mask_BR, total_tokens=mask_BR.numel(),
+                weight_B=None, config=config,
+            ),
+        }  # fmt: skip
+        for key, call in calls.items():
+            if not getattr(config, key).startswith("python:"):
+                continue
+            try:
+                call()
+            except ConfigError:
+                raise
+            except Exception as error:  # whatever a user's function raises, told in one line
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                yield (
+                    f"STAGE.{key}={getattr(config, key)}: on a test of two prompts it raised "
+                    f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno}). Fix it."
+                )
+
+    def rollout_metrics(self, experience: Experience) -> dict[str, float]:
+        """Its own metrics of a scored rollout."""
+        return {}
+
+    @abstractmethod
+    def policy_loss(
+        self, logp_BR: Tensor, part: Experience, *, total_tokens: int, num_episodes: int
+    ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
+        """The policy's loss on a micro-batch, on logp_BR's device.
+
+        Args:
+            logp_BR: nats, of the policy that trains; carries the gradient.
+            total_tokens: response tokens of the whole optimizer step, over all ranks.
+            num_episodes: of the whole optimizer step, over all ranks.
+
+        Returns:
+            The loss; and those of `figures` that the policy has, as sums over tokens.
+        """
+
+    def critic_loss(
+        self, value_BR: Tensor, part: Experience, *, total_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The critic's loss on a micro-batch, and its `figures`; called if there is a critic."""
+        raise NotImplementedError
+
+    def _named_loss(
+        self, logp_BR: Tensor, part: Experience, mask_BR: Tensor, total_tokens: int, weight_B: Tensor | None
+    ) -> PolicyLoss:
+        device = logp_BR.device
+        sampled_BR, advantage_BR = part.logp_BR.to(device), part.advantage_BR.to(device)
+        found = self._loss(
+            logp_BR, sampled_BR, advantage_BR, mask_BR, total_tokens=total_tokens, weight_B=weight_B,
+            config=self._config,
+        )  # fmt: skip
+        return found if isinstance(found, PolicyLoss) else with_figures(found, logp_BR, sampled_BR, mask_BR)
+
+
+class PpoObjective(Objective):
+    """PPO: advantages from a critic, the clipped policy loss, the critic's squared error."""
+
+    has_critic: ClassVar[bool] = True
+    figures = ("value_loss", "value_clip_fraction")
+
+    def __init__(self, config: PpoConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def policy_loss(
+        self, logp_BR: Tensor, part: Experience, *, total_tokens: int, num_episodes: int
+    ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
+        """The mean over tokens."""
+        return self._named_loss(logp_BR, part, part.mask_BR.to(logp_BR.device), total_tokens, None), {}
+
+    def critic_loss(
+        self, value_BR: Tensor, part: Experience, *, total_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """See rlhf/losses/value.py."""
+        device = value_BR.device
+        found = clipped_value_loss(
+            value_BR, part.value_BR.to(device), part.return_BR.to(device), part.mask_BR.to(device),
+            clip=self.config.value_clip, total_tokens=total_tokens,
+        )  # fmt: skip
+        figures = {
+            "value_loss": found.loss.detach() * total_tokens, "value_clip_fraction": found.clipped,
+        }  # fmt: skip
+        return found.loss, figures
+
+
+class GroupObjective(Objective):
+    """GRPO and its relatives: advantages from the answers to the same prompt, which are neighbours."""
+
+    has_critic = False
+
+    def __init__(self, config: GrpoConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        self.kl_in_loss = config.kl.place == "loss"
+        self.figures = ("kl_loss",) if self.kl_in_loss else ()
+
+    def rule(self, normalizer: ScoreNormalizer) -> RewardRule:
+        """Long answers may lose something; the KL penalty may be in the loss instead."""
+        config, overlong = self.config, None
+        if config.overlong.buffer is not None:
+            longest = config.max_new_tokens
+            overlong = OverlongPenalty(longest, config.overlong.buffer, config.overlong.penalty)
+        rule = replace(super().rule(normalizer), overlong=overlong, kl_estimator=config.kl.estimator)
+        return replace(rule, kl_coef=0.0) if self.kl_in_loss else rule
+
+    def rollout_metrics(self, experience: Experience) -> dict[str, float]:
+        """Whether the groups teach anything, by their raw scores."""
+        if self.config.samples_per_prompt == 1:
+            return {}
+        size, score_B = self.config.samples_per_prompt, experience.score_B.double()
+        spread_B = group_spread(score_B, neighbours(len(score_B), size))
+        scores = [score_n[~score_n.isnan()] for score_n in score_B.view(-1, size)]
+        deviations = [float(each.std()) for each in scores if len(each) > 1]
+        return {
+            "groups_without_spread": float((spread_B == 0.0).double().mean()),
+            "group_deviation": sum(deviations) / max(1, len(deviations)),
+        }
+
+    def policy_loss(
+        self, logp_BR: Tensor, part: Experience, *, total_tokens: int, num_episodes: int
+    ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
+        """The loss, with the KL to the reference where it is paid in the loss."""
+        config, device, mask_BR = self.config, logp_BR.device, part.mask_BR.to(logp_BR.device)
+        weight_B = loss_weights(
+            mask_BR.sum(1), config.loss_mean, total_tokens=total_tokens, num_episodes=num_episodes,
+            longest=config.max_new_tokens,
+        )  # fmt: skip
+        found = self._named_loss(logp_BR, part, mask_BR, total_tokens, weight_B)
+        if not self.kl_in_loss:
+            return found, {}
+        scored_BR = mask_BR & ~part.score_B.isnan().to(device)[:, None]  # of others nothing is learned
+        reference_BR = part.reference_logp_BR.to(device)
+        kl = kl_loss(logp_BR, reference_BR, scored_BR, total_tokens=total_tokens, weight_B=weight_B)
+        return found._replace(loss=found.loss + self.kl.coef * kl), {"kl_loss": kl.detach() * total_tokens}
