@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
 from pydantic import BaseModel, Field, GetCoreSchemaHandler, PositiveInt
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
-from rlhf.config import did_you_mean
 from rlhf.models.peft.config import PeftConfig
 from rlhf.rewards.kinds import RewardMix, RewardSource
 
@@ -61,12 +60,12 @@ class Function:
         """The name.
 
         Raises:
-            ValueError: there is no such function.
+            PydanticCustomError: there is no such function; told as a word that is none of a `Literal`.
         """
         if name in self.names or (name.startswith("python:") and name.count(":") > 1):
             return name
-        near = did_you_mean(name, self.names)
-        raise ValueError(f"it must be {', '.join(self.names)} or python:MODULE:FUNCTION.{near}".rstrip("."))
+        names = ", ".join(f"'{each}'" for each in self.names)
+        raise PydanticCustomError("literal_error", f"Input should be {names} or 'python:MODULE:FUNCTION'")
 
 
 UNKEYED = Mark.UNKEYED

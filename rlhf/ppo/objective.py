@@ -49,10 +49,15 @@ class Rewarded(NamedTuple):
     """Units of the normalised score, the KL penalty included; 0 on padding."""
     mask_BR: Tensor
     """bool, right-padded, true on the sampled tokens of episodes with a score."""
-    group_B: Tensor
-    """long; episodes with the same number answer the same prompt."""
+    group_size: int
+    """So many neighbouring episodes answer the same prompt."""
     value_BR: Tensor | None
     """The critic's, in units of the reward; None without a critic."""
+
+    @property
+    def group_B(self) -> Tensor:
+        """long; episodes with the same number answer the same prompt."""
+        return neighbours(len(self.reward_BR), self.group_size)
 
 
 class Estimator(Protocol):
@@ -210,8 +215,8 @@ class Objective(ABC):
         Raises:
             ConfigError: it is a function of the user's that gives something else.
         """
-        group_B = neighbours(len(reward_BR), self._config.group_size)
-        found = self._advantage(Rewarded(reward_BR, mask_BR, group_B, value_BR), self._config)
+        rewarded = Rewarded(reward_BR, mask_BR, self._config.group_size, value_BR)
+        found = self._advantage(rewarded, self._config)
         if isinstance(found, Tensor):
             found = Advantages(found, None)
         if not isinstance(found, Advantages) or found.advantage_BR.shape != mask_BR.shape:
