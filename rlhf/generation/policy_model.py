@@ -145,9 +145,9 @@ class PolicyModel:
         prompts: Sequence[list[Message]],
         *,
         max_new_tokens: int,
-        temperature: float,
         generator: torch.Generator,
-        batch_rows: int,
+        temperature: float = 1.0,
+        batch_rows: int | None = None,
         top_p: float = 1.0,
         on_rows: Callable[[int], None] = lambda rows: None,
     ) -> tuple[Rollout, list[str]]:
@@ -156,7 +156,7 @@ class PolicyModel:
 
         Args:
             generator: on the CPU, in the same state on every rank.
-            batch_rows: rows decoded together on each rank; vLLM uses vllm.max_num_seqs.
+            batch_rows: rows decoded together on each rank, None for all; vLLM uses vllm.max_num_seqs.
             on_rows: called with the number of newly answered prompts, as if all ranks were equally fast.
 
         Raises:
@@ -169,7 +169,7 @@ class PolicyModel:
             "stop_ids": self.stop_ids,
         }  # fmt: skip
         if self.vllm is None:
-            rollout = self._sample_locally(ids, uniform_BR, batch_rows, on_rows, settings)
+            rollout = self._sample_locally(ids, uniform_BR, batch_rows or len(ids), on_rows, settings)
         else:
             if not self.vllm.holds(self.model):
                 self.hand_over()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.generation.decoding_check import check_decoding
@@ -15,13 +15,14 @@ from rlhf.generation.latency import token_seconds
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.load import load_causal_lm
-from rlhf.models.logprobs import check_policy
+from rlhf.models.logprobs import check_policy, pack_sequences
 from rlhf.models.peft.attach import Adapter, attach, check_reached, loads_on
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import publish_policy
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.weight_sharing import Backbone, Placement, sharing
 from rlhf.pipeline.learner import Learner
+from rlhf.rl.rollout import Responses
 from rlhf.training.engine import Access, Groups
 
 if TYPE_CHECKING:
@@ -115,6 +116,43 @@ class PolicyLearner(Learner):
         return PolicyModel.load(
             tuned.start.directory, self.job.base.config, compute, self.tokenizer, placement=placement
         )
+
+    def learn(
+        self,
+        responses: Responses,
+        loss: Callable[..., Tensor],
+        *beside_BR: Tensor,
+        micro_batch_tokens: int,
+        temperature: float = 1.0,
+    ) -> dict[str, float]:
+        """Take one optimizer step on responses. Ranks share them.
+
+        Dimensions: B responses, R tokens of a response (padded).
+
+        Args:
+            loss: gets of a micro-batch logp_BR (nats, under the policy as it is; carries the gradient),
+                mask_BR (bool, true on response tokens), and of each tensor in `beside_BR` the same rows and
+                columns. It gives a scalar: its part of the loss, a sum divided by a count of the whole step,
+                so that the parts of micro-batches and ranks add up.
+            beside_BR: of all responses, such as advantages.
+            temperature: divides the logits.
+
+        Returns:
+            `loss` of the whole step, and `grad_norm` before clipping.
+        """
+        device, model = self.compute.device, self.engine.model
+
+        def of_part(rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+            prompts, answers = (
+                [ids[row] for row in rows] for ids in (responses.prompt_ids, responses.response_ids)
+            )
+            batch = pack_sequences(prompts, answers, device)
+            logp_BR = batch.to_rows(model(batch, temperature=temperature).logp_N)
+            beside = (x_BR[rows, : logp_BR.shape[1]].to(device) for x_BR in beside_BR)
+            value = loss(logp_BR, batch.mask_BR, *beside)
+            return value, {"loss": value}
+
+        return self.engine.learn(responses.lengths, list, of_part, micro_batch_tokens)
 
     def publish(self) -> dict[str, float]:
         """Write the policy into the artifact: a plain model, or with a method that does not merge what was

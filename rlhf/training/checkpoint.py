@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from rlhf.training.engine import Engine
 
-CHECKPOINT_FORMAT = 5
+CHECKPOINT_FORMAT = 6
 LOOP, BEST = "loop.pt", "best"
 NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
 """Errors of `link` on file systems without hard links, or without another one to this file."""
