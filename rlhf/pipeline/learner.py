@@ -137,7 +137,9 @@ class Learner:
         first_steps: Mapping[int, int] = MappingProxyType({}),
         max_bad_steps: int | None = None,
         advice: str = "",
-        note: Callable[[Mapping[str, float]], str] = lambda metrics: f"loss {metrics['loss']:.3f}",
+        note: Callable[[Mapping[str, float]], str] = lambda metrics: (
+            f"loss {metrics.get('loss', math.nan):.3f}"
+        ),
     ) -> None:
         """Take the steps that are left, one for each batch.
 

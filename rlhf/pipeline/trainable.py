@@ -15,7 +15,7 @@ from rlhf.generation.latency import token_seconds
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.load import load_causal_lm
-from rlhf.models.logprobs import check_policy, pack_sequences
+from rlhf.models.logprobs import answer_logprobs, check_policy, pack_sequences
 from rlhf.models.peft.attach import Adapter, attach, check_reached, loads_on
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import publish_policy
@@ -116,6 +116,13 @@ class PolicyLearner(Learner):
         return PolicyModel.load(
             tuned.start.directory, self.job.base.config, compute, self.tokenizer, placement=placement
         )
+
+    def log_probabilities(
+        self, responses: Responses, micro_batch_tokens: int, temperature: float = 1.0
+    ) -> Tensor:
+        """How likely the policy finds responses, by the very passes that train it: nats, fp32 [B, R] on the
+        CPU, 0 on padding; without gradient. `sampler` merges adapters first, which rounds."""
+        return answer_logprobs(self.engine.model, responses, temperature, micro_batch_tokens, self.compute)
 
     def learn(
         self,

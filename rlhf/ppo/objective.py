@@ -232,8 +232,12 @@ class Objective(ABC):
             )
         return found._replace(advantage_BR=torch.where(mask_BR, found.advantage_BR, 0.0))
 
-    def try_functions(self) -> Iterator[str]:
-        """Complain about functions of the user's that cannot be called, before anything trains."""
+    def try_functions(self, name: str) -> Iterator[str]:
+        """Complain about functions of the user's that cannot be called, before anything trains.
+
+        Args:
+            name: of the stage.
+        """
         config, size = self._config, 2 * self._config.group_size
         mask_BR = torch.ones(size, 3, dtype=torch.bool)
         reward_BR = torch.arange(3.0 * size).view(size, 3)
@@ -242,9 +246,8 @@ class Objective(ABC):
             "advantage": lambda: self.advantages(
                 reward_BR, mask_BR, value_BR=reward_BR if self.has_critic else None
             ),
-            "policy_loss": lambda: self._loss(
-                logp_BR, torch.zeros(size, 3), reward_BR, mask_BR, total_tokens=mask_BR.numel(),
-                weight_B=None, config=config,
+            "policy_loss": lambda: self.token_loss(
+                logp_BR, torch.zeros(size, 3), reward_BR, mask_BR, mask_BR.numel(), None
             ),
         }  # fmt: skip
         for key, call in calls.items():
@@ -257,7 +260,7 @@ class Objective(ABC):
             except Exception as error:  # whatever a user's function raises, told in one line
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 yield (
-                    f"STAGE.{key}={getattr(config, key)}: on a test of two prompts it raised "
+                    f"{name}.{key}={getattr(config, key)}: on a test of two prompts it raised "
                     f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno}). Fix it."
                 )
 
@@ -286,16 +289,34 @@ class Objective(ABC):
         """The critic's loss on a micro-batch, and its `figures`; called if there is a critic."""
         raise NotImplementedError
 
-    def _named_loss(
-        self, logp_BR: Tensor, part: Experience, mask_BR: Tensor, total_tokens: int, weight_B: Tensor | None
+    def token_loss(
+        self,
+        logp_BR: Tensor,
+        sampled_BR: Tensor,
+        advantage_BR: Tensor,
+        mask_BR: Tensor,
+        total_tokens: int,
+        weight_B: Tensor | None,
     ) -> PolicyLoss:
+        """What `STAGE.policy_loss` makes of a micro-batch. Arguments: see `clipped_policy_loss`.
+
+        Raises:
+            ConfigError: it is a function of the user's that gives something else than a number.
+        """
         device = logp_BR.device
-        sampled_BR, advantage_BR = part.logp_BR.to(device), part.advantage_BR.to(device)
+        sampled_BR, advantage_BR = sampled_BR.to(device), advantage_BR.to(device)
         found = self._loss(
             logp_BR, sampled_BR, advantage_BR, mask_BR, total_tokens=total_tokens, weight_B=weight_B,
             config=self._config,
         )  # fmt: skip
-        return found if isinstance(found, PolicyLoss) else with_figures(found, logp_BR, sampled_BR, mask_BR)
+        if isinstance(found, PolicyLoss):
+            return found
+        if not isinstance(found, Tensor) or found.ndim > 0:
+            raise ConfigError(
+                f"STAGE.policy_loss={self._config.policy_loss}: it must return a tensor with one number, and "
+                f"returned {getattr(found, 'shape', type(found).__name__)}. Fix it."
+            )
+        return with_figures(found, logp_BR, sampled_BR, mask_BR)
 
 
 class PpoObjective(Objective):
@@ -312,7 +333,8 @@ class PpoObjective(Objective):
         self, logp_BR: Tensor, part: Experience, *, total_tokens: int, num_episodes: int
     ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
         """The mean over tokens."""
-        return self._named_loss(logp_BR, part, part.mask_BR.to(logp_BR.device), total_tokens, None), {}
+        mask_BR = part.mask_BR.to(logp_BR.device)
+        return self.token_loss(logp_BR, part.logp_BR, part.advantage_BR, mask_BR, total_tokens, None), {}
 
     def critic_loss(
         self, value_BR: Tensor, part: Experience, *, total_tokens: int
@@ -371,7 +393,7 @@ class GroupObjective(Objective):
             mask_BR.sum(1), config.loss_mean, total_tokens=total_tokens, num_episodes=num_episodes,
             longest=config.max_new_tokens,
         )  # fmt: skip
-        found = self._named_loss(logp_BR, part, mask_BR, total_tokens, weight_B)
+        found = self.token_loss(logp_BR, part.logp_BR, part.advantage_BR, mask_BR, total_tokens, weight_B)
         if not self.kl_in_loss:
             return found, {}
         scored_BR = mask_BR & ~part.score_B.isnan().to(device)[:, None]  # of others nothing is learned

@@ -88,8 +88,7 @@ class PolicyStage(PolicyConfig, Stage):
         yield from self.moments_missing(view.chain)
         if view.compute is not None:
             yield from self.impossible(view.compute)
-            if "python:" in (self.advantage[:7], self.policy_loss[:7]):
-                yield from self.objective().try_functions()
+            yield from self.objective().try_functions(self.name)
         if (data := view.data) is None:
             return
         held_out = data.rows("ppo", "held_out")

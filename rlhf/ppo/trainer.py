@@ -62,7 +62,7 @@ class PolicyTrainer:
         """Args:
         mismatch_limit: a step whose `engine_mismatch` is above it ends the run.
         """
-        self.config, self.objective, self.models, self.job = config, objective, models, job
+        self.config, self.objective, self.job = config, objective, job
         self.learner, self.policy, self.reference, self.reward, self.normalizer, self.mix = models
         self.engine = self.learner.engine
         self.compute, self.kl, self.mismatch_limit = job.compute, objective.kl, mismatch_limit

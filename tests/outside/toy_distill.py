@@ -48,8 +48,8 @@ class DistillStage(Stage):
             generator = torch.Generator().manual_seed(seed)
             prompts = [row.prompt for row in rows]
             rollout, _ = student.sample(prompts, max_new_tokens=size, generator=generator)
-            own_BR, wanted_BR = (each.log_probabilities(rollout, 1.0, budget) for each in (student, teacher))
-            return rollout, own_BR, wanted_BR - own_BR
+            own_BR = learner.log_probabilities(rollout, budget)
+            return rollout, own_BR, teacher.log_probabilities(rollout, 1.0, budget) - own_BR
 
         def step(rows: Sequence[PromptRow]) -> Mapping[str, float]:
             rollout, own_BR, gain_BR = sampled(rows, job.seed + learner.done)

@@ -75,7 +75,8 @@ def test_a_minibatch_without_a_finite_gradient_is_skipped_and_the_next_one_learn
     advantage_BR = experience.advantage_BR.clone()
     advantage_BR[first[0], 0] = math.nan
     broken = replace(experience, advantage_BR=advantage_BR)
-    monkeypatch.setattr(trainer, "experience", lambda rows: (broken, scored))
+    assert scored is None
+    monkeypatch.setattr(trainer.objective, "experience", lambda *given: broken)
     trainer.engine.set_rates(0, 4)
     before = [each.detach().clone() for each in trainer.policy.model.parameters()]
     metrics = take_step(trainer, ROWS, 3)

@@ -37,6 +37,9 @@ def too_short(rewarded, config):
 def no_returns(rewarded, config):
     return rewarded.reward_BR
 
+def by_token(logp_BR, sampled_logp_BR, advantage_BR, mask_BR, *, total_tokens, weight_B, config):
+    return -advantage_BR * logp_BR
+
 def broken(rewarded, config):
     return rewarded.rewards
 """
@@ -113,6 +116,7 @@ def test_its_code_is_in_the_key(rules: Path, monkeypatch: pytest.MonkeyPatch) ->
             [f"grpo.advantage={NAMED}broken"],
             "on a test of two prompts it raised AttributeError: 'Rewarded' object has no attribute 'rewards'",
         ),
+        ([f"grpo.policy_loss={NAMED}by_token"], "one number, and returned torch.Size([8, 3]). Fix it."),
         ([f"grpo.policy_loss={NAMED}nothing"], "has no attribute 'nothing'. Name a function of that module."),
     ],
 )
@@ -120,7 +124,7 @@ def test_what_cannot_be_called_is_refused_before_anything_trains(overrides: list
     experiment = build(*overrides, "ppo.reward=vader")
     with pytest.raises(ConfigError) as error:
         check(experiment.stages["grpo"], View(experiment.stages, compute=on_cpu()))
-    assert said in str(error.value)
+    assert said in str(error.value) and "STAGE" not in str(error.value)
 
 
 @pytest.mark.usefixtures("rules")
