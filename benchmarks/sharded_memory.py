@@ -89,7 +89,7 @@ PHASES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """Phase -> the functions with which it begins. It lasts until another one begins."""
-IDLE_UNTIL = "rlhf.models.load:load_causal_lm"
+IDLE_UNTIL = "rlhf.pipeline.trainable:load_causal_lm"
 LIBRARIES = (
     "pandas",
     "pyarrow.compute",
