@@ -63,7 +63,7 @@ class DpoStage(PreferenceConfig, Stage):
     """The keys `dpo.*`: also rlhf/supervised/preferences.py. Values: conf/stages/dpo.yaml."""
 
     title: ClassVar[str] = "DPO"
-    publishes: ClassVar[Literal["policy"]] = "policy"
+    makes: ClassVar[Literal["policy"]] = "policy"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "held_out_loss_before": Metric("loss before", "z.3f"),
         "held_out_loss": Metric(

@@ -32,7 +32,7 @@ class MergeStage(Stage):
     """The keys `merge.*`. Values: conf/stages/merge.yaml."""
 
     title: ClassVar[str] = "merged"
-    publishes: ClassVar[Literal["policy"]] = "policy"
+    makes: ClassVar[Literal["policy"]] = "policy"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "alpha": Metric("alpha", ".2f"),
         "relative_change": Metric("change of the weights", ".2%"),

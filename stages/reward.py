@@ -40,7 +40,7 @@ class RewardStage(Stage):
     """The keys `reward.*`. Values: conf/stages/reward.yaml."""
 
     title: ClassVar[str] = "Reward"
-    publishes: ClassVar[Literal["reward"]] = "reward"
+    makes: ClassVar[Literal["reward"]] = "reward"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "accuracy": Metric("accuracy", "z.3f"),
         "accuracy_wide_gap": Metric("on wide gaps", "z.3f"),

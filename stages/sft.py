@@ -43,7 +43,7 @@ class SftStage(Stage):
     """The keys `sft.*`. Values: conf/stages/sft.yaml."""
 
     title: ClassVar[str] = "SFT"
-    publishes: ClassVar[Literal["policy"]] = "policy"
+    makes: ClassVar[Literal["policy"]] = "policy"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "held_out_loss_before": Metric("loss before", "z.3f"),
         "held_out_loss": Metric(

@@ -58,7 +58,7 @@ class TrlStage(Stage):
     """The keys `trl.*`. Values: conf/stages/trl.yaml."""
 
     title: ClassVar[str] = "TRL"
-    publishes: ClassVar[Any] = ByTrainer()
+    makes: ClassVar[Any] = ByTrainer()
     metrics: ClassVar[Mapping[str, Metric]] = {
         "train_loss": Metric("loss", ".3f"),
         "eval_loss": Metric("held-out loss", ".3f"),

@@ -60,7 +60,7 @@ def check_policy(directory: str, tuned: Artifact | Path, chain: Mapping[str, Sta
         ConfigError: with what can be named.
     """
     stage = None if isinstance(tuned, Path) else chain.get(tuned.manifest.stage)
-    if stage is not None and stage.publishes != "policy":
+    if stage is not None and stage.makes != "policy":
         raise ConfigError(
             f"compare.artifacts: {directory}: {stage.name} makes no policy, so it cannot answer. {NAMES}"
         )

@@ -50,9 +50,9 @@ def check_published(stage: Stage, directory: Path) -> None:
     Raises:
         ConfigError: the stage has written none.
     """
-    if stage.publishes is not None and not (directory / "config.json").is_file():
+    if stage.makes is not None and not (directory / "config.json").is_file():
         raise ConfigError(
-            f"{stage.name}: {type(stage).__name__} publishes a {stage.publishes}, and its run has written no "
+            f"{stage.name}: {type(stage).__name__} publishes a {stage.makes}, and its run has written no "
             "config.json into job.directory. Write the model there: publish_policy does."
         )
 

@@ -50,7 +50,7 @@ def _from_fields(stage: Stage, on: CostContext) -> StageCost:
     train, held_out = map(rows, TRAINING)
     return training_cost(
         on, peft, train, held_out, batch_rows=keys[sizes[0]], epochs=keys.get("epochs", 1),
-        micro_batch_tokens=keys[most[0]], has_logits=stage.publishes == "policy",
+        micro_batch_tokens=keys[most[0]], has_logits=stage.makes == "policy",
         checkpointing=keys.get("activation_checkpointing", False),
         longest=train.longest // 2 if pairs else train.longest,
     )  # fmt: skip

@@ -210,7 +210,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     mounted = {name: each for name, each in classes.items() if name not in instances}
     know_roles(mounted)
     own_roles = know_own_roles(instances, mounted)
-    makers = [name for name, each in classes.items() if each.publishes == "policy"]
+    makers = [name for name, each in classes.items() if each.makes == "policy"]
     know_policies(makers)
     resolved, own, notes = without_auto(resolved)
     checked: dict[str, Stage] = {}
@@ -220,7 +220,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
             for kind in (other for other, each in mounted.items() if is_derived(classes[name], each)):
                 values["gates"] = advised(name, kind, values["gates"])
         checked[name] = validated(classes[name], values, name, Mount(name, own_roles.get(name, {})))
-    know_policies(name for name, each in checked.items() if each.publishes == "policy")  # by their knobs
+    know_policies(name for name, each in checked.items() if each.makes == "policy")  # by their knobs
     for stage in checked.values():
         models = stage.reads().models.items()
         named = [(f"{stage.name}.{key}", model) for key, model in models if model in makers]
@@ -319,7 +319,7 @@ def check_policies(stage: Stage, named: Iterable[tuple[str, str]], stages: Mappi
     Raises:
         ConfigError: with the stages that do.
     """
-    known = [name for name, each in stages.items() if each.publishes == "policy" and each is not stage]
+    known = [name for name, each in stages.items() if each.makes == "policy" and each is not stage]
     for key, name in named:
         if name == stage.name:
             raise ConfigError(f"{key}={name}: a stage cannot read what it makes itself. Name another model.")
@@ -375,7 +375,7 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
     method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
     merging = " or ".join(name for name, each in METHODS.items() if each.merges)
     read = (experiment.stages[name] for name in inputs(stage, experiment.stages))
-    for start in (each for each in read if each.publishes == "policy"):
+    for start in (each for each in read if each.makes == "policy"):
         before = peft_of(start)
         if before is not None and not METHODS[before.method].merges:
             raise ConfigError(
@@ -459,16 +459,16 @@ def stage_class(name: str, target: str) -> type[Stage]:
         )
     if lacks := " and ".join(sorted(found.__abstractmethods__)):
         raise ConfigError(f"{key}: a stage needs its own {lacks}, and {attribute} has none. Write it.")
-    if found.publishes not in (None, "policy", "reward"):
+    if found.makes not in (None, "policy", "reward"):
         raise ConfigError(
-            f"{key}: {attribute}.publishes is {found.publishes!r}. It must be 'policy', 'reward' or None."
+            f"{key}: {attribute}.makes is {found.makes!r}. It must be 'policy', 'reward' or None."
         )
     for metric, about in found.metrics.items():
         check_shown(f"{key}: {attribute}.metrics[{metric!r}]", about)
     if "name" in found.model_fields or not isinstance(found.name, property):
         raise ConfigError(f"{key}: a stage is called as it is mounted, {name} here. Remove {attribute}.name.")
-    if found.publishes and not found.title:
-        raise ConfigError(f"{key}: it publishes a {found.publishes}, so give it a title, which tables show.")
+    if found.makes and not found.title:
+        raise ConfigError(f"{key}: it publishes a {found.makes}, so give it a title, which tables show.")
     return found
 
 

@@ -132,7 +132,7 @@ def unusable_by_vllm(stage: Stage) -> str | None:
     if peft is None:
         return None
     key = f"{stage.name}.peft={peft.method}"
-    if not METHODS[peft.method].merges and stage.publishes == "policy":
+    if not METHODS[peft.method].merges and stage.makes == "policy":
         return f"{key} is not merged into the weights, and vLLM gets only the weights"
     if not METHODS[peft.method].samples_by_vllm and stage.samples:
         return f"vLLM cannot use what {key} trains"

@@ -68,7 +68,7 @@ class Stage(Strict, ABC):
 
     title: ClassVar[str] = ""
     """What tables call the model that it publishes, without the label of a named instance."""
-    publishes: ClassVar[Literal["policy", "reward"] | None] = None
+    makes: ClassVar[Literal["policy", "reward"] | None] = None
     """A policy can be evaluated, compared and merged; a reward scores."""
     metrics: ClassVar[Mapping[str, Metric]] = {}
     """The figures that it publishes and logs, by their names without the stage's; `a*` stands for all that

@@ -223,7 +223,7 @@ def tuned(
 ) -> Strategy:
     """A tuning method, in the fastest configuration that fits."""
     method = METHODS[name]
-    reward = next(stage for stage in given.stages.values() if stage.publishes == "reward")
+    reward = next(stage for stage in given.stages.values() if stage.makes == "reward")
     is_for_all = any(stage.name == reward.name for stage in stages)
     scored_by = name if is_for_all else dict(reward)["peft"].method
     best: Attempt | None = None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class PolicyStage(PolicyConfig, Stage):
     """A stage that learns from the scores of what it samples."""
 
-    publishes: ClassVar[Literal["policy"]] = "policy"
+    makes: ClassVar[Literal["policy"]] = "policy"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "held_out_score_before": Metric("score before", "+z.2f"),
         "held_out_score": Metric(

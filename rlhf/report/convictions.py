@@ -117,7 +117,7 @@ def asks_otherwise(run: Run, stage: str) -> bool:
 def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
     """The reward that the first policy of the chain learned from, which does not go with the gold score."""
     for name, stage in run.chain.items():
-        if stage.publishes == "policy" and stage.reads().rewards:
+        if stage.makes == "policy" and stage.reads().rewards:
             reward, figure = reward_of(run, name), f"{gate.name} = {gate.figure}"
             is_against = (gate.value if gate.sampled is None else gate.sampled.high) < 0
             if is_against and (counted := counted_against(stage, reward)):
@@ -234,7 +234,7 @@ def broken_start(run: Run) -> dict[str, str]:
     init = getattr(run.chain.get(evaluation), "init", None)
     starts = {name: start for name, stage in run.chain.items() if (start := starts_from(stage))}
     asking = [name for name, (_, model) in starts.items() if model == init]
-    learner = next((name for name in asking if run.chain[name].publishes == "policy"), None)
+    learner = next((name for name in asking if run.chain[name].makes == "policy"), None)
     for gate in run.gates:
         sampled = Sampled.found(f"{gate.name}/init", metrics) if gate.name in FORGOTTEN else None
         if sampled is None or learner is None:
@@ -250,4 +250,4 @@ def broken_start(run: Run) -> dict[str, str]:
 def reward_of(run: Run, policy: str) -> str | None:
     """The reward model that a policy learned from."""
     read = inputs(run.chain[policy], run.chain)
-    return next((name for name in read if run.chain[name].publishes == "reward"), None)
+    return next((name for name in read if run.chain[name].makes == "reward"), None)

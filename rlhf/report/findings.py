@@ -80,7 +80,7 @@ def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tup
     asks_people = scores is None and judge is None
     if scores is None:
         scores = LEARNED if judge is None else {judge.metric: judge.words}
-    made = {name: stage for name, stage in run.chain.items() if stage.publishes == "policy"}
+    made = {name: stage for name, stage in run.chain.items() if stage.makes == "policy"}
     best_of = getattr(run.chain.get(evaluation), "best_of", "n")
     titles = {BEST_OF_N: f"the best of {best_of}"} | {
         name: f"the {stage.full_title} model" for name, stage in made.items()

@@ -138,7 +138,7 @@ def learns_from_scores(stage: Stage, chain: Mapping[str, Stage]) -> bool:
     """Whether a stage learns a policy from scores, preferences, or answers that scores chose: then what it
     measures judges itself."""
     chosen = any(chain[maker].reads().rewards for maker in makers(stage, chain))
-    return stage.publishes == "policy" and (
+    return stage.makes == "policy" and (
         bool(stage.reads().rewards) or chosen or any(preference_roles(stage))
     )
 
@@ -155,7 +155,7 @@ def unproven_rewards(run: Run) -> list[str]:
         f"{name} is not shown to rank better than a rule that reads no word ({said}), so nothing that "
         f"learned from it can be told. Give {name}.pairs more or cleaner rows."
         for name in run.chain
-        if name in read and run.chain[name].publishes == "reward" and (said := unproven(run, name))
+        if name in read and run.chain[name].makes == "reward" and (said := unproven(run, name))
     ]
 
 

@@ -55,7 +55,7 @@ def cost_of(run: Run, policy: str) -> Cost | None:
     if policy == BEST_OF_N:
         evaluation, _ = last_evaluation(run.stages)
         judge = run.chain[evaluation]
-        rewards = [name for name in inputs(judge, run.chain) if run.chain[name].publishes == "reward"]
+        rewards = [name for name in inputs(judge, run.chain) if run.chain[name].makes == "reward"]
         start = str(getattr(judge, "start", ""))
         made_from = [*dict.fromkeys(each for name in (start, *rewards) for each in chain_of(name, run.chain))]
     elif policy in run.chain:

@@ -167,7 +167,7 @@ def policies_of(run: Run) -> dict[str, str]:
     best = {BEST_OF_N: f"best of {getattr(judge, 'best_of', 'n')}"}
     found = {"base": "base"} | (best if start == "base" else {})
     for name, each in run.chain.items():
-        if each.publishes == "policy":
+        if each.makes == "policy":
             found |= {"init": "PPO's start"} | (best if start == "init" else {}) if name == "ppo" else {}
             found |= {name: each.full_title} | (best if start == name else {})
     return found
@@ -258,7 +258,7 @@ def gate_text(gate: GateResult) -> str:
 def places(run: Run) -> Iterator[tuple[str, Path]]:
     """Where to find what the run made, from its directory."""
     for name, each in reversed([*run.chain.items()]):
-        if each.publishes and run.stages.get(name, {}).get("artifact"):
+        if each.makes and run.stages.get(name, {}).get("artifact"):
             yield f"{each.full_title[:1].upper()}{each.full_title[1:]} model", Path("artifacts", name)
     evaluation, _ = last_evaluation(run.stages)
     if run.stages.get(evaluation, {}).get("artifact"):

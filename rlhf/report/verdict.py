@@ -225,7 +225,7 @@ def decisive(run: Run) -> Finding | None:
 
 def has_purpose(stage: Stage) -> bool:
     """Whether a stage makes a model, or asks one."""
-    return stage.publishes is not None or purpose(stage) is not None or stage.samples
+    return stage.makes is not None or purpose(stage) is not None or stage.samples
 
 
 def causes(run: Run) -> dict[str, str]:

@@ -24,7 +24,7 @@ from rlhf.training.config import OptimConfig
 class DistillStage(Stage):
     """The keys `distill.*`."""
 
-    title, publishes, samples = "Distilled", "policy", True
+    title, makes, samples = "Distilled", "policy", True
     metrics: ClassVar = {"kl_before": Metric("KL before", ".2f"), "kl": Metric("after", ".2f"), **TUNED}
 
     init: Model

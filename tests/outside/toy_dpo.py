@@ -52,7 +52,7 @@ class DpoStage(Stage):
     """The keys `toy.*`. Values: conf/stages/toy.yaml."""
 
     title: ClassVar[str] = "DPO"
-    publishes: ClassVar[Literal["policy"]] = "policy"
+    makes: ClassVar[Literal["policy"]] = "policy"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "accuracy": Metric("ranks right", ".2f"),
         **TUNED,

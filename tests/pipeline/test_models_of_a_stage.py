@@ -97,7 +97,7 @@ def test_of_a_model_in_a_section_the_place_is_in_no_key() -> None:
     assert "micro_batch_tokens" not in one and "data" not in one and one["init"] == "sft"
 
 
-AS_POLICY = '    title = "Distilled"\n    publishes = "policy"\n    init: Model\n'
+AS_POLICY = '    title = "Distilled"\n    makes = "policy"\n    init: Model\n'
 
 
 def write(chain: Chain, old: str, new: str) -> None:

@@ -134,7 +134,7 @@ def test_a_mistyped_target_is_told(target: str, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("publishes: ClassVar = 'polcy'", r"MyStage\.publishes is 'polcy'\. It must be 'policy', 'reward'"),
+        ("makes: ClassVar = 'polcy'", r"MyStage\.makes is 'polcy'\. It must be 'policy', 'reward'"),
         ("metrics: ClassVar = {'x': 'my x'}", r"MyStage\.metrics\['x'\] is 'my x'\. Write a Metric, such as"),
         ("metrics: ClassVar = {'x': Metric('x', '.2q')}", r"its format '\.2q': .* Use one such as '\.2f'"),
         ("name: str = 'x'", r"a stage is called as it is mounted, sft here\. Remove MyStage\.name"),
