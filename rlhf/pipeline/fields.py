@@ -56,13 +56,16 @@ class Function:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return no_info_after_validator_function(self.checked, handler(source))
 
-    def checked(self, name: str) -> str:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"enum": [*self.names]}, {"type": "string", "pattern": "^python:.+:.+"}]}
+
+    def checked(self, name: str | None) -> str | None:
         """The name.
 
         Raises:
             PydanticCustomError: there is no such function; told as a word that is none of a `Literal`.
         """
-        if name in self.names or (name.startswith("python:") and name.count(":") > 1):
+        if name is None or name in self.names or (name.startswith("python:") and name.count(":") > 1):
             return name
         names = ", ".join(f"'{each}'" for each in self.names)
         raise PydanticCustomError("literal_error", f"Input should be {names} or 'python:MODULE:FUNCTION'")

@@ -141,7 +141,9 @@ class Job:
         if activation_checkpointing:
             checkpoint_layers(policy.model)
         groups = [(policy.model.parameters(), optim)]
-        return PolicyLearner(self, policy, ResponseModel(policy.model), groups)
+        learner = PolicyLearner(self, policy, ResponseModel(policy.model), groups)
+        learner.restore()
+        return learner
 
     def batches(self, rows: Sequence[Row], batch_rows: int, epochs: float) -> Batches[Row]:
         """The batches of a whole training, in order. Each epoch shuffles the rows anew, by the run's seed."""

@@ -115,9 +115,11 @@ def external_digests(
             found |= reward_digest(source, digest)
         for key, model in reads.models.items():
             found |= init_digest(f"{stage.name}.{key}", model, digest, name=digest_name(stage, key))
-        for _, value, marks in marked(stage):
-            if any(isinstance(each, Function) for each in marks) and value.startswith("python:"):
-                found |= imported_code(value)
+        for key, value, marks in marked(stage):
+            is_function = any(isinstance(each, Function) for each in marks)
+            if is_function and isinstance(value, str) and value.startswith("python:"):
+                with said_as({value: f"{stage.name}.{key}={value}"}):
+                    found |= imported_code(value)
         return found | stage.external_digests(digest, chain) | own_code(kind.__module__, kind.__name__)
 
 

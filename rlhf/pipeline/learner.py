@@ -35,11 +35,13 @@ MAX_BAD_IN_A_ROW = 3
 
 
 class HaltError(Exception):
-    """The run must end. Nothing was learned from the step, so the next run takes it again."""
+    """The run must end: raised in a step, from which nothing was learned then, or in a measurement. The next
+    run takes that up again. Its text says why, and what to do."""
 
 
 class Stateful(Protocol):
-    """What changes while a stage trains, beside weights and optimizer. Every checkpoint holds it."""
+    """What changes while a stage trains, beside weights and optimizer. Every checkpoint holds it: where a
+    step raises `HaltError`, as it was before that step."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and containers of them."""
@@ -93,7 +95,8 @@ class Evaluations(Generic[Measured]):
 
 
 class Learner:
-    """A model under the engine that `zero=` asks for, as the newest checkpoint left it."""
+    """A model under the engine that `zero=` asks for. `restore`, `once` or `fit`, whichever comes first,
+    brings it to where the newest checkpoint left it."""
 
     def __init__(
         self, job: Job, model: nn.Module, groups: Groups, *, published: nn.Module, in_turns: bool = False
@@ -116,12 +119,12 @@ class Learner:
         self._evaluations: Evaluations[Any] | None = None
         self._state: Stateful | None = None
         self._found: dict[str, Any] | None = None
-        self._is_restored = False
+        self._is_restored, self._has_fit = False, False
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """A value that is computed before the first step, and that every checkpoint holds: tensors, numbers
         and containers of them."""
-        self._restore()
+        self.restore()
         if name not in self._values:
             self._values[name] = measure()
         return self._values[name]
@@ -141,7 +144,8 @@ class Learner:
             f"loss {metrics.get('loss', math.nan):.3f}"
         ),
     ) -> None:
-        """Take the steps that are left, one for each batch.
+        """Take the steps that are left, one for each batch. It is called once: two phases are two stretches
+        of the same batches.
 
         Args:
             step: learns a batch with `engine.step`, and returns what is logged.
@@ -159,8 +163,10 @@ class Learner:
             RewardError: the reward does not answer; as `HaltError`.
             Stopped: a signal came; a checkpoint is written.
         """
-        self._state, self._evaluations = state, evaluations
-        is_resumed = self._restore()
+        if self._has_fit:
+            raise RuntimeError("Learner.fit was called before. Give all batches to one call.")
+        self._has_fit, self._state, self._evaluations = True, state, evaluations
+        is_resumed = self.restore()
         if is_resumed and max_bad_steps is not None and self.bad_steps > max_bad_steps:
             raise ConfigError(
                 f"{self.job.stage}.max_bad_steps={max_bad_steps}: {self.bad_steps} steps were skipped, "
@@ -176,7 +182,7 @@ class Learner:
             for number in range(self.done + 1, len(batches) + 1):
                 batch = batches[number - 1]
                 self.begin(number, len(batches), first_steps)
-                before = self._state_dict()
+                before = self._state_dict(copy=True)
                 try:
                     metrics = step(batch)
                 except (HaltError, RewardError) as halt:
@@ -230,7 +236,7 @@ class Learner:
             )  # fmt: skip
         yield self.job.checkpoints.best
 
-    def _restore(self) -> bool:
+    def restore(self) -> bool:
         """Continue from the newest checkpoint, once. Whether there is one."""
         if not self._is_restored:
             self._is_restored = True
@@ -246,15 +252,21 @@ class Learner:
                 each.load_state_dict(self._found.pop(name))
         return True
 
-    def _state_dict(self) -> dict[str, Any]:
+    def _state_dict(self, *, copy: bool = False) -> dict[str, Any]:
         state: dict[str, Any] = {"done": self.done, "bad_steps": self.bad_steps, "values": self._values}
         for name, each in (("state", self._state), ("evaluations", self._evaluations)):
             if each is not None:
                 state[name] = each.state_dict()
-        return state
+        return _copied(state) if copy else state
 
     def _evaluate(self, evaluations: Evaluations[Any]) -> None:
-        found = evaluations.measure()
+        try:
+            found = evaluations.measure()
+        except HaltError as halt:
+            raise ConfigError(
+                f"{self.job.stage}: measured after step {self.done}: {halt}. All that was learned so far is "
+                "kept: the same command measures again."
+            ) from None
         evaluations.found |= {"last": found} | ({} if "first" in evaluations.found else {"first": found})
         evaluations.measured_step = self.done
         if "best" not in evaluations.found or evaluations.is_better(found, evaluations.best):
@@ -265,7 +277,7 @@ class Learner:
         """Measure the model of the last step, if that is due and not done.
 
         Raises:
-            RewardError: the reward does not answer. The step is kept; the next run measures first.
+            ConfigError, RewardError: it cannot be measured. The step is kept; the next run measures first.
         """
         evaluations = self._evaluations
         if (
@@ -276,7 +288,7 @@ class Learner:
             return
         try:
             self._evaluate(evaluations)
-        except RewardError:
+        except (ConfigError, RewardError):
             self.job.checkpoints.save(self.done, self.engine, self._state_dict())
             raise
 

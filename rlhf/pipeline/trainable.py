@@ -15,7 +15,7 @@ from rlhf.generation.latency import token_seconds
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.load import load_causal_lm
-from rlhf.models.logprobs import answer_logprobs, check_policy, pack_sequences
+from rlhf.models.logprobs import ResponseModel, answer_logprobs, check_policy, pack_sequences
 from rlhf.models.peft.attach import Adapter, attach, check_reached, loads_on
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import publish_policy
@@ -81,7 +81,7 @@ class PolicyLearner(Learner):
         groups, in_turns: as of `make_engine`.
         """
         super().__init__(job, model, groups, published=policy.model, in_turns=in_turns)
-        self._tuned = policy
+        self._tuned, self._is_alone = policy, isinstance(model, ResponseModel)
         self.policy, self.tokenizer = policy.model, policy.tokenizer
 
     @property
@@ -122,6 +122,7 @@ class PolicyLearner(Learner):
     ) -> Tensor:
         """How likely the policy finds responses, by the very passes that train it: nats, fp32 [B, R] on the
         CPU, 0 on padding; without gradient. `sampler` merges adapters first, which rounds."""
+        assert self._is_alone, "the engine runs the policy with another model: ask it"
         return answer_logprobs(self.engine.model, responses, temperature, micro_batch_tokens, self.compute)
 
     def learn(
@@ -147,6 +148,7 @@ class PolicyLearner(Learner):
         Returns:
             `loss` of the whole step, and `grad_norm` before clipping.
         """
+        assert self._is_alone, "the engine runs the policy with another model: use engine.accumulate"
         device, model = self.compute.device, self.engine.model
 
         def of_part(rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:

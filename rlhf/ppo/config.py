@@ -117,10 +117,8 @@ class PolicyConfig(Strict):
     """Ratio above which a token with a negative advantage gets no gradient; null for no limit."""
     advantage: str
     """What makes advantages of rewards: see the stage's own."""
-    policy_loss: Annotated[str, Function("clip", "gspo")]
-    """The loss on a micro-batch. clip: PPO's, with each token's probability ratio. gspo: the same with one
-    ratio of the whole answer (with loss_mean=sequence and a much smaller clip, such as 3e-4). Or your own,
-    `python:MODULE:FUNCTION`."""
+    policy_loss: str
+    """The loss on a micro-batch: see the stage's own."""
     evaluate_every: PositiveInt
     """Steps between evaluations on held-out prompts; the policy with the best score on one half of them is
     published, and judged on the other half."""
@@ -207,6 +205,9 @@ class PpoConfig(PolicyConfig):
     advantage: Annotated[str, Function("gae")]
     """What makes advantages of rewards and the critic's values. gae: generalized advantage estimation, with
     gamma and lam. Or your own, `python:MODULE:FUNCTION`."""
+    policy_loss: Annotated[str, Function("clip")]
+    """The policy's loss on a micro-batch. clip: the clipped objective, with each token's probability ratio.
+    Or your own, `python:MODULE:FUNCTION`."""
     gamma: float = Field(gt=0, le=1)
     """Discount per token; 1 if the length should not matter."""
     lam: float = Field(ge=0, le=1)

@@ -47,6 +47,10 @@ class GrpoConfig(PolicyConfig):
     """What an answer's reward is compared with. grpo: its group's mean, in deviations of the group. rloo: the
     mean of the others of its group. reinforce_plus_plus: all tokens of the batch, in their deviations; with
     _baseline after the group's mean is subtracted. Or your own, `python:MODULE:FUNCTION`."""
+    policy_loss: Annotated[str, Function("clip", "gspo")]
+    """The policy's loss on a micro-batch. clip: PPO's clipped objective, with each token's probability ratio.
+    gspo: the same with one ratio of the whole answer (with loss_mean=sequence and a much smaller clip, such
+    as 3e-4). Or your own, `python:MODULE:FUNCTION`."""
     samples_per_prompt: PositiveInt
     """Answers to each prompt, a group. `batch_episodes` and `minibatch_episodes` count answers, and are
     multiples of it."""

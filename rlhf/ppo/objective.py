@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
@@ -215,7 +215,8 @@ class Objective(ABC):
         Raises:
             ConfigError: it is a function of the user's that gives something else.
         """
-        rewarded = Rewarded(reward_BR, mask_BR, self._config.group_size, value_BR)
+        copies = (reward_BR.clone(), mask_BR.clone())  # a function of the user's may write into them
+        rewarded = Rewarded(*copies, self._config.group_size, None if value_BR is None else value_BR.clone())
         found = self._advantage(rewarded, self._config)
         if isinstance(found, Tensor):
             found = Advantages(found, None)
@@ -232,37 +233,37 @@ class Objective(ABC):
             )
         return found._replace(advantage_BR=torch.where(mask_BR, found.advantage_BR, 0.0))
 
-    def try_functions(self, name: str) -> Iterator[str]:
-        """Complain about functions of the user's that cannot be called, before anything trains.
+    def try_functions(self, name: str, device: torch.device) -> Iterator[str]:
+        """Complain about functions of the user's that cannot be called, before anything trains: on answers to
+        two made-up prompts, as a step calls them.
 
         Args:
             name: of the stage.
+            device: where losses are computed.
         """
         config, size = self._config, 2 * self._config.group_size
-        mask_BR = torch.ones(size, 3, dtype=torch.bool)
-        reward_BR = torch.arange(3.0 * size).view(size, 3)
-        logp_BR = torch.zeros(size, 3, requires_grad=True)
-        calls: dict[str, Callable[[], object]] = {
-            "advantage": lambda: self.advantages(
-                reward_BR, mask_BR, value_BR=reward_BR if self.has_critic else None
-            ),
-            "policy_loss": lambda: self.token_loss(
-                logp_BR, torch.zeros(size, 3), reward_BR, mask_BR, mask_BR.numel(), None
-            ),
-        }  # fmt: skip
-        for key, call in calls.items():
-            if not getattr(config, key).startswith("python:"):
-                continue
-            try:
-                call()
-            except ConfigError:
-                raise
-            except Exception as error:  # whatever a user's function raises, told in one line
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                yield (
-                    f"{name}.{key}={getattr(config, key)}: on a test of two prompts it raised "
-                    f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno}). Fix it."
-                )
+        if not any(each.startswith("python:") for each in (config.advantage, config.policy_loss)):
+            return
+        ids = [torch.arange(1 + place % 3) for place in range(size)]  # lengths differ: some is padding
+        rollout = Rollout([torch.arange(2)] * size, ids, torch.ones(size, dtype=torch.bool))
+        zeros_BR = torch.zeros(rollout.mask_BR.shape)
+        scored = Scored(zeros_BR, zeros_BR, zeros_BR if self.has_critic else None)
+        key = "advantage"
+        try:
+            normalizer = ScoreNormalizer.fixed(0.0, 1.0, None)
+            experience = self.experience(rollout, torch.arange(float(size)), scored, normalizer)
+            key = "policy_loss"
+            logp_BR = torch.zeros(zeros_BR.shape, device=device, requires_grad=True)
+            tokens = int(rollout.mask_BR.sum())
+            self.policy_loss(logp_BR, experience, total_tokens=tokens, num_episodes=size)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a user's function raises, told in one line
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            yield (
+                f"{name}.{key}={getattr(config, key)}: on answers to two made-up prompts it raised "
+                f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno}). Fix it."
+            )
 
     def rollout_metrics(self, experience: Experience) -> dict[str, float]:
         """Its own metrics of a scored rollout."""
@@ -309,14 +310,18 @@ class Objective(ABC):
             logp_BR, sampled_BR, advantage_BR, mask_BR, total_tokens=total_tokens, weight_B=weight_B,
             config=self._config,
         )  # fmt: skip
-        if isinstance(found, PolicyLoss):
-            return found
-        if not isinstance(found, Tensor) or found.ndim > 0:
+        loss = found.loss if isinstance(found, PolicyLoss) else found
+        is_tensor = isinstance(loss, Tensor)
+        if not is_tensor or loss.ndim > 0 or loss.requires_grad < logp_BR.requires_grad:
+            got = f"a tensor of {tuple(loss.shape)}" if is_tensor else type(loss).__name__
+            without = " without a gradient" if is_tensor and not loss.requires_grad else ""
             raise ConfigError(
-                f"STAGE.policy_loss={self._config.policy_loss}: it must return a tensor with one number, and "
-                f"returned {getattr(found, 'shape', type(found).__name__)}. Fix it."
+                f"STAGE.policy_loss={self._config.policy_loss}: it must return a tensor with one number that "
+                f"carries the gradient of logp_BR, and returned {got}{without}. Fix it."
             )
-        return with_figures(found, logp_BR, sampled_BR, mask_BR)
+        if isinstance(found, PolicyLoss):
+            return PolicyLoss(loss, *(figure.detach() for figure in found[1:]))
+        return with_figures(loss, logp_BR, sampled_BR, mask_BR)
 
 
 class PpoObjective(Objective):

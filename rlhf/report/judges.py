@@ -138,9 +138,7 @@ def learns_from_scores(stage: Stage, chain: Mapping[str, Stage]) -> bool:
     """Whether a stage learns a policy from scores, preferences, or answers that scores chose: then what it
     measures judges itself."""
     chosen = any(chain[maker].reads().rewards for maker in makers(stage, chain))
-    return stage.makes == "policy" and (
-        bool(stage.reads().rewards) or chosen or any(preference_roles(stage))
-    )
+    return stage.makes == "policy" and (bool(stage.reads().rewards) or chosen or any(preference_roles(stage)))
 
 
 def preference_roles(stage: Stage) -> Iterator[str]:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from helpers.jobs import small_job, tiny_base
 from rlhf.config import ConfigError
 from rlhf.distributed.signals import Stopped
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.learner import Learner
+from rlhf.pipeline.learner import Evaluations, HaltError, Learner
 from rlhf.training.config import OptimConfig
 
 OPTIM = OptimConfig(
     lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9
 )
 NAN = math.nan
+
+
+def as_rows(batch: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """A batch as the user knows it."""
+    return ({"number": str(number)} for number in batch)
 
 
 class Bench:
@@ -51,9 +56,9 @@ class Bench:
         self.engine.step()
         return {"loss": float(loss.detach()), "grad_norm": self.engine.grad_norm}
 
-    def train(self, batches: Sequence[Sequence[float]]) -> None:
+    def train(self, batches: Sequence[Sequence[float]], evaluations: Evaluations[Any] | None = None) -> None:
         self.noted = self.learner.once("noted", lambda: self.weight)
-        self.learner.fit(batches, self.step, rows=lambda batch: ({"number": str(number)} for number in batch))
+        self.learner.fit(batches, self.step, rows=as_rows, evaluations=evaluations)
 
     def logged(self) -> list[dict[str, Any]]:
         lines = (self.job.directory / "metrics.jsonl").read_text().splitlines()
@@ -155,6 +160,78 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path) ->
     assert [path.name[:21] for path in (tmp_path / "checkpoints").glob("damaged-*")] == [
         "damaged-step-00000004"
     ]
+
+
+class Counter:
+    """What a step counts, kept as it is."""
+
+    def __init__(self) -> None:
+        self.count, self.seen = torch.zeros(()), list[float]()
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def counted(directory: Path, limit: float) -> Counter:
+    """Steps of which one may be too much."""
+    bench, counter = Bench(directory), Counter()
+
+    def step(batch: Sequence[float]) -> dict[str, float]:
+        counter.count += 1
+        counter.seen += batch
+        if batch[0] >= limit:
+            raise HaltError("it is too much. Raise sft.limit")
+        return bench.step(batch)
+
+    batches = [[1.0], [2.0], [3.0]]
+    bench.learner.fit(batches, step, rows=lambda batch: [{"number": batch}], state=counter)
+    return counter
+
+
+def test_a_step_that_must_not_be_learned_from_is_taken_again_from_where_it_began(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sft: step 2: it is too much\. Raise sft\.limit\. Its batch is in"
+    ):
+        counted(tmp_path / "first", 2.0)
+    counter = counted(tmp_path / "second", math.inf)
+    assert counter.seen == [1.0, 2.0, 3.0] and counter.count == 3
+
+
+class Weight(NamedTuple):
+    """The bench's, as a measurement."""
+
+    weight: Tensor
+
+
+def test_a_measurement_that_must_end_the_run_keeps_what_was_learned(tmp_path: Path) -> None:
+    def evaluations(bench: Bench, limit: float) -> Evaluations[Weight]:
+        def measure() -> Weight:
+            if bench.learner.done >= limit:
+                raise HaltError("it is too far. Raise sft.limit")
+            return Weight(torch.tensor(bench.weight))
+
+        return Evaluations(Weight, measure, lambda new, best: bool(new.weight < best.weight), steps={2, 3})
+
+    first = Bench(tmp_path / "first")
+    with pytest.raises(
+        ConfigError, match=r"sft: measured after step 2: it is too far\. Raise sft\.limit\. All"
+    ):
+        first.train([[1.0]] * 3, evaluations(first, 2))
+    second = Bench(tmp_path / "second")
+    found = evaluations(second, math.inf)
+    second.train([[1.0]] * 3, found)
+    assert len(second.seen) == 1 and found.best_step == 3
+    assert found.first.weight == 5.0 and found.best.weight == found.last.weight == second.weight
+
+
+def test_fit_is_called_once(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "job")
+    bench.train([[1.0]])
+    with pytest.raises(RuntimeError, match="Give all batches to one call"):
+        bench.train([[1.0], [2.0]])
 
 
 def test_resume_can_be_refused(tmp_path: Path) -> None:

@@ -99,7 +99,6 @@ def test_more_ranks_need_less_each(tmp_path: Path) -> None:
     [
         # frozen models that wait in the host's memory do not go with the LoRA that is needed too
         (1, ("ppo.peft=none", "ppo.optim.lr=1e-6", "ppo.critic.optim.lr=1e-5")),
-        # whole weights on each rank are what the moving average needs
         (8, ("ppo.peft=none", "ppo.optim.lr=1e-6", "ppo.critic.optim.lr=1e-5")),
     ],
 )

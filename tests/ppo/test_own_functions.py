@@ -12,11 +12,12 @@ from torch import Tensor
 from helpers.experiments import build
 from helpers.grpo import grpo_stage, grpo_trainer
 from helpers.jobs import on_cpu
-from helpers.ppo import equal, prompts, weights
+from helpers.ppo import equal, experience_of, prompts, weights
 from rlhf.config import ConfigError
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.key import external_digests
 from rlhf.pipeline.stage import View
+from rlhf.ppo.trainer import repeated
 
 TRAIN, HELD_OUT = prompts(range(100, 140)), prompts(range(700, 704))
 NAMED = "python:own_rules:"
@@ -39,6 +40,18 @@ def no_returns(rewarded, config):
 
 def by_token(logp_BR, sampled_logp_BR, advantage_BR, mask_BR, *, total_tokens, weight_B, config):
     return -advantage_BR * logp_BR
+
+def detached(logp_BR, sampled_logp_BR, advantage_BR, mask_BR, *, total_tokens, weight_B, config):
+    return reinforce(logp_BR.detach(), sampled_logp_BR, advantage_BR, mask_BR, total_tokens=total_tokens,
+                     weight_B=weight_B, config=config)
+
+def by_weight(logp_BR, sampled_logp_BR, advantage_BR, mask_BR, *, total_tokens, weight_B, config):
+    loss_BR = -weight_B[:, None] * advantage_BR * torch.where(mask_BR, logp_BR, 0.0)
+    return loss_BR.sum() / total_tokens
+
+def in_place(rewarded, config):
+    rewarded.reward_BR.sub_(rewarded.reward_BR.mean())
+    return rewarded.reward_BR
 
 def broken(rewarded, config):
     return rewarded.rewards
@@ -114,9 +127,14 @@ def test_its_code_is_in_the_key(rules: Path, monkeypatch: pytest.MonkeyPatch) ->
         ),
         (
             [f"grpo.advantage={NAMED}broken"],
-            "on a test of two prompts it raised AttributeError: 'Rewarded' object has no attribute 'rewards'",
+            "on answers to two made-up prompts it raised AttributeError: 'Rewarded' object has no attribute "
+            "'rewards' (",
         ),
-        ([f"grpo.policy_loss={NAMED}by_token"], "one number, and returned torch.Size([8, 3]). Fix it."),
+        (
+            [f"grpo.policy_loss={NAMED}by_token"],
+            "that carries the gradient of logp_BR, and returned a tensor of (8, 3). Fix it.",
+        ),
+        ([f"grpo.policy_loss={NAMED}detached"], "and returned a tensor of () without a gradient. Fix it."),
         ([f"grpo.policy_loss={NAMED}nothing"], "has no attribute 'nothing'. Name a function of that module."),
     ],
 )
@@ -125,6 +143,24 @@ def test_what_cannot_be_called_is_refused_before_anything_trains(overrides: list
     with pytest.raises(ConfigError) as error:
         check(experiment.stages["grpo"], View(experiment.stages, compute=on_cpu()))
     assert said in str(error.value) and "STAGE" not in str(error.value)
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_loss_is_tried_as_it_will_be_called() -> None:
+    experiment = build("ppo.reward=vader", "grpo.loss_mean=sequence", f"grpo.policy_loss={NAMED}by_weight")
+    check(experiment.stages["grpo"], View(experiment.stages, compute=on_cpu()))
+
+
+@pytest.mark.usefixtures("rules")
+def test_an_estimator_may_write_into_what_it_gets(tmp_path: Path, tiny_model: Path) -> None:
+    trainer = grpo_trainer(tmp_path / "job", tiny_model, f"grpo.advantage={NAMED}in_place")
+    experience, _ = experience_of(trainer, repeated(TRAIN[:4], 4))
+    assert float(experience.reward_BR.sum()) > 1.0  # lengths; not what the estimator made of them
+
+
+def test_one_ratio_a_response_is_not_offered_with_a_critic() -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.policy_loss='gspo'"):
+        build("ppo.policy_loss=gspo")
 
 
 @pytest.mark.usefixtures("rules")
