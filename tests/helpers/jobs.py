@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from helpers.store import manifest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message
-from rlhf.distributed.compute import Compute
+from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.distributed.signals import StopSignals
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
@@ -41,6 +41,19 @@ def user(text: str) -> list[Message]:
 def on_cpu(rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.float32) -> Compute:
     """One of so many ranks. Only a single one can talk to the others."""
     return Compute("cpu", str(dtype).removeprefix("torch."), rank=rank, world_size=world_size)
+
+
+class WithIdlePasses(Compute):
+    """A rank with less to do than another: two more passes that only keep it in step."""
+
+    def micro_batches(
+        self, lengths: Sequence[int], max_tokens: int, units: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[MicroBatch]:
+        """The shortest row again, without weight, before the last pass and behind it."""
+        found = super().micro_batches(lengths, max_tokens, units)
+        idle = MicroBatch([min(range(len(lengths)), key=lambda index: lengths[index])], 0.0, False)
+        yield from (each._replace(last=False) for each in found)
+        yield from (idle, idle._replace(last=True))
 
 
 @dataclass

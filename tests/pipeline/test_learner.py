@@ -206,22 +206,38 @@ class Weight(NamedTuple):
     weight: Tensor
 
 
+def evaluations(bench: Bench, limit: float, measured: list[int]) -> Evaluations[Weight]:
+    """The lowest weight is the best; notes the steps after which it was measured."""
+
+    def measure() -> Weight:
+        if bench.learner.done >= limit:
+            raise HaltError("it is too far. Raise sft.limit")
+        measured.append(bench.learner.done)
+        return Weight(torch.tensor(bench.weight))
+
+    return Evaluations(Weight, measure, lambda new, best: bool(new.weight < best.weight), steps={2, 3})
+
+
+def test_what_a_checkpoint_holds_is_not_measured_again(tmp_path: Path) -> None:
+    batches = [[1.0]] * 3
+    through = list[int]()
+    bench = Bench(tmp_path / "first", every_steps=2)
+    bench.train(batches, evaluations(bench, math.inf, through))
+    second, resumed = Bench(tmp_path / "second"), list[int]()
+    found = evaluations(second, math.inf, resumed)
+    second.train(batches, found)
+    assert (through, resumed) == ([0, 2, 3], [3])
+    assert found.first.weight == 5.0 and found.best_step == 3
+
+
 def test_a_measurement_that_must_end_the_run_keeps_what_was_learned(tmp_path: Path) -> None:
-    def evaluations(bench: Bench, limit: float) -> Evaluations[Weight]:
-        def measure() -> Weight:
-            if bench.learner.done >= limit:
-                raise HaltError("it is too far. Raise sft.limit")
-            return Weight(torch.tensor(bench.weight))
-
-        return Evaluations(Weight, measure, lambda new, best: bool(new.weight < best.weight), steps={2, 3})
-
     first = Bench(tmp_path / "first")
     with pytest.raises(
         ConfigError, match=r"sft: measured after step 2: it is too far\. Raise sft\.limit\. All"
     ):
-        first.train([[1.0]] * 3, evaluations(first, 2))
+        first.train([[1.0]] * 3, evaluations(first, 2, []))
     second = Bench(tmp_path / "second")
-    found = evaluations(second, math.inf)
+    found = evaluations(second, math.inf, [])
     second.train([[1.0]] * 3, found)
     assert len(second.seen) == 1 and found.best_step == 3
     assert found.first.weight == 5.0 and found.best.weight == found.last.weight == second.weight

@@ -223,7 +223,9 @@ def test_critic_warm_up_leaves_the_policy_alone(make: MakeTrainer) -> None:
         "ppo.critic.warmup_steps=2", "ppo.ptx.coef=1.0", "ppo.optim.weight_decay=0.1", mix_rows=ANSWERS
     )
     policy, critic = weights(actor_critic(trainer).policy), weights(critic_of(trainer))
-    value_losses = [take_step(trainer, ROWS, step)["value_loss"] for step in (1, 2)]
+    steps = [take_step(trainer, ROWS, step) for step in (1, 2)]
+    value_losses = [metrics["value_loss"] for metrics in steps]
+    assert [metrics["grad_norm"] for metrics in steps] == [0.0, 0.0]
     assert equal(weights(actor_critic(trainer).policy), policy)
     assert not equal(weights(critic_of(trainer)), critic)
     assert value_losses[1] < value_losses[0]

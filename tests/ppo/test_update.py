@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.jobs import user
+from helpers.jobs import WithIdlePasses, user
 from helpers.ppo import (
     ROWS,
     MakeTrainer,
@@ -26,7 +26,6 @@ from helpers.ppo import (
     weights,
 )
 from rlhf.data.schema import SftRow
-from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts, RewardError
@@ -59,19 +58,6 @@ def test_epochs_end_by_the_last_epochs_own_kl_not_by_the_mean_of_all(make: MakeT
     bound = (two + second) / 2
     metrics = take_step(make("ppo.epochs=3", f"ppo.stop_epochs_kl={bound}"), ROWS, 1)
     assert metrics["epochs"] == 2.0
-
-
-class WithIdlePasses(Compute):
-    """A rank with less to do than another: two more passes that only keep it in step."""
-
-    def micro_batches(
-        self, lengths: Sequence[int], max_tokens: int, units: Sequence[Sequence[int]] | None = None
-    ) -> Iterator[MicroBatch]:
-        """The shortest row again, without weight, before the last pass and behind it."""
-        found = super().micro_batches(lengths, max_tokens, units)
-        idle = MicroBatch([min(range(len(lengths)), key=lambda index: lengths[index])], 0.0, False)
-        yield from (each._replace(last=False) for each in found)
-        yield from (idle, idle._replace(last=True))
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from helpers.jobs import on_cpu
+from helpers.jobs import WithIdlePasses, on_cpu
 from helpers.trained import trained_weights
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Zero
@@ -164,3 +164,24 @@ def test_each_group_has_a_schedule_of_its_own() -> None:
     assert [rate / rates[0][1] for _, rate in rates] == pytest.approx(
         [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]
     )
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_batch_is_learned_whatever_its_micro_batches_and_idle_passes(idle: bool) -> None:
+    """Rows of 3, 1 and 2 in passes of at most 2 tokens; the loss is their mean square times both numbers."""
+    rows, found = [3.0, 1.0, 2.0], []
+    for tokens in (100, 2):
+        model = Two(value=2.0)
+        engine = model.engine(config(), config())
+        if idle:
+            engine.compute = WithIdlePasses("cpu", "float32")
+
+        def loss(some: list[float], model: Two = model) -> tuple[Tensor, dict[str, Tensor]]:
+            value = sum(row**2 for row in some) / len(rows) * (model.first + model.second).sum()
+            return value, {"loss": value, "rows": torch.tensor(float(len(some)))}
+
+        learned = engine.learn([1, 1, 1], lambda places: [rows[place] for place in places], loss, tokens)
+        found.append((learned, model.first.item()))
+    assert found[0] == found[1]
+    mean = (9 + 1 + 4) / 3
+    assert found[0][0] == pytest.approx({"loss": 4 * mean, "rows": 3.0, "grad_norm": 2**0.5 * mean})
