@@ -75,15 +75,11 @@ def _once(names: list[str]) -> list[str]:
 class CompareStage(Stage):
     """The keys `compare.*`. Values: conf/stages/compare.yaml."""
 
-    repeats_keys: ClassVar[bool] = True
+    version, samples, in_chain, is_timed, repeats_keys = 6, True, False, True, True
     metrics: ClassVar[Mapping[str, Metric]] = {
         "questions": Metric("questions", ".0f"),
         "leaks": Metric("left out, as trained on", ".0f"),
     }
-    samples: ClassVar[bool] = True
-    is_timed: ClassVar[bool] = True
-    version: ClassVar[int] = 6
-    in_chain: ClassVar[bool] = False
 
     questions: Annotated[SourceConfig | None, UNKEYED]
     """Rows with a question and, if there is one, its answer; null uses the held-out rows of sft.data."""

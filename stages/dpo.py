@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import PositiveInt, model_validator
 
@@ -62,8 +62,7 @@ CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
 class DpoStage(PreferenceConfig, Stage):
     """The keys `dpo.*`: also rlhf/supervised/preferences.py. Values: conf/stages/dpo.yaml."""
 
-    title: ClassVar[str] = "DPO"
-    makes: ClassVar[Literal["policy"]] = "policy"
+    title, makes, version, in_chain = "DPO", "policy", 2, False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "held_out_loss_before": Metric("loss before", "z.3f"),
         "held_out_loss": Metric(
@@ -88,8 +87,6 @@ class DpoStage(PreferenceConfig, Stage):
         "train_accuracy": Metric(healthy=Healthy(min=0.5), is_curve=True),
         "train_margin": Metric(healthy=Healthy(min=0.0), is_curve=True),
     }  # fmt: skip
-    in_chain: ClassVar[bool] = False
-    version: ClassVar[int] = 2
 
     data: Annotated[SourceConfig | None, Rows("dpo", otherwise="pairs")]
     """Rows with a prompt, a chosen and a rejected answer; with `loss=kto` also rows with a prompt, an answer

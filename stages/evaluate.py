@@ -72,7 +72,7 @@ OF_EACH = (
 class EvaluateStage(Stage):
     """The keys `evaluate.*`. Values: conf/stages/evaluate.yaml."""
 
-    repeats_keys: ClassVar[bool] = True
+    version, samples, repeats_keys = 16, True, True
     metrics: ClassVar[Mapping[str, Metric]] = {
         **named(*OF_SUBJECT, "prompts", "gold_correlation"),
         "win_rate": Metric("win rate", "z.2f"),
@@ -80,8 +80,6 @@ class EvaluateStage(Stage):
         "task_gain": Metric("task gain", "+z.3f"),
         "retention_perplexity_ratio": Metric("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 16
-    samples: ClassVar[bool] = True
 
     prompts: Annotated[PromptSource | None, Rows("evaluate")]
     """A source, or a key as in ppo.prompts. If training reads the same rows, `prepare` sets a share of them

@@ -45,7 +45,7 @@ OF_SCORES = ("score_deviation", "within_prompt_share", "score_reliability")
 class GenerateStage(MakesRows):
     """The keys `generate.*`. Values: conf/stages/generate.yaml."""
 
-    repeats_keys: ClassVar[bool] = True
+    version, samples, repeats_keys = 11, True, True
     metrics: ClassVar[Mapping[str, Metric]] = {
         "score_mean": Metric("score", "+z.2f"),
         "score_deviation": Metric("deviation", "z.2f"),
@@ -57,8 +57,6 @@ class GenerateStage(MakesRows):
             "pairs",
         ),
     }  # fmt: skip
-    version: ClassVar[int] = 11
-    samples: ClassVar[bool] = True
     offers: ClassVar[Mapping[str, str]] = {
         "sft": "best_of_n.jsonl", "replay": "best_of_n.jsonl", "ptx": "best_of_n.jsonl",
         "pairs": "pairs.jsonl", "dpo": "pairs.jsonl",

@@ -26,13 +26,10 @@ if TYPE_CHECKING:
 class GrpoStage(GrpoConfig, PolicyStage):
     """The keys `grpo.*`: rlhf/ppo/config.py and rlhf/ppo/group_config.py. Values: conf/stages/grpo.yaml."""
 
-    title: ClassVar[str] = "GRPO"
-    repeats_keys: ClassVar[bool] = True
-    in_chain: ClassVar[bool] = False
+    title, version, in_chain, repeats_keys = "GRPO", 3, False, True
     metrics: ClassVar[Mapping[str, Metric]] = {
         **PolicyStage.metrics, **named("groups_without_spread", "resampled_groups")
     }  # fmt: skip
-    version: ClassVar[int] = 3
 
     def not_checked(self) -> dict[str, str]:
         """A single answer to a prompt has nothing to differ from."""

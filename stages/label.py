@@ -61,9 +61,7 @@ Person = Annotated[str, Field(pattern=r"^[\w-]{1,40}$")]
 class LabelStage(MakesRows, Records):
     """The keys `label.*`. Values: conf/stages/label.yaml."""
 
-    version: ClassVar[int] = 1
-    in_chain: ClassVar[bool] = False
-    reads_weights: ClassVar[bool] = False
+    version, in_chain, reads_weights = 1, False, False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "votes": Metric("votes", ",.0f"),
         "pairs": Metric("pairs", ",.0f"),

@@ -7,7 +7,7 @@ Writes  a plain causal-LM directory with the weights base + alpha (tuned - base)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -31,13 +31,11 @@ from rlhf.pipeline.stage import Stage, View
 class MergeStage(Stage):
     """The keys `merge.*`. Values: conf/stages/merge.yaml."""
 
-    title: ClassVar[str] = "merged"
-    makes: ClassVar[Literal["policy"]] = "policy"
+    title, makes, in_chain = "merged", "policy", False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "alpha": Metric("alpha", ".2f"),
         "relative_change": Metric("change of the weights", ".2%"),
     }
-    in_chain: ClassVar[bool] = False
 
     policy: Policy
     """The stage of the tuned model, such as sft or ppo."""

@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 class PpoStage(PpoConfig, PolicyStage):
     """The keys `ppo.*`: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
-    title: ClassVar[str] = "PPO"
+    title, version = "PPO", 9
     metrics: ClassVar[Mapping[str, Metric]] = {**PolicyStage.metrics, **named("explained_variance")}
-    version: ClassVar[int] = 9
 
     @property
     def prompts_said(self) -> str:

@@ -36,7 +36,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class PrepareStage(Stage):
     """The keys `prepare.*`. Values: conf/stages/prepare.yaml."""
 
-    repeats_keys: ClassVar[bool] = True
+    version, random, repeats_keys, reads_weights = 15, False, True, False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "sft_rows": Metric("SFT rows", ".0f"),
         "reward_pairs": Metric("pairs", ".0f"),
@@ -44,9 +44,6 @@ class PrepareStage(Stage):
         "evaluation_prompts": Metric("evaluation prompts", ".0f"),
         **named("dropped", "bad_share", "leaks", "foreign_template", "vocabulary_size"),
     }
-    version: ClassVar[int] = 15
-    random: ClassVar[bool] = False
-    reads_weights: ClassVar[bool] = False
 
     held_out_fraction: Share
     """Share of the training prompts that no stage trains on."""

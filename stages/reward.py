@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 class RewardStage(Stage):
     """The keys `reward.*`. Values: conf/stages/reward.yaml."""
 
-    title: ClassVar[str] = "Reward"
-    makes: ClassVar[Literal["reward"]] = "reward"
+    title, makes, version = "Reward", "reward", 7
     metrics: ClassVar[Mapping[str, Metric]] = {
         "accuracy": Metric("accuracy", "z.3f"),
         "accuracy_wide_gap": Metric("on wide gaps", "z.3f"),
@@ -59,7 +58,6 @@ class RewardStage(Stage):
         ),
         "train_accuracy": Metric(healthy=Healthy(min=0.5), is_curve=True),
     }  # fmt: skip
-    version: ClassVar[int] = 7
 
     pairs: Annotated[SourceConfig | None, Rows("pairs")]
     """Rows with a prompt, a chosen and a rejected answer. `auto` uses the demo's, if none of the data is

@@ -42,8 +42,7 @@ READ_FOR_CUTS = 1000
 class SftStage(Stage):
     """The keys `sft.*`. Values: conf/stages/sft.yaml."""
 
-    title: ClassVar[str] = "SFT"
-    makes: ClassVar[Literal["policy"]] = "policy"
+    title, makes, version = "SFT", "policy", 10
     metrics: ClassVar[Mapping[str, Metric]] = {
         "held_out_loss_before": Metric("loss before", "z.3f"),
         "held_out_loss": Metric(
@@ -60,7 +59,6 @@ class SftStage(Stage):
             "turns_apart", "tokens", "replayed_rows",
         ),
     }  # fmt: skip
-    version: ClassVar[int] = 10
 
     data: Annotated[SourceConfig | None, Rows("sft")]
     """Rows with a prompt and its answer. `auto` uses the demo's, if none of the data is yours."""

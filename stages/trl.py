@@ -57,7 +57,7 @@ class ByTrainer:
 class TrlStage(Stage):
     """The keys `trl.*`. Values: conf/stages/trl.yaml."""
 
-    title: ClassVar[str] = "TRL"
+    title, version, in_chain, repeats_keys = "TRL", 2, False, True
     makes: ClassVar[Any] = ByTrainer()
     metrics: ClassVar[Mapping[str, Metric]] = {
         "train_loss": Metric("loss", ".3f"),
@@ -70,9 +70,6 @@ class TrlStage(Stage):
         "accuracy": Metric(healthy=Healthy(min=0.5), is_curve=True),
         "rewards/accuracies": Metric(healthy=Healthy(min=0.5), is_curve=True),
     }
-    version: ClassVar[int] = 2
-    in_chain: ClassVar[bool] = False
-    repeats_keys: ClassVar[bool] = True
 
     trainer: Literal["SFT", "Reward", "DPO", "GRPO"]
     """Which of TRL's trainers."""

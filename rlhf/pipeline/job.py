@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,6 @@ from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from rlhf.distributed.compute import Compute
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
     from rlhf.rewards.reward import Reward
     from rlhf.training.checkpoint import Checkpointer
     from rlhf.training.config import OptimConfig
-    from rlhf.training.engine import Engine
 
 Row = TypeVar("Row")
 
@@ -148,19 +144,6 @@ class Job:
     def batches(self, rows: Sequence[Row], batch_rows: int, epochs: float) -> Batches[Row]:
         """The batches of a whole training, in order. Each epoch shuffles the rows anew, by the run's seed."""
         return shuffled_batches(rows, batch_rows, epochs, self.seed)
-
-    @contextmanager
-    def trained(self, engine: Engine, module: nn.Module) -> Iterator[Path]:
-        """While open, a directory with the trained weights of a part of the engine's model, for
-        `publish_policy`. Every rank calls it."""
-        # by this name the store removes it with the artifact's directory, if it is left behind
-        directory = self.directory.with_name(f"{self.directory.name}.trained")
-        engine.save_trained(module, directory)
-        try:
-            yield directory
-        finally:
-            if self.compute.is_main:
-                shutil.rmtree(directory, ignore_errors=True)  # on NFS its files may still be mapped
 
     def policy(self, model: BaseModelFiles | Path) -> PolicyModel:
         """A frozen policy that answers by the run's engine.

@@ -8,6 +8,7 @@ when that is due, and keeps the weights that were the best.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -225,8 +226,14 @@ class Learner:
         """While open, a directory with the trained weights that are published, for `publish_policy`: the best
         ones, or without evaluations those of now. Every rank calls it."""
         if self._evaluations is None:
-            with self.job.trained(self.engine, self.published) as directory:
+            # by this name the store removes it with the artifact's directory, if it is left behind
+            directory = self.job.directory.with_name(f"{self.job.directory.name}.trained")
+            self.engine.save_trained(self.published, directory)
+            try:
                 yield directory
+            finally:
+                if self.compute.is_main:
+                    shutil.rmtree(directory, ignore_errors=True)  # on NFS its files may still be mapped
             return
         if self._evaluations.best_step == 0:
             self.job.progress.console.print(
