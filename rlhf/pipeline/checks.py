@@ -53,7 +53,7 @@ def check_published(stage: Stage, directory: Path) -> None:
     if stage.makes is not None and not (directory / "config.json").is_file():
         raise ConfigError(
             f"{stage.name}: {type(stage).__name__} publishes a {stage.makes}, and its run has written no "
-            "config.json into job.directory. Write the model there: publish_policy does."
+            "config.json into job.directory. Write the model there: learner.publish() of job.trainable does."
         )
 
 

@@ -17,7 +17,7 @@ from rlhf.pipeline.fields import Function, Mark, Rows, marked
 from rlhf.pipeline.graph import inputs, made_roles, own_roles, reads_base_model, starts_from, users_words
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
-from rlhf.rewards.code import imported_code, own_code
+from rlhf.rewards.code import imported_code, imported_object, own_code
 from rlhf.rewards.kinds import reward_digest
 from rlhf.tracking.redaction import redacted
 
@@ -119,6 +119,7 @@ def external_digests(
             is_function = any(isinstance(each, Function) for each in marks)
             if is_function and isinstance(value, str) and value.startswith("python:"):
                 with said_as({value: f"{stage.name}.{key}={value}"}):
+                    imported_object(value)
                     found |= imported_code(value)
         return found | stage.external_digests(digest, chain) | own_code(kind.__module__, kind.__name__)
 

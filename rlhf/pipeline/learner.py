@@ -79,6 +79,15 @@ class Evaluations(Generic[Measured]):
         self.found = {name: self.kind(*each) for name, each in state["found"].items()}
         self.best_step, self.measured_step = state["best_step"], state["measured_step"]
 
+    def __post_init__(self) -> None:
+        if not (
+            isinstance(self.kind, type) and issubclass(self.kind, tuple) and hasattr(self.kind, "_fields")
+        ):
+            raise TypeError(
+                f"Evaluations(kind={self.kind!r}): it must be a NamedTuple of tensors, such as "
+                "class Found(NamedTuple): loss_B: Tensor"
+            )
+
     @property
     def first(self) -> Measured:
         """Before the first step."""
@@ -161,7 +170,7 @@ class Learner:
 
         Raises:
             ConfigError: too much went wrong; what was learned before is in the newest checkpoint.
-            RewardError: the reward does not answer; as `HaltError`.
+            RewardError: the reward does not answer. The next run takes the step again.
             Stopped: a signal came; a checkpoint is written.
         """
         if self._has_fit:
@@ -186,9 +195,9 @@ class Learner:
                 before = self._state_dict(copy=True)
                 try:
                     metrics = step(batch)
-                except (HaltError, RewardError) as halt:
+                except (ConfigError, HaltError, RewardError) as halt:
                     job.checkpoints.save(self.done, self.engine, before)
-                    if isinstance(halt, RewardError):
+                    if not isinstance(halt, HaltError):
                         raise
                     self._end(number, rows(batch), str(halt), "takes this step again, with the same answers")
                 job.log({"lr": self.rates[0], **metrics}, number)

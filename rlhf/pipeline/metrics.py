@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -113,6 +113,16 @@ def as_summary(stage: Stage, returned: object) -> dict[str, float]:
         ) from None
 
 
+def undeclared(stage: Stage, names: Iterable[str]) -> list[str]:
+    """Those that a stage published, though its `metrics` names some and not them."""
+    known = summary_names(stage)
+
+    def is_known(name: str) -> bool:
+        return any(fnmatchcase(each, pattern) for each in (name, INTERVAL.sub("", name)) for pattern in known)
+
+    return [name for name in names if known and not is_known(name)]
+
+
 def check_metric(stage: Stage, name: str, key: str) -> None:
     """Refuse the name of a metric that a stage never publishes.
 
@@ -123,8 +133,7 @@ def check_metric(stage: Stage, name: str, key: str) -> None:
         ConfigError: with the names that are near.
     """
     known = summary_names(stage)
-    names = (name, INTERVAL.sub("", name))
-    if known and not any(fnmatchcase(each, pattern) for each in names for pattern in known):
+    if undeclared(stage, [name]):
         raise ConfigError(
             f"{key}: {stage.name} has no metric {name}.{did_you_mean(name, known)} "
             f"It measures {', '.join(known)}."

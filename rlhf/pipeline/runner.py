@@ -37,7 +37,7 @@ from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.key import Surroundings, digest_names, external_digests, recipe_of
 from rlhf.pipeline.made_rows import data_of, prepare_rows, roles_read
 from rlhf.pipeline.manifest import content_digest, make_manifest
-from rlhf.pipeline.metrics import as_summary
+from rlhf.pipeline.metrics import as_summary, undeclared
 from rlhf.pipeline.preflight import Begun, Expected, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
@@ -330,6 +330,8 @@ class Pipeline:
                 elif "prepare" not in artifacts:  # else it was asked before anything ran
                     check(stage, self.view(compute=self.compute))
                 metrics = as_summary(stage, stage.run(job))
+                for each in undeclared(stage, metrics):
+                    self.log(f"{name}: its run returned {each}, which its `metrics` does not name.")
                 self.compute.main_only(lambda: check_published(stage, scratch))
                 tracker.summarize(name, metrics)
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.config import ConfigError
 from rlhf.generation.decoding_check import check_decoding
 from rlhf.generation.latency import token_seconds
 from rlhf.generation.policy_model import PolicyModel
@@ -94,9 +95,17 @@ class PolicyLearner(Learner):
         return Access(lambda: engine.gathered(policy), together, engine.gathered_weights)
 
     def sampler(self) -> PolicyModel:
-        """The policy that trains, as it is at each call: it samples by the run's engine, and says how likely
-        answers are."""
+        """The policy that trains, as it is at each call: it samples by the run's engine.
+
+        Raises:
+            ConfigError: the stage does not say that it `samples`.
+        """
         job = self.job
+        if job.experiment is not None and not job.experiment.stages[job.stage].samples:
+            raise ConfigError(
+                f"{job.stage}: it samples from the model that it trains, and its class does not say so. Set "
+                "`samples = True` there: then what samples (`generation`) is in its key."
+            )
         return PolicyModel(
             self.policy, self.tokenizer, self.compute, self.access, job.vllm, job.local_sampling
         )

@@ -7,12 +7,11 @@ Dimensions: B episodes, R response tokens (padded).
 
 from __future__ import annotations
 
-import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +22,11 @@ from rlhf.losses.policy import (
     clipped_policy_loss,
     kl_loss,
     loss_weights,
-    with_figures,
 )
 from rlhf.losses.value import clipped_value_loss
 from rlhf.ppo.config import PolicyConfig, PpoConfig
 from rlhf.ppo.group_config import GrpoConfig
-from rlhf.rewards.code import imported_object
+from rlhf.ppo.own_functions import OwnEstimator, OwnLoss
 from rlhf.rl.advantage import AdaptiveKL, FixedKL, OverlongPenalty, ScoreNormalizer
 from rlhf.rl.group import (
     batch_advantage,
@@ -38,8 +36,6 @@ from rlhf.rl.group import (
     neighbours,
 )
 from rlhf.rl.rollout import Advantages, Experience, RewardRule, Rollout, critic_advantages, make_experience
-
-Found = TypeVar("Found")
 
 
 class Rewarded(NamedTuple):
@@ -150,15 +146,6 @@ ADVANTAGES: Mapping[str, Estimator] = {
 POLICY_LOSSES: Mapping[str, Loss] = {"clip": clip, "gspo": gspo}
 
 
-def named(table: Mapping[str, Found], name: str) -> Found:
-    """What a key names: of ours, or `python:MODULE:FUNCTION`.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    return table[name] if name in table else imported_object(name)
-
-
 class Scored(NamedTuple):
     """What the models say of a rollout: fp32 [B, R], on the CPU."""
 
@@ -182,8 +169,10 @@ class Objective(ABC):
         ConfigError: a function of the user's cannot be imported.
         """
         self._config = config
-        self._advantage = named(ADVANTAGES, config.advantage)
-        self._loss = named(POLICY_LOSSES, config.policy_loss)
+        self._advantage = ADVANTAGES.get(config.advantage) or OwnEstimator(
+            config.advantage, has_critic=self.has_critic
+        )
+        self.loss = POLICY_LOSSES.get(config.policy_loss) or OwnLoss(config.policy_loss)
         self.kl = (
             AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
             if config.kl.controller == "adaptive"
@@ -210,59 +199,36 @@ class Objective(ABC):
         )  # fmt: skip
 
     def advantages(self, reward_BR: Tensor, mask_BR: Tensor, *, value_BR: Tensor | None) -> Advantages:
-        """What `STAGE.advantage` makes of rewards: see `make_experience`.
-
-        Raises:
-            ConfigError: it is a function of the user's that gives something else.
-        """
-        copies = (reward_BR.clone(), mask_BR.clone())  # a function of the user's may write into them
-        rewarded = Rewarded(*copies, self._config.group_size, None if value_BR is None else value_BR.clone())
+        """What `STAGE.advantage` makes of rewards: see `make_experience`."""
+        rewarded = Rewarded(reward_BR, mask_BR, self._config.group_size, value_BR)
         found = self._advantage(rewarded, self._config)
-        if isinstance(found, Tensor):
-            found = Advantages(found, None)
-        if not isinstance(found, Advantages) or found.advantage_BR.shape != mask_BR.shape:
-            got = getattr(getattr(found, "advantage_BR", found), "shape", type(found).__name__)
-            raise ConfigError(
-                f"STAGE.advantage={self._config.advantage}: it must return a tensor of "
-                f"{tuple(mask_BR.shape)} (episodes, tokens), and returned {got}. Fix it."
-            )
-        if self.has_critic and found.values is None:
-            raise ConfigError(
-                f"STAGE.advantage={self._config.advantage}: the critic learns the returns, so it must return "
-                "rlhf.rl.rollout.Advantages(advantage_BR, Values(value_BR, return_BR))."
-            )
-        return found._replace(advantage_BR=torch.where(mask_BR, found.advantage_BR, 0.0))
+        return found if isinstance(found, Advantages) else Advantages(found, None)
 
-    def try_functions(self, name: str, device: torch.device) -> Iterator[str]:
-        """Complain about functions of the user's that cannot be called, before anything trains: on answers to
-        two made-up prompts, as a step calls them.
+    def try_functions(self, device: torch.device) -> None:
+        """Call functions of the user's before anything trains, as a step does: on answers to two made-up
+        prompts.
 
         Args:
-            name: of the stage.
             device: where losses are computed.
+
+        Raises:
+            ConfigError: one raises, or returns something that cannot be used.
         """
-        config, size = self._config, 2 * self._config.group_size
-        if not any(each.startswith("python:") for each in (config.advantage, config.policy_loss)):
+        if not (isinstance(self._advantage, OwnEstimator) or isinstance(self.loss, OwnLoss)):
             return
+        size = 2 * self._config.group_size
         ids = [torch.arange(1 + place % 3) for place in range(size)]  # lengths differ: some is padding
         rollout = Rollout([torch.arange(2)] * size, ids, torch.ones(size, dtype=torch.bool))
-        zeros_BR = torch.zeros(rollout.mask_BR.shape)
-        scored = Scored(zeros_BR, zeros_BR, zeros_BR if self.has_critic else None)
-        key = "advantage"
-        try:
-            normalizer = ScoreNormalizer.fixed(0.0, 1.0, None)
-            experience = self.experience(rollout, torch.arange(float(size)), scored, normalizer)
-            key = "policy_loss"
-            logp_BR = torch.zeros(zeros_BR.shape, device=device, requires_grad=True)
-            tokens = int(rollout.mask_BR.sum())
-            self.policy_loss(logp_BR, experience, total_tokens=tokens, num_episodes=size)
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever a user's function raises, told in one line
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            yield (
-                f"{name}.{key}={getattr(config, key)}: on answers to two made-up prompts it raised "
-                f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno}). Fix it."
+        ones_BR = torch.ones(rollout.mask_BR.shape)
+        scored = Scored(-ones_BR, -ones_BR, ones_BR if self.has_critic else None)
+        normalizer = ScoreNormalizer.fixed(0.0, 1.0, None)
+        experience = self.experience(rollout, torch.arange(float(size)), scored, normalizer)
+        logp_BR = (-ones_BR).to(device).requires_grad_()
+        tokens = int(rollout.mask_BR.sum())
+        found, _ = self.policy_loss(logp_BR, experience, total_tokens=tokens, num_episodes=size)
+        if isinstance(self.loss, OwnLoss) and not bool(found.loss.isfinite()):
+            raise ConfigError(
+                f"{self.loss.setting} returned {found.loss.item()} for made-up answers. Fix it."
             )
 
     def rollout_metrics(self, experience: Experience) -> dict[str, float]:
@@ -291,37 +257,16 @@ class Objective(ABC):
         raise NotImplementedError
 
     def token_loss(
-        self,
-        logp_BR: Tensor,
-        sampled_BR: Tensor,
-        advantage_BR: Tensor,
-        mask_BR: Tensor,
-        total_tokens: int,
-        weight_B: Tensor | None,
+        self, logp_BR: Tensor, part: Experience, mask_BR: Tensor, total_tokens: int, weight_B: Tensor | None
     ) -> PolicyLoss:
-        """What `STAGE.policy_loss` makes of a micro-batch. Arguments: see `clipped_policy_loss`.
-
-        Raises:
-            ConfigError: it is a function of the user's that gives something else than a number.
-        """
+        """What `STAGE.policy_loss` makes of a micro-batch. Arguments: see `clipped_policy_loss`."""
         device = logp_BR.device
-        sampled_BR, advantage_BR = sampled_BR.to(device), advantage_BR.to(device)
-        found = self._loss(
-            logp_BR, sampled_BR, advantage_BR, mask_BR, total_tokens=total_tokens, weight_B=weight_B,
-            config=self._config,
+        found = self.loss(
+            logp_BR, part.logp_BR.to(device), part.advantage_BR.to(device), mask_BR,
+            total_tokens=total_tokens, weight_B=weight_B, config=self._config,
         )  # fmt: skip
-        loss = found.loss if isinstance(found, PolicyLoss) else found
-        is_tensor = isinstance(loss, Tensor)
-        if not is_tensor or loss.ndim > 0 or loss.requires_grad < logp_BR.requires_grad:
-            got = f"a tensor of {tuple(loss.shape)}" if is_tensor else type(loss).__name__
-            without = " without a gradient" if is_tensor and not loss.requires_grad else ""
-            raise ConfigError(
-                f"STAGE.policy_loss={self._config.policy_loss}: it must return a tensor with one number that "
-                f"carries the gradient of logp_BR, and returned {got}{without}. Fix it."
-            )
-        if isinstance(found, PolicyLoss):
-            return PolicyLoss(loss, *(figure.detach() for figure in found[1:]))
-        return with_figures(loss, logp_BR, sampled_BR, mask_BR)
+        assert isinstance(found, PolicyLoss)
+        return found
 
 
 class PpoObjective(Objective):
@@ -339,7 +284,7 @@ class PpoObjective(Objective):
     ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
         """The mean over tokens."""
         mask_BR = part.mask_BR.to(logp_BR.device)
-        return self.token_loss(logp_BR, part.logp_BR, part.advantage_BR, mask_BR, total_tokens, None), {}
+        return self.token_loss(logp_BR, part, mask_BR, total_tokens, None), {}
 
     def critic_loss(
         self, value_BR: Tensor, part: Experience, *, total_tokens: int
@@ -393,15 +338,39 @@ class GroupObjective(Objective):
         self, logp_BR: Tensor, part: Experience, *, total_tokens: int, num_episodes: int
     ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
         """The loss, with the KL to the reference where it is paid in the loss."""
-        config, device, mask_BR = self.config, logp_BR.device, part.mask_BR.to(logp_BR.device)
-        weight_B = loss_weights(
-            mask_BR.sum(1), config.loss_mean, total_tokens=total_tokens, num_episodes=num_episodes,
-            longest=config.max_new_tokens,
-        )  # fmt: skip
-        found = self.token_loss(logp_BR, part.logp_BR, part.advantage_BR, mask_BR, total_tokens, weight_B)
+        device, mask_BR = logp_BR.device, part.mask_BR.to(logp_BR.device)
+        weight_B = self.weights(mask_BR, total_tokens, num_episodes)
+        found = self.token_loss(logp_BR, part, mask_BR, total_tokens, weight_B)
         if not self.kl_in_loss:
             return found, {}
         scored_BR = mask_BR & ~part.score_B.isnan().to(device)[:, None]  # of others nothing is learned
         reference_BR = part.reference_logp_BR.to(device)
         kl = kl_loss(logp_BR, reference_BR, scored_BR, total_tokens=total_tokens, weight_B=weight_B)
         return found._replace(loss=found.loss + self.kl.coef * kl), {"kl_loss": kl.detach() * total_tokens}
+
+    def weights(self, mask_BR: Tensor, total_tokens: int, num_episodes: int) -> Tensor | None:
+        """What `grpo.loss_mean` makes of a loss."""
+        return loss_weights(
+            mask_BR.sum(1), self.config.loss_mean, total_tokens=total_tokens, num_episodes=num_episodes,
+            longest=self.config.max_new_tokens,
+        )  # fmt: skip
+
+    def try_functions(self, device: torch.device) -> None:
+        """And a loss heeds its weights."""
+        super().try_functions(device)
+        if not isinstance(self.loss, OwnLoss) or self.config.loss_mean == "token":
+            return
+        ones_BR = torch.ones(2, 3, device=device)
+        found = [
+            self.loss(
+                (-ones_BR).requires_grad_(), -ones_BR, ones_BR, ones_BR > 0, total_tokens=6,
+                weight_B=torch.tensor([1.0, weight], device=device), config=self.config,
+            ).loss
+            for weight in (1.0, 2.0)
+        ]  # fmt: skip
+        if torch.equal(*found):
+            raise ConfigError(
+                f"{self.loss.setting} returns the same loss whatever weight_B is, so "
+                f"STAGE.loss_mean={self.config.loss_mean} would do nothing. Multiply each token's loss by "
+                "weight_B[:, None], or use STAGE.loss_mean=token."
+            )

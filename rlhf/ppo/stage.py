@@ -88,7 +88,7 @@ class PolicyStage(PolicyConfig, Stage):
         yield from self.moments_missing(view.chain)
         if view.compute is not None:
             yield from self.impossible(view.compute)
-            yield from self.objective().try_functions(self.name, view.compute.device)
+            self.objective().try_functions(view.compute.device)
         if (data := view.data) is None:
             return
         held_out = data.rows("ppo", "held_out")

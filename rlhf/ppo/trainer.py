@@ -94,7 +94,7 @@ class PolicyTrainer:
         Raises:
             ConfigError, RewardError, Stopped: as of `Learner.fit`.
         """
-        config, name = self.config, self.job.stage
+        config = self.config
         self.prompts, self.held_out = prompts, held_out
         self.learner.fit(
             prompt_batches(prompts, config.batch_episodes // config.group_size, config.steps, self.job.seed),
@@ -104,10 +104,18 @@ class PolicyTrainer:
             evaluations=self.evaluations,
             first_steps={0: config.warmup_steps},  # the policy's
             max_bad_steps=config.max_bad_steps,
-            advice=f"Fix {name}.reward={config.reward}, or lower {name}.optim.lr",
+            advice=self.advice,
             note=brief,
         )
         return self.summary()
+
+    @property
+    def advice(self) -> str:
+        """What to do against bad steps."""
+        config, name = self.config, self.job.stage
+        named = {"advantage": config.advantage, "policy_loss": config.policy_loss}
+        own = [f"{name}.{key}={value}" for key, value in named.items() if value.startswith("python:")]
+        return f"Fix {' or '.join([f'{name}.reward={config.reward}', *own])}, or lower {name}.optim.lr"
 
     def step(self, rows: Sequence[PromptRow]) -> dict[str, float]:
         """Sample, score, learn. Values that are not finite are counted, and nothing is learned from them.
@@ -397,8 +405,7 @@ class PolicyTrainer:
         done = [metrics for metrics in self.history if "policy_loss" in metrics]
         if not done:
             raise ConfigError(
-                f"{name}.steps={config.steps}: every step was skipped, so nothing was learned. "
-                f"Fix {name}.reward={config.reward}, or lower {name}.optim.lr."
+                f"{name}.steps={config.steps}: every step was skipped, so nothing was learned. {self.advice}."
             )
         mismatches = [each["engine_mismatch"] for each in self.history if "engine_mismatch" in each]
         return {

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, did_you_mean
 from rlhf.digests import PACKAGES, digest_of, file_digest
 
 INSTALLED = {"site-packages", "dist-packages"}
@@ -66,7 +66,8 @@ def imported_object(source: str) -> Any:
     try:
         return getattr(sys.modules[module], name)
     except AttributeError as error:
-        raise ConfigError(f"{source}: {error}. Name a function of that module.") from None
+        near = did_you_mean(name, vars(sys.modules[module]))
+        raise ConfigError(f"{source}: {error}.{near} Name a function of that module.") from None
 
 
 def import_code(name: str, named_by: str) -> ModuleType:

@@ -137,10 +137,7 @@ class FunctionReward:
             if inspect.iscoroutine(answer):
                 answer = asyncio.run(answer)
         except (Exception, SystemExit) as error:  # whatever a user's function raises
-            defined = _defined(function)
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [frame for frame in frames if defined and frame.filename == defined[0]]
-            where = f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else self._place
+            where = where_raised(function, error)
             said = f"{source}: {type(error).__name__}: {error} ({where}). {wanted}"
             raise FunctionRaisedError(said) from error
         return as_scores(answer, len(completions), source, f"({self._place}). {wanted}")
@@ -234,6 +231,16 @@ def _other_arguments(function: Function) -> str | None:
     except TypeError:
         return str(signature)
     return str(signature) if "completions" in names and names.index("completions") != 1 else None
+
+
+def where_raised(function: Function, error: BaseException) -> str:
+    """The last line in the function's own file on the way to an error; else where the function stands."""
+    defined = _defined(function)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if defined and frame.filename == defined[0]]
+    if own:
+        return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}"
+    return _place(function, getattr(function, "__module__", type(function).__module__))
 
 
 def _place(function: Function, module: str) -> str:

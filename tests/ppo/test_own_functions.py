@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +15,16 @@ from torch import Tensor
 from helpers.experiments import build
 from helpers.grpo import grpo_stage, grpo_trainer
 from helpers.jobs import on_cpu
-from helpers.ppo import equal, experience_of, prompts, weights
+from helpers.ppo import equal, experience_of, length, prompts, weights
 from rlhf.config import ConfigError
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.key import external_digests
 from rlhf.pipeline.stage import View
+from rlhf.ppo.objective import Rewarded
 from rlhf.ppo.trainer import repeated
+from rlhf.rewards.reward import Prompts
+from rlhf.rl.advantage import generalized_advantage
+from rlhf.rl.group import leave_one_out_advantage
 
 TRAIN, HELD_OUT = prompts(range(100, 140)), prompts(range(700, 704))
 NAMED = "python:own_rules:"
@@ -34,6 +41,10 @@ def reinforce(logp_BR, sampled_logp_BR, advantage_BR, mask_BR, *, total_tokens, 
 
 def too_short(rewarded, config):
     return rewarded.reward_BR.sum(1)
+
+def short_returns(rewarded, config):
+    from rlhf.rl.rollout import Advantages, Values
+    return Advantages(rewarded.reward_BR, Values(rewarded.value_BR, rewarded.reward_BR[:, :1]))
 
 def no_returns(rewarded, config):
     return rewarded.reward_BR
@@ -53,7 +64,26 @@ def in_place(rewarded, config):
     rewarded.reward_BR.sub_(rewarded.reward_BR.mean())
     return rewarded.reward_BR
 
-def broken(rewarded, config):
+def nan(rewarded, config):
+    return rewarded.reward_BR * float("nan")
+
+def nan_loss(logp_BR, *rest, **named):
+    return logp_BR.sum() * float("nan")
+
+def quits(*rest, **named):
+    raise SystemExit(0)
+
+calls = []
+
+def third_time(rewarded, config):
+    calls.append(1)
+    if len(calls) == 3:
+        raise ValueError("no more")
+    return rewarded.reward_BR
+
+number = 3
+
+def broken_key(rewarded, config):
     return rewarded.rewards
 """
 
@@ -118,31 +148,69 @@ def test_its_code_is_in_the_key(rules: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("rules")
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("key", "name", "said"),
     [
         (
-            [f"grpo.advantage={NAMED}too_short"],
-            f"grpo.advantage={NAMED}too_short: it must return a tensor of (8, 3) (episodes, tokens), and "
-            "returned torch.Size([8]). Fix it.",
+            "advantage", "too_short",
+            " must return a tensor of shape (8, 3) (episodes, tokens), and returned tensors of (8,). Fix it.",
         ),
+        ("advantage", "nan", " returned nan or inf for 15 of 15 tokens. Fix it."),
         (
-            [f"grpo.advantage={NAMED}broken"],
-            "on answers to two made-up prompts it raised AttributeError: 'Rewarded' object has no attribute "
-            "'rewards' (",
+            "advantage", "broken_key",
+            " raised AttributeError: 'Rewarded' object has no attribute 'rewards' (",
         ),
+        ("advantage", "number", " names a value of the type int. Name a function."),
         (
-            [f"grpo.policy_loss={NAMED}by_token"],
-            "that carries the gradient of logp_BR, and returned a tensor of (8, 3). Fix it.",
+            "policy_loss", "by_token",
+            " must return a tensor with one number that carries the gradient of logp_BR, and returned a "
+            "tensor of (8, 3). Fix it.",
         ),
-        ([f"grpo.policy_loss={NAMED}detached"], "and returned a tensor of () without a gradient. Fix it."),
-        ([f"grpo.policy_loss={NAMED}nothing"], "has no attribute 'nothing'. Name a function of that module."),
+        ("policy_loss", "detached", " and returned a tensor of () without a gradient. Fix it."),
+        ("policy_loss", "nan_loss", " returned nan for made-up answers. Fix it."),
+        ("policy_loss", "quits", " raised SystemExit: 0 ("),
     ],
-)
-def test_what_cannot_be_called_is_refused_before_anything_trains(overrides: list[str], said: str) -> None:
-    experiment = build(*overrides, "ppo.reward=vader")
+)  # fmt: skip
+def test_what_cannot_be_called_is_refused_before_anything_trains(key: str, name: str, said: str) -> None:
+    experiment = build(f"grpo.{key}={NAMED}{name}", "ppo.reward=vader")
     with pytest.raises(ConfigError) as error:
         check(experiment.stages["grpo"], View(experiment.stages, compute=on_cpu()))
-    assert said in str(error.value) and "STAGE" not in str(error.value)
+    told = str(error.value)
+    assert told.startswith(f"grpo.{key}={NAMED}{name} ") and said in told
+    assert ("own_rules.py, line " in told) == ("raised" in said)
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_name_that_the_module_has_not_is_told_with_its_key_and_the_nearest() -> None:
+    experiment = build(f"grpo.policy_loss={NAMED}reinfore", "ppo.reward=vader")
+    with pytest.raises(ConfigError) as error:
+        external_digests(experiment.stages["grpo"], experiment.stages)
+    assert str(error.value) == (
+        f"grpo.policy_loss={NAMED}reinfore: module 'own_rules' has no attribute 'reinfore'. Did you mean "
+        "reinforce? Name a function of that module."
+    )
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_loss_that_ignores_its_weights_is_refused() -> None:
+    experiment = build("ppo.reward=vader", "grpo.loss_mean=sequence", f"grpo.policy_loss={NAMED}reinforce")
+    with pytest.raises(ConfigError, match=r"so grpo\.loss_mean=sequence would do nothing\. Multiply"):
+        check(experiment.stages["grpo"], View(experiment.stages, compute=on_cpu()))
+
+
+@pytest.mark.usefixtures("rules")
+def test_what_it_raises_later_is_told_in_a_line_and_costs_no_step(tmp_path: Path, tiny_model: Path) -> None:
+    first = grpo_trainer(tmp_path / "first", tiny_model, f"grpo.advantage={NAMED}third_time")
+    with pytest.raises(ConfigError, match=r"^STAGE\.advantage=python:own_rules:third_time raised ValueError"):
+        first.train(TRAIN, HELD_OUT)
+    asked: list[int] = []
+
+    def reward(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        asked.append(len(completions))
+        return length(prompts, completions)
+
+    second = grpo_trainer(tmp_path / "second", tiny_model, reward=reward)
+    second.train(TRAIN, HELD_OUT)
+    assert asked.count(16) == 1 and len(second.history) == 3
 
 
 @pytest.mark.usefixtures("rules")
@@ -164,10 +232,21 @@ def test_one_ratio_a_response_is_not_offered_with_a_critic() -> None:
 
 
 @pytest.mark.usefixtures("rules")
-def test_a_critic_needs_returns() -> None:
-    experiment = build(f"ppo.advantage={NAMED}no_returns", "ppo.reward=vader", "ppo.critic.init=sft")
-    with pytest.raises(ConfigError, match="the critic learns the returns, so it must return"):
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [
+        ("no_returns", "a tensor of (2, 2)"),
+        ("short_returns", "tensors of (2, 2), (2, 2), (2, 1)"),
+    ],
+)
+def test_a_critic_needs_returns(name: str, got: str) -> None:
+    experiment = build(f"ppo.advantage={NAMED}{name}", "ppo.reward=vader", "ppo.critic.init=sft")
+    with pytest.raises(ConfigError) as error:
         check(experiment.stages["ppo"], View(experiment.stages, compute=on_cpu()))
+    assert str(error.value) == (
+        f"ppo.advantage={NAMED}{name} must return rlhf.rl.rollout.Advantages(advantage_BR, Values(value_BR, "
+        f"return_BR)), all of shape (2, 2) (episodes, tokens), and returned {got}. Fix it."
+    )
 
 
 def test_a_name_that_there_is_not_is_refused_with_the_nearest() -> None:
@@ -177,3 +256,37 @@ def test_a_name_that_there_is_not_is_refused_with_the_nearest() -> None:
         "grpo.advantage='rlo': Input should be 'grpo', 'rloo', 'reinforce_plus_plus', "
         "'reinforce_plus_plus_baseline' or 'python:MODULE:FUNCTION'. Did you mean rloo?"
     )
+
+
+def documented() -> dict[str, Any]:
+    """The functions of docs/extending.md."""
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = page.partition("## Add an advantage estimator")[2].partition("\n## ")[0]
+    found: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(block, found)
+    return found
+
+
+def test_the_documented_functions_are_right() -> None:
+    """Of eight answers to two prompts one has no score."""
+    mask_BR = torch.ones(8, 3, dtype=torch.bool)
+    mask_BR[2] = False
+    mask_BR[5, 2:] = False
+    reward_BR = torch.where(mask_BR, torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), 0.0)
+    rewarded, given = Rewarded(reward_BR, mask_BR, 4, torch.ones(8, 3)), documented()
+    found_BR = torch.where(mask_BR, given["leave_one_out"](rewarded, None), 0.0)
+    torch.testing.assert_close(found_BR, leave_one_out_advantage(reward_BR, mask_BR, rewarded.group_B))
+    returns_BR = generalized_advantage(reward_BR, torch.zeros(8, 3), mask_BR, gamma=1.0, lam=1.0)[1]
+    torch.testing.assert_close(
+        torch.where(mask_BR, given["monte_carlo"](rewarded, None).values[1], 0.0), returns_BR
+    )
+    logp_BR = torch.full((8, 3), -2.0)
+    for weight_B, expected in (
+        (None, 2 * 20 / 30),
+        (torch.arange(8.0), 2 * (3 * (0 + 1 + 3 + 4 + 6 + 7) + 2 * 5) / 30),
+    ):
+        loss = given["reinforce"](
+            logp_BR, logp_BR, torch.ones(8, 3), mask_BR, total_tokens=30, weight_B=weight_B, config=None
+        )
+        assert float(loss) == pytest.approx(expected)
