@@ -89,7 +89,9 @@ class OwnEstimator(OwnFunction):
                 raise ConfigError(
                     f"{self.setting} returned nan or inf for {bad} of {int(mask_BR.sum())} tokens. Fix it."
                 )
-        return found._replace(advantage_BR=torch.where(mask_BR, found.advantage_BR, 0.0))
+        dtype = rewarded.reward_BR.dtype
+        values = None if found.values is None else Values(*(each.to(dtype) for each in found.values))
+        return Advantages(torch.where(mask_BR, found.advantage_BR, 0.0).to(dtype), values)
 
 
 class OwnLoss(OwnFunction):

@@ -34,7 +34,7 @@ import torch
 def rloo(rewarded, config):
     totals_GN = rewarded.reward_BR.sum(1, dtype=torch.float64).view(-1, rewarded.group_size)
     others_GN = (totals_GN.sum(1, keepdim=True) - totals_GN) / (rewarded.group_size - 1)
-    return (totals_GN - others_GN).view(-1, 1).expand(rewarded.mask_BR.shape).float()
+    return (totals_GN - others_GN).view(-1, 1).expand(rewarded.mask_BR.shape)  # fp64
 
 def reinforce(logp_BR, sampled_logp_BR, advantage_BR, mask_BR, *, total_tokens, weight_B, config):
     return -(advantage_BR * torch.where(mask_BR, logp_BR, 0.0)).sum() / total_tokens
