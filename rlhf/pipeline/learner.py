@@ -37,7 +37,7 @@ MAX_BAD_IN_A_ROW = 3
 
 class HaltError(Exception):
     """The run must end: raised in a step, from which nothing was learned then, or in a measurement. The next
-    run takes that up again. Its text says why, and what to do."""
+    run takes that up again. Every rank raises it. Its text says why, and what to do."""
 
 
 class Stateful(Protocol):
@@ -183,7 +183,7 @@ class Learner:
                 f"the last one was step {self.done}. Raise it to continue after them."
             )
         if not is_resumed and evaluations is not None:
-            self._evaluate(evaluations)
+            self._evaluate(evaluations, keeps=False)
         job = self.job
         bar = job.progress.task(f"{job.stage}: training", len(batches), is_main=True)
         with bar as task, job.checkpoints.training(len(batches)):
@@ -196,6 +196,8 @@ class Learner:
                 try:
                     metrics = step(batch)
                 except (ConfigError, HaltError, RewardError) as halt:
+                    if isinstance(halt, ConfigError) and self.compute.world_size > 1:
+                        raise  # perhaps on this rank alone, and all ranks save together
                     job.checkpoints.save(self.done, self.engine, before)
                     if not isinstance(halt, HaltError):
                         raise
@@ -275,10 +277,19 @@ class Learner:
                 state[name] = each.state_dict()
         return _copied(state) if copy else state
 
-    def _evaluate(self, evaluations: Evaluations[Any]) -> None:
+    def _evaluate(self, evaluations: Evaluations[Any], *, keeps: bool) -> None:
+        """Measure the model. `keeps`: if it cannot be measured, a checkpoint is written first.
+
+        Raises:
+            ConfigError, RewardError: it cannot be measured.
+        """
         try:
             found = evaluations.measure()
-        except HaltError as halt:
+        except (HaltError, RewardError) as halt:
+            if keeps:
+                self.job.checkpoints.save(self.done, self.engine, self._state_dict())
+            if isinstance(halt, RewardError):
+                raise
             raise ConfigError(
                 f"{self.job.stage}: measured after step {self.done}: {halt}. All that was learned so far is "
                 "kept: the same command measures again."
@@ -302,11 +313,7 @@ class Learner:
             or evaluations.measured_step == self.done
         ):
             return
-        try:
-            self._evaluate(evaluations)
-        except (ConfigError, RewardError):
-            self.job.checkpoints.save(self.done, self.engine, self._state_dict())
-            raise
+        self._evaluate(evaluations, keeps=True)
 
     def _end_if_bad(
         self, rows: Callable[[], Iterable[Mapping[str, Any]]], limit: int | None, advice: str

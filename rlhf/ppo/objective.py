@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -117,25 +117,14 @@ def reinforce_plus_plus_baseline(rewarded: Rewarded, config: GrpoConfig) -> Tens
     return batch_advantage(rewarded.reward_BR, rewarded.mask_BR, rewarded.group_B)
 
 
-def clip(
+def clipped(
     logp_BR: Tensor, sampled_logp_BR: Tensor, advantage_BR: Tensor, mask_BR: Tensor, *,
-    total_tokens: int, weight_B: Tensor | None, config: PolicyConfig,
+    total_tokens: int, weight_B: Tensor | None, config: PolicyConfig, ratio: Literal["token", "sequence"],
 ) -> PolicyLoss:  # fmt: skip
-    """PPO's, with each token's ratio."""
+    """PPO's, with the stage's bounds."""
     return clipped_policy_loss(
         logp_BR, sampled_logp_BR, advantage_BR, mask_BR, clip=config.clip, clip_high=config.clip_high,
-        dual_clip=config.dual_clip, total_tokens=total_tokens, weight_B=weight_B,
-    )  # fmt: skip
-
-
-def gspo(
-    logp_BR: Tensor, sampled_logp_BR: Tensor, advantage_BR: Tensor, mask_BR: Tensor, *,
-    total_tokens: int, weight_B: Tensor | None, config: PolicyConfig,
-) -> PolicyLoss:  # fmt: skip
-    """The same with one ratio for the whole response."""
-    return clipped_policy_loss(
-        logp_BR, sampled_logp_BR, advantage_BR, mask_BR, clip=config.clip, clip_high=config.clip_high,
-        dual_clip=config.dual_clip, total_tokens=total_tokens, weight_B=weight_B, ratio="sequence",
+        dual_clip=config.dual_clip, total_tokens=total_tokens, weight_B=weight_B, ratio=ratio,
     )  # fmt: skip
 
 
@@ -143,7 +132,9 @@ ADVANTAGES: Mapping[str, Estimator] = {
     "gae": gae, "grpo": grpo, "rloo": rloo, "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
 }  # fmt: skip
-POLICY_LOSSES: Mapping[str, Loss] = {"clip": clip, "gspo": gspo}
+POLICY_LOSSES: Mapping[str, Loss] = {
+    "clip": partial(clipped, ratio="token"), "gspo": partial(clipped, ratio="sequence"),
+}  # fmt: skip
 
 
 class Scored(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.jobs import small_job, tiny_base
+from helpers.jobs import on_cpu, small_job, tiny_base
 from rlhf.config import ConfigError
 from rlhf.distributed.signals import Stopped
 from rlhf.pipeline.job import Job
@@ -198,6 +198,23 @@ def test_a_step_that_must_not_be_learned_from_is_taken_again_from_where_it_began
         counted(tmp_path / "first", 2.0)
     counter = counted(tmp_path / "second", math.inf)
     assert counter.seen == [1.0, 2.0, 3.0] and counter.count == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_error_that_may_be_of_one_rank_alone_is_not_waited_for(tmp_path: Path, ranks: int) -> None:
+    """All ranks save together: one that raised by itself would wait for ever."""
+    bench = Bench(tmp_path / "job")
+    bench.learner.compute = on_cpu(world_size=ranks)
+
+    def step(batch: Sequence[float]) -> dict[str, float]:
+        if batch == [2.0]:
+            raise ConfigError("sft.data: this rank's row is wrong")
+        return bench.step(batch)
+
+    with pytest.raises(ConfigError, match="this rank's row"):
+        bench.learner.fit([[1.0], [2.0]], step, rows=as_rows)
+    saved = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
+    assert saved == (["step-00000001"] if ranks == 1 else [])
 
 
 class Weight(NamedTuple):
