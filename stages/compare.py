@@ -49,6 +49,7 @@ from rlhf.data.schema import PromptRow
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest
 from rlhf.distributed.device import hardware
+from rlhf.models.start import ModelDirectory
 from rlhf.pipeline.fields import UNKEYED, Memory, Reads, Score, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
@@ -141,12 +142,13 @@ class CompareStage(Stage):
 
     def reads(self) -> Reads:
         """The tuned models. Examples and passages are training rows; no training row may ask a question."""
-        named = tuple(("compare.artifacts", name) for name in self.artifacts)
+        made = [name for name in self.artifacts if is_of_this_run(name)]
+        tuned = [name if name in made else ModelDirectory(name) for name in self.artifacts]
         return reads_of(self)._replace(
-            policies=tuple((key, name) for key, name in named if is_of_this_run(name)),
-            roles=training_roles(),
+            policies=tuple(("compare.artifacts", name) for name in made),
+            roles=training_roles(self.mount.roles),
             base=True,
-            sampled=(("compare.methods", "base"), *named),  # what is merged has the base's architecture
+            sampled=(("compare.methods", "base"), *(("compare.artifacts", each) for each in tuned)),
         )
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:

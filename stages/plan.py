@@ -32,7 +32,7 @@ from rlhf.costs.model_shape import ModelShape, counted
 from rlhf.costs.setup import CostContext, Sizes, pads_rows
 from rlhf.data.chat_template import exchange_ids, prompt_ids
 from rlhf.data.prepared import LengthStats
-from rlhf.data.roles import ROLES, training_roles
+from rlhf.data.roles import training_roles
 from rlhf.data.schema import PromptRow, Split
 from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.models.peft.methods import MethodName
@@ -195,7 +195,7 @@ class PlanStage(TellsOfRuns):
 
     def reads(self) -> Reads:
         """The base model's config, and the lengths of what trains."""
-        return Reads(roles=training_roles() if self.measures else (), base=True)
+        return Reads(roles=training_roles(self.mount.roles) if self.measures else (), base=True)
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """What the planned stages need; and sft.data, the task whose prompts and answers are measured."""
@@ -319,7 +319,7 @@ class PlanStage(TellsOfRuns):
         num_rows, prompt, answer = self.lengths.values()
 
         def given(role: str, split: Split) -> LengthStats:
-            has_answer = not issubclass(ROLES[role].row_types[0], PromptRow)
+            has_answer = not issubclass(self.mount.roles[role].row_types[0], PromptRow)
             tokens = prompt + (answer if has_answer else 0)
             rows = num_rows if split == "train" else max(1, round(HELD_OUT * num_rows))
             return LengthStats(rows, float(tokens), 0.0, tokens)

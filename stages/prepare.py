@@ -9,22 +9,21 @@ Writes  normalised rows, ROLE.SPLIT.arrow; their token ids, ROLE.SPLIT.tokens.ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from rlhf.data.preparation import Preparation
+from rlhf.data.preparation import Preparation, Sources
 from rlhf.data.prepared import FAULTS
-from rlhf.data.roles import ROLES
 from rlhf.data.schema import TextRow
-from rlhf.data.sources import Sources, check_lenders, lender, own_sources
 from rlhf.digests import DirectoryDigest, digest_of
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.intact import has_foreign_template
 from rlhf.pipeline.fields import Reads
-from rlhf.pipeline.graph import made_by, named_sources
+from rlhf.pipeline.graph import named_sources
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
 from rlhf.pipeline.stage import Stage, View
@@ -63,7 +62,7 @@ class PrepareStage(Stage):
 
     def more_metrics(self) -> Iterator[str]:
         """The rows of each role, and those that are left out for each reason."""
-        yield from (name for role in ROLES.values() for name in role.metrics)
+        yield from (name for role in self.mount.roles.values() for name in role.metrics)
         yield from (f"{reason}{end}" for reason in FAULTS for end in ("s", "_share"))
 
     def reads(self) -> Reads:
@@ -72,23 +71,28 @@ class PrepareStage(Stage):
 
     def complaints(self, view: View) -> Iterator[str]:
         """Rows whose prompts are taken are there."""
-        check_lenders(sources_of(view.chain))
+        sources_of(view.chain).check_lenders()
         yield from ()
 
     def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """The content of every source, wherever it lies; what sets of texts are called, as figures of them
         are; and the code of users' roles."""
-        found_in = sources_of(chain)
-        own = {role: own_sources(found_in, role) for role in ROLES}
+        sources = sources_of(chain)
+        roles = sources.roles
         found = {
-            role: lender(found_in, role)
-            or digest_of([source.reading_digest(ROLES[role].key) for source in sources])
-            for role, sources in own.items()
+            role: sources.lender(role)
+            or digest_of([source.reading_digest(roles[role].key) for source in sources.own(role)])
+            for role in roles
         }
         found["names"] = digest_of(
-            [source.name for role in ROLES if TextRow in ROLES[role].row_types for source in own[role]]
+            [
+                source.name
+                for role in roles
+                if TextRow in roles[role].row_types
+                for source in sources.own(role)
+            ]
         )
-        for role, entry in ROLES.items():
+        for role, entry in roles.items():
             found |= own_code(entry.parse.__module__, role)
         return found
 
@@ -127,4 +131,4 @@ class PrepareStage(Stage):
 def sources_of(chain: Mapping[str, Stage]) -> Sources:
     """What the roles' keys name, without rows that stages make."""
     found = named_sources(chain)
-    return {role: None if role in made_by(found) else each for role, each in found.items()}
+    return replace(found, named={**found.named, **dict.fromkeys(found.makers())})

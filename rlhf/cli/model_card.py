@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf.cli.run_files import RunFiles
-from rlhf.data.roles import PACKAGED
+from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import last_evaluation
 from rlhf.pipeline.run import NO_VERDICT, headed, listed
@@ -154,22 +154,20 @@ def sources_of(run: RunFiles, role: str) -> Iterator[tuple[str, Any]]:
     """Key and source of a role's data, as the config names them. Prompts may be those of another key's rows:
     then it is their source."""
     kind, at, label = role.partition("@")
-    if kind not in PACKAGED:
+    if kind not in ROLES:
         yield role, "named by that stage"
         return
-    stage, *path = PACKAGED[kind].key.split(".")
+    stage, *path = ROLES[kind].key.split(".")
     value: Any = run.config.get(f"{stage}{at}{label}", run.config[stage])
     for name in path:
         value = value[name]
-    lenders = {each.key: name for name, each in PACKAGED.items()}
+    lenders = {each.key: name for name, each in ROLES.items()}
     if isinstance(value, str) and value in lenders:
-        yield from (
-            (f"{PACKAGED[kind].key}: {key}", source) for key, source in sources_of(run, lenders[value])
-        )
+        yield from ((f"{ROLES[kind].key}: {key}", source) for key, source in sources_of(run, lenders[value]))
         return
     for source in value if isinstance(value, list) else [value]:
         if source is not None:
-            yield PACKAGED[kind].key, source
+            yield ROLES[kind].key, source
 
 
 def hub_sets(run: RunFiles, made: Sequence[Manifest]) -> list[str]:

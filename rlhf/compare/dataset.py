@@ -82,7 +82,7 @@ def find_questions(source: SourceConfig | None, data: PreparedData, most: int | 
         return Found(held_out, 0)
     asked = [*_read_questions(source)]
     identities = [prompt_identity(PromptRow(question.prompt)) for question in asked]
-    training = (row for role in training_roles() for row in data.rows(role, "train"))
+    training = (row for role in training_roles(data.roles) for row in data.rows(role, "train"))
     leaks = {*identities}.intersection(map(prompt_identity, training))
     found = [question for question, each in zip(asked, identities, strict=True) if each not in leaks]
     num_leaks = len(asked) - len(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,9 +43,9 @@ from rlhf.data.prepared import (
     RowStore,
     quantiles,
 )
-from rlhf.data.roles import JUDGE, ROLES, TRAINING, training_roles
+from rlhf.data.roles import JUDGE, TRAINING, Roles, training_roles
 from rlhf.data.schema import PairRow, Split, drawn, limited
-from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
+from rlhf.data.sources import SourceConfig
 from rlhf.data.tokens import TEMPLATE_WITHOUT_TOOLS, Bad, Complaint, Examiner
 from rlhf.data.unlike import unlike
 from rlhf.tracking.progress import Progress
@@ -78,6 +78,45 @@ class NoRowsError(ConfigError):
     """A source, or a split of it, has no rows."""
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What the keys of all roles of a config name."""
+
+    roles: Roles
+    named: Mapping[str, SourceConfig | Sequence[SourceConfig] | str | None]
+    """Role -> a source or several, the key of other rows, whose prompts it takes, or none."""
+
+    def own(self, role: str) -> list[SourceConfig]:
+        """The role's own; none where its prompts are another's."""
+        named = self.named[role]
+        if named is None or isinstance(named, str):
+            return []
+        return [named] if isinstance(named, SourceConfig) else [*named]
+
+    def lender(self, role: str) -> str | None:
+        """The role whose rows' prompts it takes."""
+        return next((name for name, each in self.roles.items() if each.key == self.named[role]), None)
+
+    def makers(self) -> dict[str, str]:
+        """Role -> the stage that makes its rows."""
+        return {
+            role: source.stage
+            for role, source in self.named.items()
+            if isinstance(source, SourceConfig) and source.stage is not None
+        }
+
+    def check_lenders(self) -> None:
+        """Refuse a key that names itself, or one without rows.
+
+        Raises:
+            ConfigError: which.
+        """
+        for role, entry in self.roles.items():
+            other = self.lender(role)
+            if other is not None and (other == role or not self.named[other]):
+                raise ConfigError(f"{entry.key}={self.roles[other].key}: there are no rows. Name a source.")
+
+
 @dataclass
 class Preparation:
     """What `prepare` does to the rows of every role, and what it found."""
@@ -105,15 +144,20 @@ class Preparation:
     def __post_init__(self) -> None:
         self.digest = tokenizer_digest(self.tokenizer)
 
+    @property
+    def roles(self) -> Roles:
+        """Those of the config."""
+        return self.sources.roles
+
     def prepare(self, progress: Progress) -> None:
         """Read and check every role, set the evaluation prompts aside, split the rest.
 
         Raises:
             ConfigError: a source or a row cannot be used, or no row is left for a split.
         """
-        for role in ROLES:
+        for role in self.roles:
             self._read(role, progress)
-        self.data = {role: self.data[role] for role in ROLES}
+        self.data = {role: self.data[role] for role in self.roles}
         self._measure()
         self._choose_evaluation()
         self._set_judge_apart()
@@ -123,17 +167,17 @@ class Preparation:
 
     def write(self, directory: Path) -> None:
         """The rows of each split, and report.json."""
-        prepared = PreparedData(directory)
+        prepared = PreparedData(directory, roles=self.roles)
         report = {}
         for role in self.data.values():
             role.write(prepared)
-            if not self.sources[role.role]:
+            if not self.sources.named[role.role]:
                 continue
             source, digest = ", ".join(self._names(role.role)), prepared.digest(role.role)
             made = {"made_by_runs": self._made_by_runs(role.role)}
             report[role.role] = {"source": source, "digest": digest, **made, **role.report()}
-        rows = {role: prepared.rows(role, ROLES[role].splits[0]) for role in report}
-        self.differences = [*unlike(rows)]
+        rows = {role: prepared.rows(role, self.roles[role].splits[0]) for role in report}
+        self.differences = [*unlike(rows, self.roles)]
         for name, content in {REPORT: report, UNLIKE: self.differences}.items():
             text = json.dumps(content, indent=2, ensure_ascii=False)
             (directory / name).write_text(redacted_text(text), encoding="utf-8")
@@ -142,7 +186,7 @@ class Preparation:
         """How many rows there are, and how many were left out; of the role that lost most, which share."""
         counts = {
             name: self.data[role].num_of(row_type)
-            for role, entry_of_role in ROLES.items()
+            for role, entry_of_role in self.roles.items()
             if entry_of_role.metrics
             for name, row_type in zip(entry_of_role.metrics, entry_of_role.row_types, strict=True)
         }
@@ -151,7 +195,9 @@ class Preparation:
         faults: dict[str, float] = {}
         for reason in FAULTS:
             faults[f"{reason}s"] = sum(role.count(reason) for role in self.data.values())
-            others = training_roles() if reason == NEAR_DUPLICATE else ()  # whose rows judge no policy
+            others = (
+                training_roles(self.roles) if reason == NEAR_DUPLICATE else ()
+            )  # whose rows judge no policy
             shares = [role.share(reason) for name, role in self.data.items() if name not in others]
             faults[f"{reason}_share"] = max(shares)
         return counts | faults | {"dropped": dropped, "bad_share": bad_share, "leaks": self.num_leaks}
@@ -159,7 +205,7 @@ class Preparation:
     @property
     def num_leaks(self) -> int:
         """Training rows that ask what an evaluation set asks that was meant to be apart."""
-        return sum(self.data[role].count(LEAK) for role in training_roles())
+        return sum(self.data[role].count(LEAK) for role in training_roles(self.roles))
 
     def show(self, console: Console) -> None:
         """What was read, kept and left out, and why."""
@@ -167,7 +213,7 @@ class Preparation:
         for heading in ("read", "train", "held out", "evaluation", "dropped", "tokens p50", "p95", "max"):
             table.add_column(heading, justify="right")
         for role in self.data.values():
-            if self.sources[role.role]:
+            if self.sources.named[role.role]:
                 table.add_row(*self._table_cells(role))
         console.print(table, highlight=False)
         for role in self.data.values():
@@ -188,7 +234,7 @@ class Preparation:
                 for role in self.data.values()
                 if LEAK in role.removed
             )
-            evaluated = " or ".join(each.key for each in ROLES.values() if "train" not in each.splits)
+            evaluated = " or ".join(each.key for each in self.roles.values() if "train" not in each.splits)
             text = (
                 f"LEAK: {self.num_leaks} training rows ask what {evaluated} asks; "
                 f"they are left out: {places}.{self._made_by_runs()}"
@@ -199,20 +245,26 @@ class Preparation:
         """Read a role, after the one whose prompts it takes."""
         if role in self.data:
             return
-        other = lender(self.sources, role)
+        other = self.sources.lender(role)
         if other is not None:
             self._read(other, progress)
             self._take_prompts(role, self.data[other])
             return
-        sources = own_sources(self.sources, role)
+        sources = self.sources.own(role)
         alike = next((data for data in self.data.values() if self._reads_the_same(data, role)), None)
         if alike is not None:  # rows are read and encoded once
             self.data[role] = replace(
-                alike, role=role, rows=alike.rows[:], removed=deepcopy(alike.removed), cut=Removed()
+                alike,
+                role=role,
+                about=self.roles[role],
+                rows=alike.rows[:],
+                removed=deepcopy(alike.removed),
+                cut=Removed(),
             )
             return
-        store = RowStore(directory=self.scratch, name=role, tokenizer=self.digest)
-        data = self.data[role] = RoleData(role, store)
+        about = self.roles[role]
+        store = RowStore(directory=self.scratch, name=role, tokenizer=self.digest, row_types=about.row_types)
+        data = self.data[role] = RoleData(role, about, store)
         seen: set[bytes] = set()
         with store, progress.task(f"reading {data.key}", None) as task:
             for source in sources:
@@ -221,17 +273,17 @@ class Preparation:
 
     def _reads_the_same(self, data: RoleData, role: str) -> bool:
         """Whether `data` is what the role would read too."""
-        one, other = ROLES[data.role], ROLES[role]
-        same_sources = own_sources(self.sources, data.role) == own_sources(self.sources, role)
+        one, other = self.roles[data.role], self.roles[role]
+        same_sources = self.sources.own(data.role) == self.sources.own(role)
         has_prompts = self._is_lent(data.role) or not self._is_lent(role)
         return not data.prompts_only and one.parse is other.parse and same_sources and has_prompts
 
     def _is_lent(self, role: str) -> bool:
-        return any(lender(self.sources, other) == role for other in ROLES)
+        return any(self.sources.lender(other) == role for other in self.roles)
 
     def _take_prompts(self, role: str, lends: RoleData) -> None:
         """The prompts of another role's rows, each once."""
-        data = self.data[role] = RoleData(role, lends.store, prompts_only=True)
+        data = self.data[role] = RoleData(role, self.roles[role], lends.store, prompts_only=True)
         seen: set[bytes] = set()
         for number in lends.rows:
             data.num_read += 1
@@ -246,8 +298,8 @@ class Preparation:
 
     def _read_source(self, source: SourceConfig, data: RoleData, seen: set[bytes]) -> Iterator[int]:
         """Read a source. Gives the number of rows that are newly read."""
-        role, fingerprint, beyond = ROLES[data.role], source.fingerprint(data.key), Removed()
-        examiner = Examiner(role, source, self.tokenizer, self._is_lent(data.role))
+        fingerprint, beyond = source.fingerprint(data.key), Removed()
+        examiner = Examiner(data.about, source, self.tokenizer, self._is_lent(data.role))
         if source.limit is not None:
             examiner = replace(examiner, chosen=self._within_limit(examiner, source.limit, seen))
         for piece in examiner.all():
@@ -255,9 +307,8 @@ class Preparation:
             yield len(piece.found)
             if piece.first is not None and str(source) not in data.columns and source.samples is None:
                 columns = dict.fromkeys(source.fields.get(column, column) for column in piece.first)
-                data.columns[str(source)] = (
-                    f"has {', '.join(columns)}; read as {read_as(piece.first, role.columns, source.fields)}"
-                )
+                taken = read_as(piece.first, data.about.columns, source.fields)
+                data.columns[str(source)] = f"has {', '.join(columns)}; read as {taken}"
             first, place = data.store.add_piece(piece, fingerprint), 0
             for found in piece.found:
                 if isinstance(found, Bad):
@@ -300,12 +351,10 @@ class Preparation:
         lacks = bad.complaint.reason in ("missing field", "no answer")
         if not lacks or bad.raw is None or source.fields:
             return ""
-        return (
-            f" Are they in other columns? {source.with_fields(data.key, ROLES[data.role].columns, bad.raw)}."
-        )
+        return f" Are they in other columns? {source.with_fields(data.key, data.about.columns, bad.raw)}."
 
     def _bad(self, data: RoleData, where: str, complaint: Complaint, advice: str = "") -> None:
-        is_own = lender(self.sources, data.role) is None  # the user never said that others' rows are prompts
+        is_own = self.sources.lender(data.role) is None  # the user never said that others' rows are prompts
         if self.on_bad_row == "error" and is_own:
             fix = "Fix the row"
             if complaint.reason == TEMPLATE_WITHOUT_TOOLS:
@@ -369,7 +418,7 @@ class Preparation:
         From a source that a training role reads too, a share is drawn. Other sources were meant to be apart
         from training, and a row in both is a leak.
         """
-        names = training_roles()
+        names = training_roles(self.roles)
         training = [self.data[role] for role in names]
         trained = {fingerprint for role in training for fingerprint in role.fingerprints()}
         shared: set[bytes] = set()
@@ -397,7 +446,7 @@ class Preparation:
         taught = {number for number in judge.rows if self._teaches_judge(judge.identity(number))}
         prompts = {judge.store.identity[number] for number in taught}
         for role in self.data.values():
-            if role is not judge and PairRow in ROLES[role.role].row_types:
+            if role is not judge and PairRow in role.about.row_types:
                 role.keep(partial(role.asks_none_of, prompts), FOR_JUDGE)
 
     def _teaches_judge(self, identity: str) -> bool:
@@ -405,7 +454,7 @@ class Preparation:
 
     def _split(self) -> None:
         for role in self.data.values():
-            splits = ROLES[role.role].splits
+            splits = role.about.splits
             role.splits = {split: array("i") for split in splits}
             for number in role.rows:
                 split = self._split_of(role, number) if "train" in splits else "evaluation"
@@ -424,7 +473,7 @@ class Preparation:
     def _leave_faults_out(self) -> None:
         """Leave out contradictory and copying rows, and those of other splits that ask nearly what is trained
         on."""
-        names = {*training_roles()}
+        names = {*training_roles(self.roles)}
         for role in (self.data[name] for name in names if not self.data[name].prompts_only):
             judgement, is_copy = role.store.judgement, role.store.is_copy
             said = {judgement[number]: number for number in reversed(role.rows) if judgement[number]}
@@ -436,7 +485,7 @@ class Preparation:
             role.leave_out(CONTRADICTION, {number: found[number] for number in found if more[number] == 0})
             if self.on_copied_answer == "drop":
                 role.leave_out(COPIED, {number: None for number in role.rows if is_copy[number]})
-        self._leave_near_duplicates_out({*ROLES}, "evaluation", TRAINING)
+        self._leave_near_duplicates_out({*self.roles}, "evaluation", TRAINING)
         for roles in (names - {JUDGE}, names & {JUDGE}):  # a judge is tested on what others learn from
             self._leave_near_duplicates_out(roles, "held_out", ("train",))
 
@@ -481,7 +530,7 @@ class Preparation:
     def _check_not_empty(self) -> None:
         for role in self.data.values():
             for split, rows in role.splits.items():
-                if not rows and own_sources(self.sources, role.role):
+                if not rows and self.sources.own(role.role):
                     raise NoRowsError(
                         f"{role.key}: no rows are left for {split}: "
                         f"{'; '.join([f'{role.num_read} read', f'{len(role.rows)} kept', *role.why()])}. "
@@ -504,19 +553,20 @@ class Preparation:
 
     def _made_by_runs(self, *roles: str) -> str:
         """Which sources of these roles and of the evaluation a run wrote, and what that means."""
-        names = {lender(self.sources, role) or role for role in roles} | ({*ROLES} - {*training_roles()})
+        evaluated = {*self.roles} - {*training_roles(self.roles)}
+        names = {self.sources.lender(role) or role for role in roles} | evaluated
         made = [
-            f" {ROLES[role].key}={source} was written by the stage {source.written_by} of a run."
+            f" {self.roles[role].key}={source} was written by the stage {source.written_by} of a run."
             for role in self.data
-            for source in own_sources(self.sources, role)
+            for source in self.sources.own(role)
             if role in names and source.written_by
         ]
         return "".join([*made, MADE_BY_RUNS] if made else [])
 
     def _names(self, role: str) -> list[str]:
         """A role's sources, as the user wrote them."""
-        other = lender(self.sources, role)
-        return [ROLES[other].key] if other else [*map(str, own_sources(self.sources, role))]
+        other = self.sources.lender(role)
+        return [self.roles[other].key] if other else [*map(str, self.sources.own(role))]
 
     def _table_cells(self, role: RoleData) -> Iterator[str]:
         yield role.key

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeV
 
 from rlhf.config import ConfigError
 from rlhf.data.arrow import ArrowWriter, mapped, picked, values
-from rlhf.data.roles import ROLES
+from rlhf.data.roles import ROLES, Role, Roles
 from rlhf.data.schema import (
     PairRow,
     PromptRow,
@@ -83,9 +83,9 @@ class LengthStats(NamedTuple):
         return self if rows is None else self._replace(rows=min(self.rows, rows))
 
 
-def role_digest(role: str, files: Mapping[str, str]) -> str:
+def role_digest(name: str, role: Role, files: Mapping[str, str]) -> str:
     """Like `PreparedData.digest`, from the file digests in a manifest."""
-    return digest_of({split: files[f"{role}.{split}.arrow"] for split in ROLES[role].splits})
+    return digest_of({split: files[f"{name}.{split}.arrow"] for split in role.splits})
 
 
 class Rows(Sequence[AnyRow], Generic[AnyRow]):
@@ -119,7 +119,7 @@ class Rows(Sequence[AnyRow], Generic[AnyRow]):
 
     def _made(self, text: str) -> AnyRow:
         row: Any = row_from_json(text, self._types)
-        return row  # type: ignore[no-any-return]  # the role's entry in ROLES says which types it has
+        return row  # type: ignore[no-any-return]  # the role says which types it has
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ class PreparedData:
     directory: Path
     elsewhere: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
     """Role -> the directory that has its rows, and what it is called there; others are in `directory`."""
+    roles: Roles = field(default_factory=lambda: ROLES)
+    """Those of the config: its stages may have some of their own."""
 
     @overload
     def rows(self, role: Literal["sft", "replay", "ptx"], split: TrainSplit) -> Rows[SftRow]: ...
@@ -152,16 +154,16 @@ class PreparedData:
         """The rows of one split, in the order of their source; none of a role without a source. A role of a
         user's stage gives rows of its own type."""
         column = mapped(self._path(role, split))["row"]
-        return Rows(column, ROLES[role].row_types, range(len(column)))
+        return Rows(column, self.roles[role].row_types, range(len(column)))
 
     def digest(self, role: str) -> str:
         """Digest of a role's rows. It does not depend on other roles."""
-        paths = [self._path(role, split) for split in ROLES[role].splits]
-        return role_digest(role, {path.name: file_digest(path) for path in paths})
+        paths = [self._path(role, split) for split in self.roles[role].splits]
+        return role_digest(role, self.roles[role], {path.name: file_digest(path) for path in paths})
 
     def content(self, role: str) -> str | None:
         """Digest of a role's rows that is the same for another role with these rows; None if it has none."""
-        paths = [self._path(role, split) for split in ROLES[role].splits]
+        paths = [self._path(role, split) for split in self.roles[role].splits]
         return digest_of([file_digest(path) for path in paths]) if all(map(Path.is_file, paths)) else None
 
     def size(self, role: str, split: Split) -> LengthStats:
@@ -203,9 +205,9 @@ class PreparedData:
             if not rows:
                 removed = [f"{each['count']} {reason}" for reason, each in report["removed"].items()]
                 why = "; ".join([f"{report['read']} rows", *removed])
-                advice = f"Give more rows, or set {ROLES[role].key} to a source that no other key uses."
+                advice = f"Give more rows, or set {self.roles[role].key} to a source that no other key uses."
                 raise ConfigError(
-                    f"{ROLES[role].key}={report['source']}: no prompts are left for {split}: {why}. "
+                    f"{self.roles[role].key}={report['source']}: no prompts are left for {split}: {why}. "
                     f"{report['made_by_runs'] or advice}"
                 )
 
@@ -240,7 +242,7 @@ class PreparedData:
         return self.elsewhere.get(role, (self.directory, role))
 
     def _path(self, role: str, split: str) -> Path:
-        assert split in ROLES[role].splits, f"{role} has no split {split}"
+        assert split in self.roles[role].splits, f"{role} has no split {split}"
         directory, name = self._place(role)
         return directory / f"{name}.{split}.arrow"
 
@@ -254,6 +256,7 @@ class RowStore(RowNumbers):
     name: str = field(kw_only=True)
     tokenizer: str = field(kw_only=True)
     """`tokenizer_digest`."""
+    row_types: Sequence[type[Row]] = field(kw_only=True)
     fingerprint: list[str] = field(default_factory=list)
     """Of each row's source."""
 
@@ -297,7 +300,7 @@ class RowStore(RowNumbers):
 
     def row(self, number: int) -> Row:
         """A row that was read."""
-        return row_from_json(self.table["row"][number].as_py(), ROLES[self.name].row_types)
+        return row_from_json(self.table["row"][number].as_py(), self.row_types)
 
     def _path(self, what: str) -> Path:
         return self.directory / f"{self.name}.{what}.arrow"
@@ -331,6 +334,8 @@ class RoleData:
     """One role's rows and what became of them. A row is known by its number in the store."""
 
     role: str
+    """Its name."""
+    about: Role
     store: RowStore
     prompts_only: bool = False
     """Whether it takes the prompts of the store's rows, which another role reads."""
@@ -349,7 +354,7 @@ class RoleData:
     @property
     def key(self) -> str:
         """What the user calls the role's source."""
-        return ROLES[self.role].key
+        return self.about.key
 
     def remove(self, reason: str, where: str) -> None:
         """Count a row that is not kept."""
@@ -414,7 +419,7 @@ class RoleData:
         """How many of its rows are of this type."""
         if self.prompts_only:
             return len(self.rows) if row_type is PromptRow else 0
-        types = ROLES[self.role].row_types
+        types = self.about.row_types
         return sum(issubclass(types[self.store.kind[number]], row_type) for number in self.rows)
 
     def num_exchanges(self, number: int) -> int:

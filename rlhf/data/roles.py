@@ -1,4 +1,4 @@
-"""What data sets are for: a table of roles, from which all that depends on roles follows."""
+"""What data sets are for: tables of roles, from which all that depends on roles follows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Role:
     """How to do without its data."""
 
 
-PACKAGED: Mapping[str, Role] = {
+Roles = Mapping[str, Role]
+"""Name -> role, in the order in which `prepare` tells of them."""
+ROLES: Roles = {
     "sft": Role(
         "sft.data", (SftRow,), sft_row, ("prompt", "completion"), metrics=("sft_rows",), lends_prompts=True
     ),
@@ -68,14 +70,11 @@ PACKAGED: Mapping[str, Role] = {
         ("retention_texts", "retention_questions"),
     ),
 }
-"""Those of this package's stages."""
+"""Those of this package's stages. A config may have more: see `rlhf.data.mount.Mount.roles`."""
 JUDGE = "pairs@judge"
 """The role of `reward@judge`: pairs whose prompts no other preferences have."""
-ROLES: dict[str, Role] = dict(PACKAGED)
-"""Name -> role. `build_experiment` adds those of the user's stages (`Stage.roles`). The order is the one in
-which `prepare` tells of them."""
 
 
-def training_roles() -> tuple[str, ...]:
+def training_roles(roles: Roles = ROLES) -> tuple[str, ...]:
     """Names of the roles that a stage may train on."""
-    return tuple(name for name, role in ROLES.items() if "train" in role.splits)
+    return tuple(name for name, role in roles.items() if "train" in role.splits)

@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     PositiveInt,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
@@ -28,6 +29,7 @@ from pydantic import (
 
 from rlhf.config import ConfigError, Strict, did_you_mean
 from rlhf.data.formats import CONVERSATION_COLUMNS, PROMPT_COLUMNS, likely_fields, quoted
+from rlhf.data.mount import Mount
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import RowError
 from rlhf.digests import MANIFEST, digest_of, file_digest
@@ -234,42 +236,14 @@ SourceList = Annotated[list[SourceConfig], Field(min_length=1), AsList]
 """One source, or several that are read one after the other."""
 
 
-def _prompts(value: Any, _: ValidatorFunctionWrapHandler) -> SourceConfig | str:
-    is_key = value in [role.key for role in ROLES.values() if role.lends_prompts]
+def _prompts(value: Any, _: ValidatorFunctionWrapHandler, info: ValidationInfo) -> SourceConfig | str:
+    roles = info.context.roles if isinstance(info.context, Mount) else ROLES
+    is_key = value in [role.key for role in roles.values() if role.lends_prompts]
     return str(value) if is_key else SourceConfig.model_validate(value)
 
 
 PromptSource = Annotated[SourceConfig | str, WrapValidator(_prompts)]
 """A source of prompts, or the key whose rows they are the prompts of."""
-
-
-Sources = Mapping[str, SourceConfig | Sequence[SourceConfig] | str | None]
-"""Role -> what its key names: a source or several, the key of other rows, whose prompts it takes, or none."""
-
-
-def own_sources(sources: Sources, role: str) -> list[SourceConfig]:
-    """The role's own; none where its prompts are another's."""
-    named = sources[role]
-    if named is None or isinstance(named, str):
-        return []
-    return [named] if isinstance(named, SourceConfig) else [*named]
-
-
-def lender(sources: Sources, role: str) -> str | None:
-    """The role whose rows' prompts it takes."""
-    return next((name for name, each in ROLES.items() if each.key == sources[role]), None)
-
-
-def check_lenders(sources: Sources) -> None:
-    """Refuse a key that names itself, or one without rows.
-
-    Raises:
-        ConfigError: which.
-    """
-    for role, entry in ROLES.items():
-        other = lender(sources, role)
-        if other is not None and (other == role or not sources[other]):
-            raise ConfigError(f"{entry.key}={ROLES[other].key}: there are no rows. Name a source.")
 
 
 def _sample_file(name: str, key: str) -> Path:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from rlhf.data.roles import ROLES
+from rlhf.data.roles import ROLES, Roles
 from rlhf.data.schema import PairRow, Row, text_of
 from rlhf.printable import printable
 
@@ -65,7 +65,7 @@ ALIKE = (
 """Texts of roles that have the same words and marks in a chain whose data belong together."""
 
 
-def unlike(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+def unlike(rows: Mapping[str, Sequence[Row]], roles: Roles = ROLES) -> Iterator[str]:
     """In what texts of one role are unlike those of another, as sentences, in the order of `ALIKE`.
 
     Args:
@@ -79,7 +79,7 @@ def unlike(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         if min(map(len, found)) < FEW:
             continue
         one, other = map(shares_of, found)
-        named = [f"{what} of {ROLES[role].key}" for role, what in pair]
+        named = [f"{what} of {roles[role].key}" for role, what in pair]
         said = [*has(named[0], one, named[1], other), *has(named[1], other, named[0], one)]
         if said:
             yield " ".join(said)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,25 +23,33 @@ from rlhf.models.intact import check_tokenizer, check_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-POLICY_STAGES: set[str] = {"sft"}
-"""Names of the stages that make a policy. `build_experiment` fills it with those that are mounted. A
-directory of such a name is written `./NAME`."""
+BASE = "base"
 
 
-def know_policies(names: Iterable[str]) -> None:
-    """These stages make a policy, and no others."""
-    POLICY_STAGES.clear()
-    POLICY_STAGES.update(names)
+class ModelDirectory(str):
+    """A model that is the user's own: what a key of the type `Model` says where it names neither `base` nor a
+    stage that makes a policy. A directory of such a name is written `./NAME`."""
+
+    __slots__ = ()
+
+
+def as_model(name: str, policies: Collection[str]) -> str:
+    """What a key of the type `Model` says: a `ModelDirectory`, or the word as it is.
+
+    Args:
+        policies: the stages that make a policy.
+    """
+    return name if name == BASE or name in policies else ModelDirectory(name)
 
 
 def directory_of(init: str) -> Path | None:
     """The user's own directory; None for `base` and for a stage's policy."""
-    return None if init == "base" or init in POLICY_STAGES else Path(init)
+    return Path(init) if isinstance(init, ModelDirectory) else None
 
 
 def inputs_of(init: str) -> tuple[str, ...]:
     """The stages that make this model."""
-    return (init,) if init in POLICY_STAGES else ()
+    return () if init == BASE or isinstance(init, ModelDirectory) else (init,)
 
 
 def init_in_key(init: str) -> str:
@@ -50,7 +58,12 @@ def init_in_key(init: str) -> str:
 
 
 def init_digest(
-    key: str, init: str, digest: DirectoryDigest = directory_digest, *, name: str = "init"
+    key: str,
+    init: str,
+    digest: DirectoryDigest = directory_digest,
+    *,
+    name: str = "init",
+    policies: Collection[str] = (),
 ) -> dict[str, str]:
     """Digest of the user's own directory, for the keys of everything that is made from it.
 
@@ -58,6 +71,7 @@ def init_digest(
         key: what the user calls it, such as `ppo.init`.
         digest: as of `rlhf.pipeline.key.external_digests`.
         name: in these digests.
+        policies: stages that make a policy, one of which the key may be meant to name.
 
     Raises:
         ConfigError: there is no model.
@@ -67,8 +81,8 @@ def init_digest(
         return {}
     if not (directory / "config.json").is_file():
         raise ConfigError(
-            f"{key}={init}: no config.json there.{did_you_mean(init, POLICY_STAGES)} Use base, a stage that "
-            f"makes a policy ({', '.join(sorted(POLICY_STAGES))}), or a save_pretrained directory."
+            f"{key}={init}: no config.json there.{did_you_mean(init, policies)} Use base, a stage that "
+            f"makes a policy ({', '.join(sorted(policies))}), or a save_pretrained directory."
         )
     if not any(directory.glob("*.safetensors")):
         raise ConfigError(

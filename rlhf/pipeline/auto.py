@@ -7,14 +7,14 @@ set is used unless the user names it: prompts are those of the user's rows, the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
 from rlhf.config import ConfigError, validated
-from rlhf.data.roles import ROLES
+from rlhf.data.roles import ROLES, Roles
 from rlhf.data.sources import SourceConfig
-from rlhf.models.start import directory_of
+from rlhf.models.start import as_model, directory_of
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 
 AUTO = "auto"
@@ -38,21 +38,26 @@ class Resolved(NamedTuple):
     """What was decided for the user's data, one line each."""
 
 
-def without_auto(config: Mapping[str, Any]) -> Resolved:
-    """The composed config with a value for every key that is `auto`."""
+def without_auto(config: Mapping[str, Any], roles: Roles, makers: Collection[str]) -> Resolved:
+    """The composed config with a value for every key that is `auto`.
+
+    Args:
+        makers: names of the stages that make a policy.
+    """
     found = copy.deepcopy(dict(config))
-    keys = {name: role.key for name, role in ROLES.items()}
-    own = [key for key in (*keys.values(), *NO_ROLE) if is_own(_get(found, key))]
+    keys = {name: role.key for name, role in roles.items()}
+    own = [key for key in (*keys.values(), *NO_ROLE) if is_own(_get(found, key), roles)]
     demo = {(keys | {"gold": "evaluate.gold"})[name]: value for name, value in found["demo"].items()}
     asked = [key for key in demo if _get(found, key) == AUTO]
     for key in asked:
-        _set(found, key, _of_own(key, own) if own else demo[key])
+        _set(found, key, _of_own(key, own, roles) if own else demo[key])
     for name in [name for name in found if kind_of(name) == "evaluate"]:
-        _decide_policies(found[name], _get(found, "recipe.policies"))
+        _decide_policies(found[name], _get(found, "recipe.policies"), makers)
         if found[name].get("judge") == AUTO:
             found[name]["judge"] = None
     if _get(found, "compare.artifacts") == AUTO:
-        compared = _compared(str(_get(found, "evaluate.init")), _get(found, "recipe.policies"))
+        init = str(_get(found, "evaluate.init"))
+        compared = _compared(init, _get(found, "recipe.policies"), makers)
         _set(
             found, "compare.artifacts", [name for name in compared if name not in ("base", "init", BEST_OF_N)]
         )
@@ -68,7 +73,7 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
 
 def with_judge(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
     """The config with `reward@judge`, where `evaluate.judge=auto` means it; and what the run says of it."""
-    key = next((each for each in ("reward.pairs", "dpo.data") if is_own(_get(config, each))), None)
+    key = next((each for each in ("reward.pairs", "dpo.data") if is_own(_get(config, each), ROLES)), None)
     has_gold = _get(config, "evaluate.gold") not in (None, AUTO)
     if key is None or has_gold or _get(config, "evaluate.judge") != AUTO or not _has_enough(config, key):
         return config, []
@@ -95,44 +100,44 @@ def _has_enough(config: Mapping[str, Any], key: str) -> bool:
     return min(rows, source.limit or rows) >= ENOUGH
 
 
-def is_own(source: Any) -> bool:
+def is_own(source: Any, roles: Roles) -> bool:
     """Whether a source, or one of a list, is the user's: no packaged set, and no other key's rows."""
     if isinstance(source, list):
-        return any(map(is_own, source))
+        return any(is_own(each, roles) for each in source)
     if isinstance(source, Mapping):
         return source.get("samples") is None and source.get("stage") is None
-    keys = [role.key for role in ROLES.values()]
+    keys = [role.key for role in roles.values()]
     return source not in (None, AUTO, *keys) and not str(source).startswith(("samples:", "stage:"))
 
 
-def _of_own(key: str, own: list[str]) -> str | None:
+def _of_own(key: str, own: list[str], roles: Roles) -> str | None:
     """What `auto` means if some data are the user's: for prompts, the key of the rows that have them;
     `ppo.prompts` comes before all others."""
     if key not in ("ppo.prompts", "evaluate.prompts"):
         return None
-    lenders = [role.key for role in ROLES.values() if role.lends_prompts and role.key in own]
+    lenders = [role.key for role in roles.values() if role.lends_prompts and role.key in own]
     return "ppo.prompts" if "ppo.prompts" in lenders else next(iter(lenders), None)
 
 
-def _decide_policies(evaluate: dict[str, Any], of_recipe: list[str] | None) -> None:
+def _decide_policies(evaluate: dict[str, Any], of_recipe: list[str] | None, makers: Collection[str]) -> None:
     """What a section of `evaluate` compares, and which of them its gates are about."""
-    compared = _compared(str(evaluate.get("init")), of_recipe)
+    compared = _compared(str(evaluate.get("init")), of_recipe, makers)
     if evaluate.get("policies") == AUTO:
         evaluate["policies"] = compared
         if of_recipe and evaluate.get("subject") == AUTO:
             evaluate["subject"] = compared[-1]
     if evaluate.get("subject") == AUTO:
-        started = _compared(str(evaluate.get("init")), None)[:-1]
+        started = _compared(str(evaluate.get("init")), None, makers)[:-1]
         evaluate["subject"] = _subject(evaluate.get("policies"), started, compared)
 
 
-def _compared(init: str, of_recipe: list[str] | None) -> list[str]:
+def _compared(init: str, of_recipe: list[str] | None, makers: Collection[str]) -> list[str]:
     """Base, the start and PPO; or the recipe's policies. A directory is called `init`.
 
     Args:
         init: the start.
     """
-    has_own = directory_of(init) is not None
+    has_own = directory_of(as_model(init, makers)) is not None
     names = of_recipe or ["base", init, "ppo"]
     return [*dict.fromkeys("init" if has_own and name == init else name for name in names)]
 

@@ -9,7 +9,7 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined
 from rlhf.costs.training import training_cost
 from rlhf.data.prepared import LengthStats
-from rlhf.data.roles import ROLES, TRAINING
+from rlhf.data.roles import TRAINING
 from rlhf.data.schema import PairRow, Split
 from rlhf.models.start import directory_of
 from rlhf.pipeline.fields import Mark, fields_of, peft_of
@@ -41,7 +41,7 @@ def _from_fields(stage: Stage, on: CostContext) -> StageCost:
     sizes, most = (fields_of(type(stage), mark) for mark in (Mark.BATCH, Mark.MEMORY))
     if peft is None or not (roles and sizes and most):
         return StageCost()
-    pairs = PairRow in ROLES[stage.own_role(roles[0])].row_types
+    pairs = PairRow in stage.mount.roles[stage.mount.own_role(roles[0])].row_types
 
     def rows(split: Split) -> LengthStats:
         found = on.sizes(roles[0], split).cut(keys.get("max_tokens", math.inf))

@@ -14,7 +14,8 @@ from pydantic import BeforeValidator, Field, NonNegativeInt
 from pydantic.errors import PydanticUserError
 
 from rlhf.config import ConfigError, Strict, did_you_mean, validated
-from rlhf.data.roles import PACKAGED, ROLES
+from rlhf.data.mount import Mount
+from rlhf.data.roles import ROLES, Roles
 from rlhf.data.sources import SourceConfig, SourceList
 from rlhf.distributed.compute import DistributedConfig, Zero
 from rlhf.distributed.device import Precision, has_gpu
@@ -22,7 +23,6 @@ from rlhf.distributed.signals import uninterrupted
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import know_policies
 from rlhf.pipeline.auto import with_judge, without_auto
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.defaults import packaged_values
@@ -37,12 +37,12 @@ from rlhf.pipeline.recipe import (
     check_recipe,
     check_typed,
     is_derived,
-    know_own_roles,
     with_instances,
+    with_own_roles,
 )
 from rlhf.pipeline.sampling_engine import unusable_by_vllm
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
-from rlhf.pipeline.stage import Mount, Stage, View
+from rlhf.pipeline.stage import Stage, View
 from rlhf.rewards.code import import_code
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import RewardSource
@@ -137,7 +137,7 @@ class Experiment:
         stage reads."""
         if self.settings.recipe.stages is not None:
             return set(self.settings.recipe.stages)
-        chain = [name for name, stage in self.stages.items() if stage.in_chain and not stage.is_instance]
+        chain = [name for name, stage in self.stages.items() if stage.in_chain and not stage.mount.label]
         last = [name for name in chain if peft_of(self.stages[name]) is not None][-1]
         found: set[str] = set()
         for name in reversed(chain):
@@ -208,19 +208,17 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     instances = settings.instances
     classes = {name: stage_class(name, section["_target_"]) for name, section in sections.items()}
     mounted = {name: each for name, each in classes.items() if name not in instances}
-    know_roles(mounted)
-    own_roles = know_own_roles(instances, mounted)
+    roles, own_roles = with_own_roles(roles_with(mounted), instances, mounted)
     makers = [name for name, each in classes.items() if each.makes == "policy"]
-    know_policies(makers)
-    resolved, own, notes = without_auto(resolved)
+    resolved, own, notes = without_auto(resolved, roles, makers)
     checked: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: classes[name].repeats_keys):
         values = {key: value for key, value in resolved[name].items() if key != "_target_"}
         if name in mounted and isinstance(values.get("gates"), dict):  # a class derived from another one's
             for kind in (other for other, each in mounted.items() if is_derived(classes[name], each)):
                 values["gates"] = advised(name, kind, values["gates"])
-        checked[name] = validated(classes[name], values, name, Mount(name, own_roles.get(name, {})))
-    know_policies(name for name, each in checked.items() if each.makes == "policy")  # by their knobs
+        mount = Mount(name, roles, own_roles.get(name, {}), makers)
+        checked[name] = validated(classes[name], values, name, mount)
     for stage in checked.values():
         models = stage.reads().models.items()
         named = [(f"{stage.name}.{key}", model) for key, model in models if model in makers]
@@ -280,20 +278,20 @@ def left_out(experiment: Experiment) -> Iterator[str]:
         )
 
 
-def know_roles(classes: Mapping[str, type[Stage]]) -> None:
-    """Put the roles that the stages bring along into the table, beside the package's; no others.
+def roles_with(classes: Mapping[str, type[Stage]]) -> Roles:
+    """The packaged roles, and those that the stages bring along.
 
     Raises:
         ConfigError: two roles have one name.
     """
-    ROLES.clear()
-    ROLES.update(PACKAGED)
+    found = dict(ROLES)
     for name, stage in classes.items():
         for role, entry in stage.roles.items():
-            if ROLES.setdefault(role, entry) is not entry:
+            if found.setdefault(role, entry) is not entry:
                 raise ConfigError(
                     f"{name}: it brings a role {role} along, and there is one already. Rename it."
                 )
+    return found
 
 
 def check_roles(stage: Stage) -> None:
@@ -302,11 +300,12 @@ def check_roles(stage: Stage) -> None:
     Raises:
         ConfigError: with those that do.
     """
+    known = stage.mount.roles
     for role in stage.reads().roles:
-        if role not in ROLES:
+        if role not in known:
             raise ConfigError(
                 f"{stage.name}: it reads the data of {role}, and there is no such role."
-                f"{did_you_mean(role, ROLES)} Known: {', '.join(ROLES)}."
+                f"{did_you_mean(role, known)} Known: {', '.join(known)}."
             )
 
 
@@ -345,14 +344,16 @@ def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
     sources, needed = named_sources(experiment.stages), experiment.needed()
     readers: dict[str, list[str]] = {}
     for name in needed:
-        for role in map(experiment.stages[name].own_role, experiment.stages[name].needs(experiment.stages)):
-            if not sources[role]:
+        stage = experiment.stages[name]
+        for role in map(stage.mount.own_role, stage.needs(experiment.stages)):
+            if not sources.named[role]:
                 readers.setdefault(role, []).append(name)
     if not readers:
         return
-    missing = [f"{ROLES[role].key} (for {' and '.join(names)})" for role, names in readers.items()]
+    roles = sources.roles
+    missing = [f"{roles[role].key} (for {' and '.join(names)})" for role, names in readers.items()]
     why = f" No packaged set is used beside your own data ({', '.join(own)})." if own else ""
-    advice = "".join(f" {ROLES[role].advice}" for role in readers if ROLES[role].advice)
+    advice = "".join(f" {roles[role].advice}" for role in readers if roles[role].advice)
     unread = [("init", name) for name in readers.get("sft", ())]
     without = [f"{name}.init=base" for name in needed if starts_from(experiment.stages[name]) in unread]
     if without:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
-from pydantic import BaseModel, Field, GetCoreSchemaHandler, PositiveInt
+from pydantic import AfterValidator, BaseModel, Field, GetCoreSchemaHandler, PositiveInt, ValidationInfo
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
+from rlhf.data.mount import Mount
 from rlhf.models.peft.config import PeftConfig
+from rlhf.models.start import as_model
 from rlhf.rewards.kinds import RewardMix, RewardSource
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ class Rows:
     of the prepared rows decides the result, and not the source."""
 
     role: str
-    """A name in `rlhf.data.roles.ROLES`."""
+    """A name in `Mount.roles`."""
     otherwise: str | None = None
     """The role that is read where the field is null. None: that of `role`, which then has no rows."""
 
@@ -71,8 +73,12 @@ class Function:
         raise PydanticCustomError("literal_error", f"Input should be {names} or 'python:MODULE:FUNCTION'")
 
 
+def _in_this_config(name: str, info: ValidationInfo) -> str:
+    return as_model(name, info.context.policies) if isinstance(info.context, Mount) else as_model(name, ())
+
+
 UNKEYED = Mark.UNKEYED
-Model = Annotated[str, Field(min_length=1), Mark.MODEL]
+Model = Annotated[str, Field(min_length=1), AfterValidator(_in_this_config), Mark.MODEL]
 """A stage that makes a policy (`sft`, `dpo`, ...), `base` or a `save_pretrained` directory. Its name is
 checked, its stage is read, and what it holds is in the key. A stage's first field of this type is the model
 that it trains or samples from."""
@@ -96,7 +102,7 @@ class Reads(NamedTuple):
     rewards: Mapping[str, str | RewardMix] = {}
     """Key with the stage's name -> the reward, such as `ppo.reward` -> `vader`."""
     roles: tuple[str, ...] = ()
-    """Of the prepared data: names in `rlhf.data.roles.ROLES`."""
+    """Of the prepared data: names in `Mount.roles`."""
     stages: tuple[str, ...] = ()
     """Others whose artifacts it reads."""
     base: bool = False

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import ConfigError, did_you_mean
-from rlhf.data.roles import ROLES
-from rlhf.data.sources import SourceConfig, Sources
+from rlhf.data.preparation import Sources
+from rlhf.data.roles import Roles
+from rlhf.data.sources import SourceConfig
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import directory_of, inputs_of
 from rlhf.pipeline.fields import peft_of
@@ -41,14 +42,13 @@ def scoring_stages(stage: Stage) -> Iterator[str]:
 
 def makers(stage: Stage, chain: Mapping[str, Stage]) -> tuple[str, ...]:
     """The stages that make rows which a stage reads: see rlhf/pipeline/made_rows.py."""
-    return tuple(
-        dict.fromkeys(made_by({role: named_source(chain, role) for role in own_roles(stage)}).values())
-    )
+    named = {role: named_source(chain, role) for role in own_roles(stage)}
+    return tuple(dict.fromkeys(Sources(roles_of(chain), named).makers().values()))
 
 
 def own_roles(stage: Stage) -> Iterator[str]:
     """The roles that it reads, as they stand in the table."""
-    return map(stage.own_role, stage.reads().roles)
+    return map(stage.mount.own_role, stage.reads().roles)
 
 
 def normalized_rewards(stage: Stage) -> Iterator[tuple[str, RewardMix]]:
@@ -100,15 +100,6 @@ def chain_of(name: str, chain: Mapping[str, Stage]) -> set[str]:
     if name not in chain:
         return set()
     return {name}.union(*(chain_of(other, chain) for other in inputs(chain[name], chain)))
-
-
-def made_by(sources: Sources) -> dict[str, str]:
-    """Role -> the stage that makes its rows."""
-    return {
-        role: source.stage
-        for role, source in sources.items()
-        if isinstance(source, SourceConfig) and source.stage is not None
-    }
 
 
 def users_words(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:
@@ -170,9 +161,14 @@ def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
 def made_roles(stage: Stage, chain: Mapping[str, Stage]) -> dict[str, SourceConfig]:
     """The roles of a stage whose rows others make, and where each comes from."""
     sources = named_sources(chain)
-    known = made_by(sources)
-    found: dict[str, Any] = {name: sources[name] for name in own_roles(stage) if name in known}
+    known = sources.makers()
+    found: dict[str, Any] = {name: sources.named[name] for name in own_roles(stage) if name in known}
     return found
+
+
+def roles_of(chain: Mapping[str, Stage]) -> Roles:
+    """The roles of the config that these stages stand in."""
+    return next(iter(chain.values())).mount.roles
 
 
 def named_sources(chain: Mapping[str, Stage]) -> Sources:
@@ -181,7 +177,8 @@ def named_sources(chain: Mapping[str, Stage]) -> Sources:
     Raises:
         ConfigError: a role's key is none of theirs.
     """
-    return {name: named_source(chain, name) for name in ROLES}
+    roles = roles_of(chain)
+    return Sources(roles, {role: named_source(chain, role) for role in roles})
 
 
 def named_source(chain: Mapping[str, Stage], role: str) -> Any:
@@ -190,7 +187,7 @@ def named_source(chain: Mapping[str, Stage], role: str) -> Any:
     Raises:
         ConfigError: the key is none of these stages'.
     """
-    key = ROLES[role].key
+    key = roles_of(chain)[role].key
     section, *names = key.split(".")
     try:
         found: Any = chain[section]

@@ -14,7 +14,15 @@ from rlhf.generation.vllm import VllmConfig
 from rlhf.models.start import init_digest, init_in_key
 from rlhf.pipeline.abilities import Records, TellsOfRuns
 from rlhf.pipeline.fields import Function, Mark, Rows, marked
-from rlhf.pipeline.graph import inputs, made_roles, own_roles, reads_base_model, starts_from, users_words
+from rlhf.pipeline.graph import (
+    inputs,
+    made_roles,
+    own_roles,
+    reads_base_model,
+    roles_of,
+    starts_from,
+    users_words,
+)
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
 from rlhf.rewards.code import imported_code, imported_object, own_code
@@ -58,7 +66,8 @@ def recipe_of(
     }
     if roles := [*own_roles(stage)]:  # the content of the prepared sets, not the key of `prepare`
         files = artifacts["prepare"].manifest.files
-        recipe["data"] = {role: role_digest(role, files) for role in roles if role not in made}
+        known = roles_of(chain)
+        recipe["data"] = {role: role_digest(role, known[role], files) for role in roles if role not in made}
     if isinstance(stage, Records):
         recipe["recorded"] = stage.recorded(artifacts, external)
     if made:
@@ -114,7 +123,10 @@ def external_digests(
         for source in reads.rewards.values():
             found |= reward_digest(source, digest)
         for key, model in reads.models.items():
-            found |= init_digest(f"{stage.name}.{key}", model, digest, name=digest_name(stage, key))
+            name = digest_name(stage, key)
+            found |= init_digest(
+                f"{stage.name}.{key}", model, digest, name=name, policies=stage.mount.policies
+            )
         for key, value, marks in marked(stage):
             is_function = any(isinstance(each, Function) for each in marks)
             if is_function and isinstance(value, str) and value.startswith("python:"):

@@ -14,14 +14,13 @@ from typing import Any
 
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.setup import CostContext
-from rlhf.data.preparation import NoRowsError
+from rlhf.data.preparation import NoRowsError, Sources
 from rlhf.data.prepared import LengthStats, PreparedData
-from rlhf.data.roles import ROLES
 from rlhf.data.schema import Split
-from rlhf.data.sources import SourceConfig, lender
+from rlhf.data.sources import SourceConfig
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.abilities import MakesRows
-from rlhf.pipeline.graph import made_by, made_roles, makers, named_sources
+from rlhf.pipeline.graph import made_roles, makers, named_sources, roles_of
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
@@ -35,18 +34,18 @@ def check_makers(chain: Mapping[str, Stage]) -> None:
         ConfigError: a source names a stage that makes no such rows.
     """
     sources = named_sources(chain)
-    known = made_by(sources)
-    for role, source in sources.items():
+    roles, known = sources.roles, sources.makers()
+    for role, source in sources.named.items():
         if isinstance(source, list) and any(each.stage for each in source):
-            raise ConfigError(f"{ROLES[role].key}: `stage:` has no place in a list. Name files.")
+            raise ConfigError(f"{roles[role].key}: `stage:` has no place in a list. Name files.")
     for role, maker in known.items():
         _check_offer(role, maker, chain)
-    for role in ROLES:
-        other = lender(sources, role)
+    for role in roles:
+        other = sources.lender(role)
         if other in known:
             raise ConfigError(
-                f"{ROLES[role].key}={ROLES[other].key}: rows of {sources[other]} are not there yet when "
-                f"prompts are split. Name another source for {ROLES[role].key}."
+                f"{roles[role].key}={roles[other].key}: rows of {sources.named[other]} are not there yet "
+                f"when prompts are split. Name another source for {roles[role].key}."
             )
 
 
@@ -65,7 +64,7 @@ def check_made(stage: Stage, chain: Mapping[str, Stage]) -> None:
     """
     for role, source in made_roles(stage, chain).items():
         assert source.stage is not None
-        maker_of(source.stage, chain).check_offers(f"{ROLES[role].key}={source}", chain)
+        maker_of(source.stage, chain).check_offers(f"{roles_of(chain)[role].key}={source}", chain)
 
 
 def data_of(stage: Stage, prepared: Path, chain: Mapping[str, Stage], made: Path) -> PreparedData:
@@ -75,8 +74,8 @@ def data_of(stage: Stage, prepared: Path, chain: Mapping[str, Stage], made: Path
         prepared: what `prepare` made.
         made: the directory with the rows that another stage made; it may be empty yet.
     """
-    known = made_by(named_sources(chain))
-    names = {role: stage.own_role(role) for role in stage.reads().roles}
+    known = named_sources(chain).makers()
+    names = {role: stage.mount.own_role(role) for role in stage.reads().roles}
     return PreparedData(
         prepared,
         {
@@ -84,6 +83,7 @@ def data_of(stage: Stage, prepared: Path, chain: Mapping[str, Stage], made: Path
             for role, name in names.items()
             if name != role or name in known
         },
+        roles_of(chain),
     )
 
 
@@ -100,13 +100,14 @@ def prepare_rows(
     Raises:
         ConfigError: in the user's own keys; a split has no rows.
     """
-    wanted = made_roles(stage, chain)
+    wanted, roles = made_roles(stage, chain), roles_of(chain)
     prepare: Any = chain["prepare"]
     directory.mkdir()
     with TemporaryDirectory(prefix="rows.", dir=directory, ignore_cleanup_errors=True) as scratch:
         try:
-            sources = {role: _file(role, wanted[role], chain, inputs) for role in wanted}
-            preparation = prepare.preparation(dict.fromkeys(ROLES) | sources, base, Path(scratch))
+            files = {role: _file(role, wanted[role], chain, inputs) for role in wanted}
+            sources = Sources(roles, dict.fromkeys(roles) | files)
+            preparation = prepare.preparation(sources, base, Path(scratch))
             preparation.prepare(progress)
         except NoRowsError as error:
             advice = [maker_of(maker, chain).offer_advice() for maker in makers(stage, chain)]
@@ -118,10 +119,10 @@ def prepare_rows(
 def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostContext:
     """The context with the lengths of a stage's data; of rows that are still to be made, the most that there
     can be."""
-    known, sizes = made_by(named_sources(chain)), on.sizes
+    known, sizes = named_sources(chain).makers(), on.sizes
 
     def size(role: str, split: Split) -> LengthStats:
-        name = stage.own_role(role)
+        name = stage.mount.own_role(role)
         if name not in known:
             return sizes(name, split)
         maker = maker_of(known[name], chain)
@@ -129,13 +130,13 @@ def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> Cos
         share = dict(chain["prepare"])["held_out_fraction"]
         return found._replace(rows=max(1, round(found.rows * (share if split == "held_out" else 1 - share))))
 
-    names = {role: stage.own_role(role) for role in stage.reads().roles}
+    names = {role: stage.mount.own_role(role) for role in stage.reads().roles}
     is_other = any(name != role or name in known for role, name in names.items())
     return replace(on, sizes=size) if is_other else on
 
 
 def _check_offer(role: str, maker: str, chain: Mapping[str, Stage]) -> None:
-    said = f"{ROLES[role].key}=stage:{maker}"
+    said = f"{roles_of(chain)[role].key}=stage:{maker}"
     if maker not in chain:
         raise ConfigError(f"{said}: there is no such stage.{did_you_mean(maker, chain)}")
     can = [
@@ -154,12 +155,13 @@ def _file(
     assert source.stage is not None
     path = inputs[source.stage].path / maker_of(source.stage, chain).offers[kind_of(role)]
     if path.stat().st_size == 0:
-        raise NoRowsError(f"{ROLES[role].key}=stage:{source.stage}: {source.stage} made no rows.")
+        key = roles_of(chain)[role].key
+        raise NoRowsError(f"{key}=stage:{source.stage}: {source.stage} made no rows.")
     return source.model_copy(update={"stage": None, "path": str(path)})
 
 
 def roles_read(stages: Iterable[Stage], chain: Mapping[str, Stage]) -> Iterator[str]:
     """The roles whose rows these stages need and `prepare` reads."""
-    known = made_by(named_sources(chain))
+    known = named_sources(chain).makers()
     for stage in stages:
-        yield from (name for name in map(stage.own_role, stage.needs(chain)) if name not in known)
+        yield from (name for name in map(stage.mount.own_role, stage.needs(chain)) if name not in known)

@@ -514,7 +514,7 @@ def longest_sampled(
 def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
     """The stage whose key the user types: stages of the chain that train nothing repeat that of one that
     does (`generate.max_new_tokens: ${ppo.max_new_tokens}`)."""
-    if stage.in_chain and not stage.is_instance and peft_of(stage) is None:
+    if stage.in_chain and not stage.mount.label and peft_of(stage) is None:
         for other in chain.values():
             if peft_of(other) is not None and other.model_dump().get(key) == stage.model_dump()[key]:
                 return other.name

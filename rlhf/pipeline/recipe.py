@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import PositiveInt
 
 from rlhf.config import ConfigError, Strict, did_you_mean
-from rlhf.data.roles import ROLES
+from rlhf.data.roles import Roles
 
 if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
@@ -106,20 +106,21 @@ def with_instances(config: Keys) -> dict[str, Any]:
     return found
 
 
-def know_own_roles(
-    instances: Mapping[str, Keys], classes: Mapping[str, type[Stage]]
-) -> dict[str, dict[str, str]]:
-    """Put into the table of roles what stages read from sources of their own: named instances, and stages
-    whose class is derived from that of another one.
+def with_own_roles(
+    known: Roles, instances: Mapping[str, Keys], classes: Mapping[str, type[Stage]]
+) -> tuple[Roles, dict[str, dict[str, str]]]:
+    """The roles, with those that stages read from sources of their own: named instances, and stages whose
+    class is derived from that of another one.
 
     Args:
         classes: of the sections that are no instances.
 
     Returns:
-        Stage -> role -> the name of its own role.
+        All roles; and stage -> role -> the name of its own role.
     """
     found: dict[str, dict[str, str]] = {name: {} for name in instances}
-    for role, entry in [*ROLES.items()]:
+    all_roles = dict(known)
+    for role, entry in known.items():
         section, _, key = entry.key.partition(".")
         own = [name for name, keys in instances.items() if section == kind_of(name) and _has(keys, key)]
         if section in classes:
@@ -127,8 +128,8 @@ def know_own_roles(
         for name in own:
             roles = found.setdefault(name, {})
             roles[role] = f"{role}@{name.partition('@')[2] or name}"
-            ROLES[roles[role]] = replace(entry, key=f"{name}.{key}", metrics=())
-    return found
+            all_roles[roles[role]] = replace(entry, key=f"{name}.{key}", metrics=())
+    return all_roles, found
 
 
 def is_derived(kind: type[Stage], other: type[Stage]) -> bool:

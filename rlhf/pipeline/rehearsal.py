@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
-from rlhf.data.roles import ROLES
 from rlhf.data.schema import Message, PromptRow, Row, text_of
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
@@ -101,7 +100,7 @@ def check_columns(key: str, part: RewardPart, stage: Stage, data: PreparedData) 
 def some_rows(stage: Stage, data: PreparedData) -> Iterator[tuple[PromptRow, str]]:
     """(prompt, answer) of the first data that a stage reads."""
     for role in stage.reads().roles[:1]:
-        rows: Sequence[Row] = data.rows(role, ROLES[role].splits[0])
+        rows: Sequence[Row] = data.rows(role, data.roles[role].splits[0])
         for row in rows:
             prompt, answer = row.exchanges()[0]
             text = None if answer is None else text_of(answer)

@@ -151,6 +151,19 @@ def two_digits(count: int) -> int:
     return -(-count // unit) * unit
 
 
+def results_of(stage: Stage, metrics: Mapping[str, float]) -> list[GateResult]:
+    """A stage's summary metrics against its gates."""
+    not_checked = stage.not_checked()
+    return [
+        GateResult(
+            stage.name, metric, metrics.get(metric, math.nan), bound, Sampled.found(metric, metrics),
+            not_checked.get(metric),
+        )
+        for metric, bound in stage.gates.items()
+        if bound is not None
+    ]  # fmt: skip
+
+
 class GateError(Exception):
     """A stage finished, but a gate says that its result is not good enough. Exit code 3."""
 

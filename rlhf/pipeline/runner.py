@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,6 @@ from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.peak import forget_peak, held_bytes, peak_bytes
 from rlhf.distributed.signals import StopSignals
-from rlhf.evaluation.sampled import Sampled
 from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.libraries import load_libraries
@@ -31,7 +31,7 @@ from rlhf.pipeline.checks import check, check_published, complaints, refuse
 from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.forecast import Forecast
-from rlhf.pipeline.graph import answering, inputs, makers, reads_base_model, users_words
+from rlhf.pipeline.graph import answering, inputs, makers, reads_base_model, roles_of, users_words
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.key import Surroundings, digest_names, external_digests, recipe_of
@@ -40,10 +40,11 @@ from rlhf.pipeline.manifest import content_digest, make_manifest
 from rlhf.pipeline.metrics import as_summary, undeclared
 from rlhf.pipeline.preflight import Begun, Expected, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
-from rlhf.pipeline.run import GateError, GateResult, Run
+from rlhf.pipeline.run import GateError, Run, results_of
 from rlhf.pipeline.sampling_engine import make_vllm, without_auto_generation
 from rlhf.pipeline.stage import Stage, View
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
+from rlhf.pipeline.why import Change, in_words
 from rlhf.pipeline.yaml_text import to_yaml
 from rlhf.rewards.code import has_changed, imported_code
 from rlhf.tracking.position import Position
@@ -51,6 +52,9 @@ from rlhf.tracking.progress import Progress, clock
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker, make_tracker
 from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
+
+TURN = threading.RLock()
+"""Runs of one process take turns: torch's random numbers, default dtype and ranks are the process's."""
 
 
 class UnsoundInputError(Exception):
@@ -132,7 +136,7 @@ class Pipeline:
         """
         for name in self.experiment.needed():
             check(self.experiment.stages[name], self.view())
-        with ExitStack() as stack:
+        with TURN, ExitStack() as stack:
             self.compute.main_only(lambda: stack.enter_context(self.results.alone()))
             stack.callback(self.close)
             mended: set[Path] = set()
@@ -316,10 +320,10 @@ class Pipeline:
             local_sampling=self.expected.ways.get(name, "layers"),
             experiment=self.experiment,
         )
-        if job.checkpoints.newest is None and not forced:
-            other = self.compute.main_only(lambda: self.store.left_behind(name, recipe))
-            if other is not None:
-                self.log(f"{name}: starts again; {other}")
+        is_new = job.checkpoints.newest is None and not forced
+        if is_new and (other := self.compute.main_only(lambda: self.store.left_behind(name, recipe))):
+            words = self.in_words(name, other[1])
+            self.log(f"{name}: starts again; the checkpoints in {other[0]} are of other inputs ({words})")
         torch.manual_seed(job.seed)
         is_measured = forget_peak(self.compute)
         try:
@@ -373,7 +377,11 @@ class Pipeline:
         if found := self.store.find(recipe["stage"], recipe_key(recipe)):
             has_enough = is_enough(self.experiment.stages[recipe["stage"]], found.manifest.metrics)
             return "an input was rebuilt, with another result" if has_enough else "it has less than is asked"
-        return self.store.explain(recipe["stage"], recipe)
+        return self.in_words(recipe["stage"], self.store.differences(recipe["stage"], recipe))
+
+    def in_words(self, stage: str, found: Sequence[Change] | None) -> str:
+        """Differences from an artifact that is in the store."""
+        return in_words(stage, found, self.store.root, roles_of(self.experiment.stages))
 
     def checkpointing(self, *, forget: bool) -> CheckpointConfig:
         """How a stage saves its state. `forget` deletes the checkpoints that are there, for `force=`."""
@@ -451,7 +459,8 @@ class Pipeline:
 
     def check_before(self, prepared: Artifact, base: BaseModelFiles) -> None:
         """Refuse what cannot run here, before anything trains. If nothing runs, nothing is refused."""
-        data, chain = PreparedData(prepared.path), self.experiment.stages
+        chain = self.experiment.stages
+        data = PreparedData(prepared.path, roles=roles_of(chain))
         stages = [chain[name] for name in self.experiment.needed()]
         for role in roles_read(stages, chain):
             data.check_not_empty(role)
@@ -547,15 +556,7 @@ class Pipeline:
     def check_gates(self, name: str, artifact: Artifact) -> None:
         """Compare the stage's summary with its bounds."""
         run, stage, metrics = self.results, self.experiment.stages[name], artifact.manifest.metrics
-        not_checked = stage.not_checked()
-        results = [
-            GateResult(
-                name, metric, metrics.get(metric, float("nan")), bound, Sampled.found(metric, metrics),
-                not_checked.get(metric),
-            )
-            for metric, bound in stage.gates.items()
-            if bound is not None
-        ]  # fmt: skip
+        results = results_of(stage, metrics)
         run.gates += results
         run.write()
         failed = [result for result in results if result.outcome == "failed"]

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from pydantic import PrivateAttr
 
 from rlhf.config import Bound, Strict
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
+from rlhf.data.mount import Mount
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import Role
 from rlhf.digests import DirectoryDigest
@@ -21,21 +22,6 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.fields import Mark, Reads, fields_of, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
-
-
-class Mount(NamedTuple):
-    """Where a stage stands in the config."""
-
-    name: str
-    """Its section, and its directory in the store: `dpo`, or `dpo@2` of a named instance."""
-    roles: Mapping[str, str] = {}
-    """The roles that it reads from a source of its own, and what these are called in the table of roles: of a
-    named instance, or of a stage derived from one that reads them."""
-
-    @property
-    def label(self) -> str:
-        """Of a named instance: `2` of `dpo@2`."""
-        return self.name.partition("@")[2]
 
 
 @dataclass(frozen=True)
@@ -100,14 +86,14 @@ class Stage(Strict, ABC):
             self._mount = context
 
     @property
-    def name(self) -> str:
-        """Where it is mounted: its section in the config, and its directory in the store."""
-        return self._mount.name
+    def mount(self) -> Mount:
+        """Where it stands in the config, and what the other stages there offer it."""
+        return self._mount
 
     @property
-    def is_instance(self) -> bool:
-        """Whether it is a stage once more, under a label: `dpo@2`."""
-        return bool(self._mount.label)
+    def name(self) -> str:
+        """Its section in the config, and its directory in the store."""
+        return self._mount.name
 
     @property
     def full_title(self) -> str:
@@ -122,10 +108,6 @@ class Stage(Strict, ABC):
     def reads(self) -> Reads:
         """What it reads: by default what its fields name."""
         return reads_of(self)
-
-    def own_role(self, role: str) -> str:
-        """What a role that it reads is called in the table of roles."""
-        return self._mount.roles.get(role, role)
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """The roles that it reads and cannot do without: a run that lacks their data is refused."""

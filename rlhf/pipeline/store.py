@@ -33,7 +33,7 @@ from rlhf.digests import (
 )
 from rlhf.disk import content_of, naming
 from rlhf.locks import Lock
-from rlhf.pipeline.why import Change, changes, rows_in, said
+from rlhf.pipeline.why import Change, changes
 from rlhf.printable import printable
 
 FORMAT = 3
@@ -285,8 +285,9 @@ class Store:
         except (OSError, ValueError, AttributeError, TypeError):
             return 0.0, 0.0
 
-    def left_behind(self, stage: str, recipe: Recipe) -> str | None:
-        """Checkpoints of an artifact that differs in nothing but what it was to be made from, in words."""
+    def left_behind(self, stage: str, recipe: Recipe) -> tuple[Path, list[Change]] | None:
+        """Checkpoints of an artifact that differs in nothing but what it was to be made from: where they are,
+        and the differences."""
         for path in sorted((self.root / stage).glob(f".*.checkpoints/step-*/{MANIFEST}")):
             try:
                 other = json.loads(content_of(path))["recipe"]
@@ -299,8 +300,7 @@ class Store:
                 continue
             differences = [*changes(other, recipe)]
             if differences and all(f"{each.name}.".startswith(INPUTS) for each in differences):
-                words = "; ".join(said(stage, each, rows_in(self.root)) for each in differences)
-                return f"the checkpoints in {path.parents[1]} are of other inputs ({words})"
+                return path.parents[1], differences
         return None
 
     def scratch(self, stage: str, key: str) -> Path:
@@ -335,13 +335,11 @@ class Store:
         shutil.rmtree(replaced, ignore_errors=True)  # on NFS it may still be read: the next one removes it
         return Artifact(final, manifest)
 
-    def explain(self, stage: str, recipe: Recipe) -> str:
-        """Why there is no artifact for this recipe: the difference to the most similar one there is."""
+    def differences(self, stage: str, recipe: Recipe) -> list[Change] | None:
+        """Why there is no artifact for this recipe: how it differs from the most similar one there is; None
+        if there is none."""
         differences: list[list[Change]] = []
         for path in (self.root / stage).glob(f"[!.]*/{MANIFEST}"):  # not what is being made
             with suppress(OSError, ValidationError):  # another run replaces it just now, or it is damaged
                 differences.append([*changes(Manifest.model_validate_json(content_of(path)).recipe, recipe)])
-        if not differences:
-            return "none was made before"
-        fewest = min(differences, key=len)
-        return "; ".join(said(stage, each, rows_in(self.root)) for each in fewest)
+        return min(differences, key=len, default=None)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.data.prepared import PreparedData, role_digest
-from rlhf.data.roles import ROLES
+from rlhf.data.roles import Roles
 from rlhf.disk import content_of
 
 DIGEST = re.compile("[0-9a-f]{16,64}")
@@ -26,10 +26,6 @@ class Change(NamedTuple):
     after: Any
 
 
-Rows = Callable[[str, str], int | None]
-"""(role, digest of its rows) -> how many there are, if that is known."""
-
-
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
     """What differs between two recipes."""
     for name in sorted({*old, *new}):
@@ -40,18 +36,30 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
             yield Change(key, before, after)
 
 
-def said(stage: str, change: Change, rows: Rows = lambda role, digest: None) -> str:
-    """A change in words, with the key that the user types, and without digests."""
+def in_words(stage: str, found: Sequence[Change] | None, store: Path, roles: Roles) -> str:
+    """Changes with the keys that the user types, and without digests.
+
+    Args:
+        found: None if there is nothing to compare with.
+        store: where the numbers of rows are looked up.
+        roles: of the config.
+    """
+    if found is None:
+        return "none was made before"
+    return "; ".join(_in_words(stage, each, store, roles) for each in found)
+
+
+def _in_words(stage: str, change: Change, store: Path, roles: Roles) -> str:
     part, _, name = change.name.partition(".")
     if part == "knobs":
         return f"{stage}.{name}: {_typed(change.before)} -> {_typed(change.after)}"
     if not (_is_digest(change.before) or _is_digest(change.after)):
         return f"{change.name}: {_typed(change.before)} -> {_typed(change.after)}"
-    key = ROLES[name].key if name in ROLES else name
+    key = roles[name].key if name in roles else name
     match part:
         case "data":
             before, after = (
-                rows(name, digest) if digest else None for digest in (change.before, change.after)
+                _num_rows(name, digest, store, roles) for digest in (change.before, change.after)
             )
             counts = "" if None in (before, after) else f", {before} -> {after}"
             return f"{key}: other rows{counts}"
@@ -63,19 +71,15 @@ def said(stage: str, change: Change, rows: Rows = lambda role, digest: None) -> 
             return f"{key or part}: other content"
 
 
-def rows_in(store: Path) -> Rows:
-    """Looks through the prepared data of a store."""
-
-    def count(role: str, digest: str) -> int | None:
-        for path in (store / "prepare").glob("[!.]*/manifest.json"):
-            # one that is being replaced, damaged, or has no such role, is not the one
-            with suppress(OSError, ValueError, KeyError):
-                if role_digest(role, json.loads(content_of(path))["files"]) == digest:
-                    data = PreparedData(path.parent)
-                    return sum(data.size(role, split).rows for split in ROLES[role].splits)
-        return None
-
-    return count
+def _num_rows(role: str, digest: str | None, store: Path, roles: Roles) -> int | None:
+    """How many rows of a role have this digest, by the prepared data of a store; None if none has."""
+    for path in (store / "prepare").glob("[!.]*/manifest.json") if digest else ():
+        # one that is being replaced, damaged, or has no such role, is not the one
+        with suppress(OSError, ValueError, KeyError):
+            if role_digest(role, roles[role], json.loads(content_of(path))["files"]) == digest:
+                data = PreparedData(path.parent, roles=roles)
+                return sum(data.size(role, split).rows for split in roles[role].splits)
+    return None
 
 
 def _is_digest(value: object) -> bool:

@@ -299,7 +299,7 @@ def with_answers(chain: Mapping[str, Stage], stages: Sequence[Stage]) -> dict[st
         return dict(chain)
     return {
         name: stage.model_copy(update={"max_new_tokens": max(lengths)})
-        if stage.in_chain and not stage.is_instance and "max_new_tokens" in type(stage).model_fields
+        if stage.in_chain and not stage.mount.label and "max_new_tokens" in type(stage).model_fields
         else stage
         for name, stage in chain.items()
     }

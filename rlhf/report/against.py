@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import ConfigError
-from rlhf.data.roles import ROLES
 from rlhf.digests import Recipe
 from rlhf.pipeline.auto import JUDGE
 from rlhf.pipeline.defaults import Change, references, shown
@@ -186,8 +185,8 @@ def _leaves(here: Any, there: Any, path: str) -> Iterator[tuple[str, tuple[Any, 
 def _outside(stage: Stage, label: str, knobs: Mapping[str, Any]) -> tuple[str | None, str]:
     """The key that names what is not in the config: rows, a model, code; and how it differs. None for what
     rows are called."""
-    if stage.name == "prepare" and label in ROLES:
-        return ROLES[label].key, " (other rows)"
+    if stage.name == "prepare" and label in stage.mount.roles:
+        return stage.mount.roles[label].key, " (other rows)"
     if stage.name == "prepare" and label == "names":
         return None, ""
     for key, value in knobs.items():

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.data.prepared import PreparedData
-from rlhf.data.roles import ROLES
 from rlhf.data.schema import PairRow
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import ENOUGH, JUDGE
-from rlhf.pipeline.graph import chain_of, makers, named_source, own_roles, starts_from
+from rlhf.pipeline.graph import chain_of, makers, named_source, own_roles, roles_of, starts_from
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
@@ -143,7 +142,7 @@ def learns_from_scores(stage: Stage, chain: Mapping[str, Stage]) -> bool:
 
 def preference_roles(stage: Stage) -> Iterator[str]:
     """The roles of the pairs that a stage learns from."""
-    yield from (role for role in own_roles(stage) if PairRow in ROLES[role].row_types)
+    yield from (role for role in own_roles(stage) if PairRow in stage.mount.roles[role].row_types)
 
 
 def unproven_rewards(run: Run) -> list[str]:
@@ -189,10 +188,8 @@ def faults(run: Run, kind: str, source: str | RewardMix | None) -> Iterator[str]
 
 def shares_pairs(run: Run, reward: str, roles: Collection[str]) -> bool:
     """Whether a reward model learned from the source of one of these roles."""
-    prepared, own = (
-        PreparedData(run.directory / "artifacts" / "prepare"),
-        [*preference_roles(run.chain[reward])],
-    )
+    prepared = PreparedData(run.directory / "artifacts" / "prepare", roles=roles_of(run.chain))
+    own = [*preference_roles(run.chain[reward])]
     sources = [named_source(run.chain, role) for role in roles]
     copies = {prepared.content(role) for role in roles} - {None}
     return any(named_source(run.chain, role) in sources or prepared.content(role) in copies for role in own)

@@ -8,11 +8,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 from rlhf.data.prepared import PreparedData
-from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import AUTO
 from rlhf.pipeline.defaults import Change, references
-from rlhf.pipeline.graph import inputs
+from rlhf.pipeline.graph import inputs, roles_of
 from rlhf.pipeline.metrics import purpose
 from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
@@ -482,7 +481,7 @@ def otherwise_set(run: Run, stages: Collection[str], heading: str) -> str:
         return ""
     named = {"prepare", *stages}
     read = {source for key, source in references().items() if key.partition(".")[0] in named}
-    data = {role.key for role in ROLES.values()}
+    data = {role.key for role in roles_of(run.chain).values()}
     found = []
     for each in run.changed:
         key = each["key"]

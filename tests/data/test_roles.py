@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar, Literal, get_args, get_origin, get_overloads, get_type_hints
 
 import pytest
@@ -12,9 +11,9 @@ from helpers.verdicts import mounted
 from rlhf.config import ConfigError
 from rlhf.data.formats import prompt_row
 from rlhf.data.prepared import PreparedData
-from rlhf.data.roles import PACKAGED, ROLES, Role
+from rlhf.data.roles import ROLES, Role
 from rlhf.data.schema import PromptRow
-from rlhf.pipeline.experiment import check_roles, know_roles
+from rlhf.pipeline.experiment import check_roles, roles_with
 from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.graph import named_sources
 from rlhf.pipeline.stage import Stage
@@ -29,14 +28,7 @@ def test_the_types_of_rows_are_those_of_the_table() -> None:
             (row_type,) = get_args(hints["return"])
             of_row = get_args(row_type) or (row_type,)
             told |= {role: (of_row, get_args(hints["split"])) for role in get_args(hints["role"])}
-    assert told == {name: (role.row_types, role.splits) for name, role in PACKAGED.items()}
-
-
-@pytest.fixture(autouse=True)
-def _the_packages_roles() -> Iterator[None]:
-    """The table as it was."""
-    yield
-    know_roles({})
+    assert told == {name: (role.row_types, role.splits) for name, role in ROLES.items()}
 
 
 def own(key: str) -> Role:
@@ -51,21 +43,18 @@ def with_roles(**roles: Role) -> type[Stage]:
     return OwnStage
 
 
-def test_the_table_holds_the_roles_of_the_mounted_stages_alone() -> None:
+def test_a_config_has_the_roles_of_its_mounted_stages_alone() -> None:
     first, second = with_roles(mine=own("mine.data")), with_roles(theirs=own("theirs.data"))
-    know_roles({"merge": first})
-    assert [*ROLES] == [*PACKAGED, "mine"]
-    know_roles({"merge": second, "sft": second})  # a subclass has the same
-    assert [*ROLES] == [*PACKAGED, "theirs"]
-    know_roles({"merge": MergeStage})
-    assert ROLES == PACKAGED
+    assert [*roles_with({"merge": first})] == [*ROLES, "mine"]
+    assert [*roles_with({"merge": second, "sft": second})] == [*ROLES, "theirs"]  # a subclass has the same
+    assert roles_with({"merge": MergeStage}) == ROLES
 
 
 @pytest.mark.parametrize("name", ["sft", "mine"])
 def test_two_roles_of_one_name_are_refused(name: str) -> None:
     stages = {"mine": with_roles(mine=own("mine.data")), "merge": with_roles(**{name: own("merge.data")})}
     with pytest.raises(ConfigError, match=f"merge: it brings a role {name} along, and there is one already"):
-        know_roles(stages)
+        roles_with(stages)
 
 
 def test_a_role_that_does_not_exist_is_told() -> None:
@@ -80,6 +69,7 @@ def test_a_role_that_does_not_exist_is_told() -> None:
 @pytest.mark.parametrize("key", ["merge.data", "mine.data"])
 def test_a_role_whose_key_does_not_exist_is_told(key: str) -> None:
     stages = build("model=tiny").stages
-    know_roles({"merge": with_roles(mine=own(key))})
+    roles = roles_with({"merge": with_roles(mine=own(key))})
+    mounted("prepare", stages["prepare"], roles)
     with pytest.raises(ConfigError, match=f"{key}: the role mine is read from there, and there is no such"):
         named_sources(stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import rlhf.conf
 from rlhf.config import validated
+from rlhf.data.mount import Mount
 from rlhf.pipeline.experiment import Experiment, build_experiment
-from rlhf.pipeline.stage import Mount, Stage
+from rlhf.pipeline.stage import Stage
 
 AnyStage = TypeVar("AnyStage", bound=Stage)
 
@@ -54,6 +56,12 @@ def _defaults(stage: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "_target_"}
 
 
+@cache
+def _policies() -> Collection[str]:
+    """The packaged stages that make a policy."""
+    return build().stages["sft"].mount.policies
+
+
 def build(*overrides: str) -> Experiment:
     """The experiment of these overrides."""
     return build_experiment(compose(*overrides))
@@ -67,4 +75,4 @@ def build_stage(kind: type[AnyStage], *overrides: str) -> AnyStage:
 def stage_with(kind: type[AnyStage], **changes: Any) -> AnyStage:
     """A stage with its defaults but for these, checked by itself."""
     name = kind.__module__.rpartition(".")[2]  # of a packaged one
-    return validated(kind, _defaults(name) | changes, name, Mount(name))
+    return validated(kind, _defaults(name) | changes, name, Mount(name, policies=_policies()))

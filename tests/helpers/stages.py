@@ -17,8 +17,9 @@ from helpers.experiments import build, build_stage, stage_with
 from helpers.jobs import SmallJob, run_in, small_job, tiny_base, user
 from helpers.store import manifest
 from rlhf.config import ConfigError
+from rlhf.data.mount import Mount
 from rlhf.data.prepared import PreparedData
-from rlhf.data.roles import ROLES
+from rlhf.data.roles import ROLES, Roles
 from rlhf.data.schema import PairRow, PromptRow, SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import directory_digest
@@ -110,11 +111,11 @@ def named(source: Any) -> SourceConfig | list[SourceConfig] | str | None:
     return None if source is None else SourceConfig.model_validate(source)
 
 
-def sections(sources: Mapping[str, Any]) -> Any:
+def sections(sources: Mapping[str, Any], roles: Roles) -> Any:
     """The stages' sections of a config, with nothing but the keys of these roles."""
     found: dict[str, Any] = {}
     for role, source in sources.items():
-        section, *names = ROLES[role].key.split(".")
+        section, *names = roles[role].key.split(".")
         place = found.setdefault(section, {})
         for name in names[:-1]:
             place = place.setdefault(name, {})
@@ -124,6 +125,8 @@ def sections(sources: Mapping[str, Any]) -> Any:
 
 class Bench:
     """Small data sets for every role, and a way to prepare them."""
+
+    roles: Roles = ROLES
 
     def __init__(self, directory: Path, base: ShorterBase) -> None:
         self.directory, self.base, self.printed, self.num_runs = directory, base, io.StringIO(), 0
@@ -148,8 +151,11 @@ class Bench:
         }
         sources["retention"] = [sources.pop("texts"), sources.pop("questions")]
         settings = {"held_out_fraction": 0.2, "evaluation_fraction": 0.25, "response_tokens": 8}
-        self.chain = sections({role: named(source) for role, source in (sources | self.sources).items()})
-        return stage_with(PrepareStage, **(settings | knobs))
+        given = {role: named(source) for role, source in (sources | self.sources).items()}
+        stage = stage_with(PrepareStage, **(settings | knobs))
+        stage.model_post_init(Mount("prepare", self.roles))
+        self.chain = {"prepare": stage, **sections(given, self.roles)}
+        return stage
 
     def digests(self, **knobs: Any) -> dict[str, str]:
         """Of what it reads from outside the store."""
@@ -165,7 +171,7 @@ class Bench:
         check(stage, View(self.chain))
         run_in(stage, self.job)
         self.report = json.loads((out / "report.json").read_text())
-        return PreparedData(out)
+        return PreparedData(out, roles=self.roles)
 
     def complaint(self, **knobs: Any) -> str:
         with pytest.raises(ConfigError) as error:

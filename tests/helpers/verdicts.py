@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 
 from helpers.experiments import build
 from rlhf.config import Bound
+from rlhf.data.mount import Mount
+from rlhf.data.roles import ROLES, Roles
 from rlhf.data.sources import SourceConfig
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.graph import in_order
 from rlhf.pipeline.metrics import Metric
 from rlhf.pipeline.run import GateResult, Run
-from rlhf.pipeline.stage import Mount, Stage
+from rlhf.pipeline.stage import Stage
 from rlhf.report import verdict as judging
 from rlhf.stages.merge import MergeStage
 
@@ -55,9 +57,9 @@ def verdict(run: Run) -> str:
     return judging.verdict(run).replace("\n", " ")
 
 
-def mounted(name: str, stage: Stage) -> Stage:
-    """The stage under this name."""
-    stage.model_post_init(Mount(name))
+def mounted(name: str, stage: Stage, roles: Roles = ROLES) -> Stage:
+    """The stage under this name, in a config with these roles."""
+    stage.model_post_init(Mount(name, roles))
     return stage
 
 

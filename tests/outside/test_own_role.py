@@ -11,10 +11,17 @@ import pytest
 
 from helpers.chains import Chain, Outcome, RealChain, kill, newest_step
 from rlhf.data.prepared import PreparedData
+from rlhf.data.roles import ROLES
 
 HERE = Path(__file__).parent
 MOUNTED = (f"--config-dir={HERE / 'conf'}", "+stages@labels=labels", "stage=labels", "gates=warn")
 ROWS = [{"prompt": f"Which is {n}?", "label": "odd" if n % 2 else "even"} for n in range(40)]
+
+
+def data_in(outcome: Outcome) -> PreparedData:
+    from toy_labels import LabelsStage
+
+    return PreparedData(outcome.artifact("prepare"), roles={**ROLES, **LabelsStage.roles})
 
 
 def run(chain: Chain, *overrides: str) -> Outcome:
@@ -49,7 +56,7 @@ def test_prepare_reads_checks_splits_and_counts_it(finished: tuple[Chain, Outcom
 
 
 def test_the_stage_gets_its_own_rows(finished: tuple[Chain, Outcome]) -> None:
-    data = PreparedData(finished[1].artifact("prepare"))
+    data = data_in(finished[1])
     found = {split: data.rows("labels", split) for split in ("train", "held_out")}
     rows = [*found["train"], *found["held_out"]]
     assert {type(row).__name__ for row in rows} == {"LabelledRow"}
@@ -64,7 +71,7 @@ def test_its_prompts_can_be_lent(finished: tuple[Chain, Outcome]) -> None:
     chain, _ = finished
     outcome = chain.run(*MOUNTED[:2], "stage=prepare", "labels.data=labels.jsonl", "ppo.prompts=labels.data")
     assert outcome.code == 0, outcome.err
-    data = PreparedData(outcome.artifact("prepare"))
+    data = data_in(outcome)
     for split in ("train", "held_out"):
         lent = [row.prompt for row in data.rows("labels", split)]
         assert [row.prompt for row in data.rows("ppo", split)] == lent != []
@@ -100,7 +107,7 @@ def test_its_code_is_in_the_keys_of_what_uses_it(
     edited = run_code(code.replace('raw.get("label")', '{"odd": "even", "even": "odd"}[raw["label"]]'))
     assert edited.statuses == {"prepare": "ran", "sft": "reused", "labels": "ran"}
     labels = {
-        outcome.key("prepare"): PreparedData(outcome.artifact("prepare")).rows("labels", "train")[0].label
+        outcome.key("prepare"): data_in(outcome).rows("labels", "train")[0].label
         for outcome in (first, edited)
     }
     assert {*labels.values()} == {"odd", "even"}

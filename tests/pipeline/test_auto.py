@@ -13,6 +13,7 @@ from helpers.chains import SETTINGS, Chain, Outcome, run_main
 from helpers.experiments import build
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
+from rlhf.data.roles import JUDGE, ROLES
 
 TRAINING: tuple[Literal["train", "held_out"], ...] = ("train", "held_out")
 DEMO = {
@@ -268,7 +269,7 @@ def test_nobody_else_learns_from_the_prompts_of_the_judge(tmp_path: Path) -> Non
     done = chain.run(
         "stage=prepare", "evaluate.gold=null", "dpo.data=pairs.jsonl", "evaluate.prompts=reward.pairs"
     )
-    data = PreparedData(done.artifact("prepare"))
+    data = PreparedData(done.artifact("prepare"), roles={**ROLES, JUDGE: ROLES["pairs"]})
     asked = {
         (role, split): {str(row.prompt) for row in data.rows(role, split)}
         for role in ("pairs", "dpo", "pairs@judge")

@@ -12,7 +12,7 @@ from rlhf.cli.messages import readable
 from rlhf.config import ConfigError
 from rlhf.data.roles import ROLES
 from rlhf.pipeline.experiment import Experiment, build_experiment
-from rlhf.pipeline.graph import inputs
+from rlhf.pipeline.graph import inputs, roles_of
 from rlhf.pipeline.made_rows import context_of
 from rlhf.pipeline.metrics import purpose
 from rlhf.pipeline.recipe import as_typed, typed_key
@@ -179,11 +179,10 @@ def test_gates_of_an_instance_advise_about_its_own_keys() -> None:
 
 def test_rows_of_its_own_are_a_role_of_its_own() -> None:
     found = instances({"sft@short": {"data": "samples:prompts"}, "sft@long": {"epochs": 9}})
-    assert found.stages["sft@short"].own_role("sft") == "sft@short"
-    assert ROLES["sft@short"].key == "sft@short.data"
-    assert found.stages["sft@long"].own_role("sft") == "sft"
-    build()
-    assert "sft@short" not in ROLES
+    assert found.stages["sft@short"].mount.own_role("sft") == "sft@short"
+    assert roles_of(found.stages)["sft@short"].key == "sft@short.data"
+    assert found.stages["sft@long"].mount.own_role("sft") == "sft"
+    assert roles_of(build().stages) == ROLES
 
 
 def test_rows_that_are_not_made_yet_are_counted_as_the_most_that_there_can_be() -> None:

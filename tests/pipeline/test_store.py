@@ -15,10 +15,12 @@ import pytest
 
 from helpers.store import RECIPE, manifest_of, publish
 from rlhf.config import ConfigError
+from rlhf.data.roles import ROLES
 from rlhf.digests import file_digest
 from rlhf.disk import content_of
 from rlhf.locks import HeldError, Lock
 from rlhf.pipeline.store import KEY_LENGTH, Store, recipe_key
+from rlhf.pipeline.why import in_words
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_nothing_can_be_found_before_the_rename(store: Store) -> None:
         (scratch / "model.bin").write_text("half")
         (scratch / "manifest.json").write_text(manifest_of().model_dump_json())  # killed before the rename
         assert store.find("sft", key) is None
-    assert store.explain("sft", {**RECIPE, "seed": 1}) == "none was made before"
+    assert explained(store, "sft", {**RECIPE, "seed": 1}) == "none was made before"
     assert not (store.root / "sft" / key).exists()
 
 
@@ -126,26 +128,30 @@ def test_a_store_that_cannot_be_made_is_a_mistake_of_the_users(tmp_path: Path) -
         Store(tmp_path / "file")
 
 
+def explained(store: Store, stage: str, recipe: dict[str, Any]) -> str:
+    return in_words(stage, store.differences(stage, recipe), store.root, ROLES)
+
+
 def test_explain_names_the_changed_knob(store: Store) -> None:
-    assert store.explain("sft", RECIPE) == "none was made before"
+    assert explained(store, "sft", RECIPE) == "none was made before"
     publish(store)
     changed = {**RECIPE, "knobs": {"epochs": 2.0, "optim": {"lr": 1e-4, "eps": 1e-8}}}
-    assert store.explain("sft", changed) == "sft.optim.lr: 3e-05 -> 0.0001"
-    assert store.explain("reward", changed) == "none was made before"
+    assert explained(store, "sft", changed) == "sft.optim.lr: 3e-05 -> 0.0001"
+    assert explained(store, "reward", changed) == "none was made before"
 
 
 def test_explain_compares_with_the_most_similar_one(store: Store) -> None:
     publish(store, {**RECIPE, "seed": 7, "model": "m2", "dtype": "bfloat16"})
     publish(store, {**RECIPE, "seed": 7})
     publish(store, {**RECIPE, "seed": 7, "version": 2})
-    assert store.explain("sft", RECIPE) == "seed: 7 -> 0"
+    assert explained(store, "sft", RECIPE) == "seed: 7 -> 0"
 
 
 def test_explain_tells_new_and_lost_ingredients_and_skips_damage(store: Store) -> None:
     (publish(store, {**RECIPE, "seed": 3}).path / "manifest.json").write_text("{")
     without_model = {name: value for name, value in RECIPE.items() if name != "model"}
     publish(store, without_model)
-    assert store.explain("sft", RECIPE) == "model: null -> m1"
+    assert explained(store, "sft", RECIPE) == "model: null -> m1"
 
 
 def test_explain_goes_on_where_another_run_replaces_what_it_reads(
@@ -160,7 +166,7 @@ def test_explain_goes_on_where_another_run_replaces_what_it_reads(
         return read(path)
 
     monkeypatch.setattr("rlhf.pipeline.store.content_of", read_too_late)
-    assert store.explain("sft", RECIPE) == "seed: 3 -> 0; version: 2 -> 1"
+    assert explained(store, "sft", RECIPE) == "seed: 3 -> 0; version: 2 -> 1"
 
 
 def make_or_take(root: str, start: Any, results: Any) -> None:

@@ -20,7 +20,7 @@ from rlhf.config import ConfigError
 from rlhf.costs.stage_cost import StageCost
 from rlhf.digests import weights_digest
 from rlhf.models import base
-from rlhf.models.start import check_start, init_digest, of_two_architectures
+from rlhf.models.start import ModelDirectory, check_start, init_digest, of_two_architectures
 from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.graph import answering
 
@@ -162,8 +162,8 @@ def test_a_directory_that_is_no_model_is_told_before_anything_trains(
         file.write_bytes(file.read_bytes()[:-100])
     base = tiny_base(tiny_model)
     with pytest.raises(ConfigError, match=words):
-        init_digest("ppo.init", str(directory))
-        check_start("ppo.init", str(directory), base)
+        init_digest("ppo.init", ModelDirectory(directory))
+        check_start("ppo.init", ModelDirectory(directory), base)
 
 
 LONGER = "{% set unused = 'x' %}" + "A long opening. " * 9
@@ -310,7 +310,7 @@ def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_
 def test_a_rank_goes_by_what_rank_0_has_read(tiny_model: Path, tmp_path: Path) -> None:
     base = tiny_base(tiny_model)
     job = replace(small_job("ppo", tmp_path / "ppo", base), external_digests={"init": "read by rank 0"})
-    start = job.start(str(tmp_path / "nothing that could be read"))
+    start = job.start(ModelDirectory(tmp_path / "nothing that could be read"))
     assert start.identity == "read by rank 0"
 
 

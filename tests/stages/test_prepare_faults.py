@@ -98,9 +98,9 @@ def test_long_texts_and_retention_rows_are_compared_too(bench: Bench) -> None:
     assert len(data.rows("retention", "evaluation")) == 78
 
 
-def test_a_judge_is_tested_on_what_others_learn_from(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_is_tested_on_what_others_learn_from(bench: Bench) -> None:
     role = replace(ROLES["pairs"], key="reward@judge.pairs", metrics=(), lends_prompts=False)
-    monkeypatch.setitem(ROLES, JUDGE, role)
+    bench.roles = {**ROLES, JUDGE: role}
     bench.rows["pairs"] = [
         {"prompt": form.format(text.removesuffix("?")), "chosen": "good", "rejected": "bad"}
         for text in questions(60)
