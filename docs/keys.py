@@ -74,7 +74,8 @@ def rows(
             yield row(key, "" if value else value, *shared)
             for gate, bound in value.items():
                 limits = {name: limit for name, limit in bound.items() if name in ("min", "max")}
-                advice = re.sub(r"\(docs/([\w/-]+\.md)\)", r"([more](\1))", bound["advice"])
+                said = bound["advice"].replace("{stage}", prefix.rstrip("."))
+                advice = re.sub(r"\(docs/([\w/-]+\.md)\)", r"([more](\1))", said)
                 yield row(f"{key}.{gate}", limits, f"When it fails: {advice}")
         elif shared:
             yield row(key, value, f"{meaning} {shared[0]}")
@@ -164,7 +165,7 @@ def schema() -> str:
         section["_target_"] = {"type": "string", "description": "The class of the stage."}
         gate = section["gates"]["anyOf"][0]
         gate["properties"] = {
-            metric: gate["additionalProperties"] | {"description": bound["advice"]}
+            metric: gate["additionalProperties"] | {"description": bound["advice"].replace("{stage}", name)}
             for metric, bound in values[name]["gates"].items()
         }
     sections["SourceConfig"] = {"anyOf": [ANY_TEXT, sections["SourceConfig"]]}

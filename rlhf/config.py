@@ -94,9 +94,9 @@ class Bound(Strict):
     max: float | None = None
     """The largest value that passes; null for no bound."""
     advice: str
-    """What to try if the gate fails. The run prints it."""
+    """What to try if the gate fails. The run prints it, with the stage's name in the place of {stage}."""
     rows: str | None = None
-    """How to give the metric more rows. The run prints it if the gate cannot tell."""
+    """How to give the metric more rows. The run prints it if the gate cannot tell; {stage} as in `advice`."""
 
     def holds(self, value: float) -> bool:
         """Whether value lies in the range; NaN never does."""

@@ -33,10 +33,8 @@ from rlhf.pipeline.metrics import check_metric, check_shown
 from rlhf.pipeline.recipe import (
     BEST_OF_N,
     RecipeConfig,
-    advised,
     check_recipe,
     check_typed,
-    is_derived,
     with_instances,
     with_own_roles,
 )
@@ -214,9 +212,6 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     checked: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: classes[name].repeats_keys):
         values = {key: value for key, value in resolved[name].items() if key != "_target_"}
-        if name in mounted and isinstance(values.get("gates"), dict):  # a class derived from another one's
-            for kind in (other for other, each in mounted.items() if is_derived(classes[name], each)):
-                values["gates"] = advised(name, kind, values["gates"])
         mount = Mount(name, roles, own_roles.get(name, {}), makers)
         checked[name] = validated(classes[name], values, name, mount)
     for stage in checked.values():

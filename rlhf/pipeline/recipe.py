@@ -102,7 +102,6 @@ def with_instances(config: Keys) -> dict[str, Any]:
         gates = found[name].get("gates")
         if isinstance(gates, dict):
             _check_gates(name, gates, config[kind_of(name)]["gates"])
-            found[name]["gates"] = advised(name, kind_of(name), gates)
     return found
 
 
@@ -210,25 +209,6 @@ def _check_gates(name: str, gates: Keys, known: Keys) -> None:
     for gate, bound in gates.items():
         if gate not in known and isinstance(bound, dict) and "advice" not in bound:  # a slip, not a new one
             raise ConfigError(f"{name}.gates.{gate}: there is no such gate.{did_you_mean(gate, known)}")
-
-
-def advised(name: str, kind: str, gates: Keys) -> dict[str, Any]:
-    """The gates of a stage that is another one once more, with advice about its own keys.
-
-    Args:
-        kind: the other one.
-    """
-
-    def own(bound: Any) -> Any:
-        said = {} if not isinstance(bound, dict) else bound
-        texts = {key: said[key] for key in ("advice", "rows") if isinstance(said.get(key), str)}
-        return (
-            bound
-            if not texts
-            else said | {key: re.sub(rf"\b{kind}\.(?!md)", f"{name}.", text) for key, text in texts.items()}
-        )
-
-    return {gate: own(bound) for gate, bound in gates.items()}
 
 
 def _each_round(names: Sequence[Any], rounds: int) -> Iterator[Any]:

@@ -86,12 +86,12 @@ class GateResult:
     def advice(self) -> str:
         """What to do, as a sentence; empty if there is nothing to do."""
         if self.outcome == "failed":
-            return f"Try: {self.bound.advice}."
+            return f"Try: {self._filled(self.bound.advice)}."
         if self.outcome == "not checked":
             return f"Does not apply: {self.not_checked}."
         if self.outcome == "passed":
             return ""
-        where = f" ({self.bound.rows})" if self.bound.rows else ""
+        where = f" ({self._filled(self.bound.rows)})" if self.bound.rows else ""
         if self.more_rows is not None:
             rows = two_digits(self.more_rows)
             if self.sampled is not None and rows > MANY * self.sampled.rows:
@@ -102,6 +102,9 @@ class GateResult:
         if self.sampled is not None and self.sampled.rows < FEW:
             return f"So few tell nothing: it takes more rows{where}."
         return "The figure lies on the bound: no number of rows would tell."
+
+    def _filled(self, words: str) -> str:
+        return words.replace("{stage}", self.stage)
 
     def as_json(self) -> dict[str, Any]:
         """Its entry in summary.json; a value that is not finite becomes null."""

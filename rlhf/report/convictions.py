@@ -11,6 +11,7 @@ from rlhf.pipeline.graph import inputs, starts_from
 from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
+from rlhf.report.blame import Blame
 from rlhf.rewards.kinds import keyed_parts, stage_of
 
 FORGOTTEN = ("retention_perplexity_ratio", "question_accuracy_change")
@@ -27,84 +28,98 @@ ASKS_OTHERWISE = (
 )
 
 
-def convictions(run: Run, gate: GateResult) -> dict[str, str]:
+def convictions(run: Run, gate: GateResult) -> dict[str, Blame]:
     """The stages that a failed gate convicts, and why."""
-    found: dict[str, str] = {}
+    found: dict[str, Blame] = {}
     figure = f"{gate.name} = {gate.figure}, wanted {gate.bound}"
     kind = kind_of(gate.stage)
     if kind == "prepare" and gate.name == "bad_share":
-        found[gate.stage] = (
-            f"{gate.stage}: it left out most rows of a data set ({figure}). Its table says of which, and why."
-        )
+        why = f"it left out most rows of a data set ({figure}). Its table says of which, and why."
+        found[gate.stage] = Blame((gate.stage,), why)
     elif kind == "generate" and gate.name == "stop_rate":
         found |= endless(run, gate.stage, figure)
     elif kind == "generate" and gate.name == "echo_rate":
         made_by = str(getattr(run.chain[gate.stage], "policy", gate.stage))
         blamed = made_by if made_by in run.chain else gate.stage
-        found[blamed] = (
-            f"{blamed}: the answers repeat the question ({figure}). Are prompt and answer exchanged in "
-            "the rows that it learned?"
+        found[blamed] = Blame(
+            (blamed,),
+            f"the answers repeat the question ({figure}). Are prompt and answer exchanged in the rows that "
+            "it learned?",
         )
     elif kind == "generate" and gate.name == "within_prompt_share":
-        found[gate.stage] = (
-            f"the reward of {gate.stage}: all answers to one prompt have nearly the same score "
-            f"({figure}). Either it does not read the answer, or the answers are alike "
-            f"({gate.stage}.temperature={getattr(run.chain[gate.stage], 'temperature', 1.0):g})."
+        found[gate.stage] = Blame(
+            (gate.stage,),
+            f"all answers to one prompt have nearly the same score ({figure}). Either it does not read the "
+            "answer, or the answers are alike "
+            f"({gate.stage}.temperature={getattr(run.chain[gate.stage], 'temperature', 1.0):g}).",
+            f"the reward of {gate.stage}",
         )
     elif kind == "generate" and gate.name == "score_reliability":
-        found[gate.stage] = (
-            f"the reward of {gate.stage}: the same answers get other scores when they come in another "
-            f"order ({figure}). Does it return its scores in the order of its arguments?"
+        found[gate.stage] = Blame(
+            (gate.stage,),
+            f"the same answers get other scores when they come in another order ({figure}). Does it return "
+            "its scores in the order of its arguments?",
+            f"the reward of {gate.stage}",
         )
     elif kind == "sft" and gate.name == "cut_share":
-        found[gate.stage] = (
-            f"{gate.stage}: the answers that it learned were cut off before it read them ({figure}). "
-            "Look where its data comes from."
+        found[gate.stage] = Blame(
+            (gate.stage,),
+            f"the answers that it learned were cut off before it read them ({figure}). Look where its data "
+            "comes from.",
         )
     elif kind == "sft" and gate.name == "prompt_gain":
-        found[gate.stage] = (
-            f"{gate.stage}: what it learned to answer does not depend on the prompts ({figure}). Are the "
-            "rows of its data out of step, or all answers alike?"
+        found[gate.stage] = Blame(
+            (gate.stage,),
+            f"what it learned to answer does not depend on the prompts ({figure}). Are the rows of its data "
+            "out of step, or all answers alike?",
         )
     elif gate.name == "kl":
-        found[gate.stage] = f"{gate.stage}: the policy went too far from its start ({figure})."
+        found[gate.stage] = Blame((gate.stage,), f"the policy went too far from its start ({figure}).")
     elif kind == "evaluate" and gate.name == "gold_correlation":
         found |= another_aim(run, gate)
     elif kind == "evaluate" and (first := first_failing(run, gate)) is not None:
         policy, each = first
         if gate.name in ("length_ratio", "word_gain"):
-            blamed, why = paid_for_form(run, policy, each)
-            found[blamed] = why
+            blamed, blame = paid_for_form(run, policy, each)
+            found[blamed] = blame
         elif gate.name == "stop_rate_change":
-            found[policy] = (
-                f"{policy}: far fewer of its answers end by themselves than before ({each.name} = "
-                f"{each.figure}). Does its reward pay for that? Read its last answers."
+            found[policy] = Blame(
+                (policy,),
+                f"far fewer of its answers end by themselves than before ({each.name} = {each.figure}). Does "
+                "its reward pay for that? Read its last answers.",
             )
         elif gate.name in FORGOTTEN:
-            found[policy] = (
-                f"{policy}: its policy lost what the base model knew ({each.name} = {each.figure}, "
-                f"wanted {gate.bound}). Look at its data and its learning rate."
+            found[policy] = Blame(
+                (policy,),
+                f"its policy lost what the base model knew ({each.name} = {each.figure}, wanted "
+                f"{gate.bound}). Look at its data and its learning rate.",
             )
     return found
 
 
-def endless(run: Run, stage: str, figure: str) -> dict[str, str]:
+def endless(run: Run, stage: str, figure: str) -> dict[str, Blame]:
     """Why most answers do not end by themselves: they learned to be longer than they may be, or else."""
     asks = run.chain[stage]
     policy, most = str(getattr(asks, "policy", "")), getattr(asks, "max_new_tokens", None)
     learned = run.metrics_of(policy).get("answer_tokens")
     said = f"most answers do not end by themselves ({figure})"
     if asks_otherwise(run, stage):
-        return {stage: f"model.chat_template: {said}: {ASKS_OTHERWISE}"}
+        return {stage: Blame(("model",), f"{said}: {ASKS_OTHERWISE}", "model.chat_template")}
     if learned is not None and most is not None and learned > most:
         return {
-            policy: f"{policy} or {stage}: {said}: those that {policy} learned have {learned:.0f} tokens on "
-            f"average, and {stage}.max_new_tokens={most}. Do the answers of {policy}.data run on, or is the "
-            "limit too low?"
+            policy: Blame(
+                (policy, stage),
+                f"{said}: those that {policy} learned have {learned:.0f} tokens on average, and "
+                f"{stage}.max_new_tokens={most}. Do the answers of {policy}.data run on, or is the limit too "
+                "low?",
+            )
         }
     return {
-        stage: f"model.chat_template, or what {stage} asks: {said}. Either the template writes no end that "
-        "the model learned, or answers are cut off."
+        stage: Blame(
+            ("model", stage),
+            f"{said}. Either the template writes no end that the model learned, or answers are cut off.",
+            f"model.chat_template, or what {stage} asks",
+        )
     }
 
 
@@ -114,20 +129,23 @@ def asks_otherwise(run: Run, stage: str) -> bool:
     return untuned and bool(run.metrics_of("prepare").get("foreign_template"))
 
 
-def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
+def another_aim(run: Run, gate: GateResult) -> dict[str, Blame]:
     """The reward that the first policy of the chain learned from, which does not go with the gold score."""
     for name, stage in run.chain.items():
         if stage.makes == "policy" and stage.reads().rewards:
             reward, figure = reward_of(run, name), f"{gate.name} = {gate.figure}"
             is_against = (gate.value if gate.sampled is None else gate.sampled.high) < 0
             if is_against and (counted := counted_against(stage, reward)):
-                return {name: f"{name}: {counted}, and goes against the gold score ({figure})."}
+                return {name: Blame((name,), f"{counted}, and goes against the gold score ({figure}).")}
             said = f"it {'goes against' if is_against else 'does not go with'} the gold score ({figure})."
             if not (reward and is_against):
-                return {reward or name: f"{reward or f'the reward of {name}'}: {said}"}
+                return {reward or name: Blame((reward or name,), said, reward or f"the reward of {name}")}
             return {
-                reward: f"{reward} or {gate.stage}: {said} Are the better and the worse answers of "
-                f"{reward}.pairs exchanged, or does {gate.stage}.gold give the worse answers more?"
+                reward: Blame(
+                    (reward, gate.stage),
+                    f"{said} Are the better and the worse answers of {reward}.pairs exchanged, or does "
+                    f"{gate.stage}.gold give the worse answers more?",
+                )
             }
     return {}
 
@@ -145,9 +163,8 @@ def counted_against(stage: Stage, reward: str | None) -> str:
     )
 
 
-def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
-    """The reward that a policy learned from, where its answers changed their length or took up a word; and
-    why."""
+def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, Blame]:
+    """The reward that a policy learned from, where its answers changed their length or took up a word."""
     stage = run.chain[policy]
     reward = reward_of(run, policy)
     together = run.metrics_of(reward).get("length_correlation") if reward else None
@@ -161,19 +178,19 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
         put = f'the word "{word}"' if word else "one word"
         went_far = any((g.stage, g.name, g.outcome) == (policy, "kl", "failed") for g in run.gates)
         if reward and went_far:  # a reward model is right only near what it was trained on
-            return policy, f"{policy}: far from its start it put {put} into the answers."
+            return policy, Blame((policy,), f"far from its start it put {put} into the answers.")
         together, seen, did, form = None, "", f"put {put} into the answers", "a word"
     said = f"{stage.full_title} {did} ({each.name} = {each.figure}{seen})"
     if together is not None and abs(together) < PAYS_FOR_LENGTH:
-        return policy, (
-            f"{policy}: {said}. The reward hardly pays for length: is what {policy} starts from much shorter "
-            f"or longer than the answers of {reward}.pairs?"
+        return policy, Blame(
+            (policy,),
+            f"{said}. The reward hardly pays for length: is what {policy} starts from much shorter or longer "
+            f"than the answers of {reward}.pairs?",
         )
-    blamed = reward or (f"the reward of {policy}" if stage.reads().rewards else policy)
-    return (
-        reward or policy,
-        f"{blamed}: {said}. What it learned from may pay for {form} and not for what is said.",
-    )
+    blamed = reward or policy
+    subject = f"the reward of {policy}" if reward is None and stage.reads().rewards else ""
+    why = f"{said}. What it learned from may pay for {form} and not for what is said."
+    return blamed, Blame((blamed,), why, subject)
 
 
 def taken_up(run: Run, policy: str) -> str:
@@ -200,18 +217,19 @@ def answers(run: Run) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def grown_from_little(run: Run, policy: str, each: GateResult) -> tuple[str, str] | None:
+def grown_from_little(run: Run, policy: str, each: GateResult) -> tuple[str, Blame] | None:
     """The stage whose answers a policy starts from, if they are so short that longer ones take up common
-    words by themselves; and why."""
+    words by themselves."""
     evaluation, metrics = last_evaluation(run.stages)
     start = str(getattr(run.chain.get(evaluation), "start", ""))
     before, after = (metrics.get(f"length_mean/{name}") for name in (start, policy))
     if start not in run.chain or before is None or after is None or after < GROWN * before:
         return None
-    return start, (
-        f"{start}: its answers have {before:.0f} tokens, and those of {run.chain[policy].full_title} "
-        f"{after:.0f}, so they took up common words ({each.name} = {each.figure}). Are the answers of "
-        f"{start}.data cut off, or often empty?"
+    return start, Blame(
+        (start,),
+        f"its answers have {before:.0f} tokens, and those of {run.chain[policy].full_title} {after:.0f}, so "
+        f"they took up common words ({each.name} = {each.figure}). Are the answers of {start}.data cut off, "
+        "or often empty?",
     )
 
 
@@ -227,7 +245,7 @@ def first_failing(run: Run, gate: GateResult) -> tuple[str, GateResult] | None:
     return None
 
 
-def broken_start(run: Run) -> dict[str, str]:
+def broken_start(run: Run) -> dict[str, Blame]:
     """The first stage that starts from a model of the user's own, where that lost what the base model knows,
     and so before any step; else empty."""
     evaluation, metrics = last_evaluation(run.stages)
@@ -243,7 +261,8 @@ def broken_start(run: Run) -> dict[str, str]:
         if each.outcome == "failed":
             figure = f"{each.name} = {each.figure}, wanted {gate.bound}"
             lost = "the model that it names lost what the base model knows, before any step"
-            return {asking[0]: f"{learner}.{starts[learner][0]}: {lost} ({figure}). Was it saved whole?"}
+            why = f"{lost} ({figure}). Was it saved whole?"
+            return {asking[0]: Blame((learner,), why, f"{learner}.{starts[learner][0]}")}
     return {}
 
 

@@ -12,6 +12,7 @@ from rlhf.pipeline.auto import JUDGE
 from rlhf.pipeline.metrics import purpose
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
+from rlhf.report.blame import Blame
 from rlhf.report.convictions import answers
 from rlhf.report.judges import KINDS, OWN_SCORE, VOTES, VOTES_WORDS, Judge, judge_of, votes
 
@@ -126,7 +127,7 @@ def said_beside(run: Run, policy: str, judge: Judge | None) -> str:
     return gains + (f"; {judge.remark}" if judge is not None and judge.remark else "")
 
 
-def silent_gold(run: Run) -> dict[str, str]:
+def silent_gold(run: Run) -> dict[str, Blame]:
     """The last `evaluate` and why it cannot tell, if its gold score is the same for every answer of every
     policy, and the reward's is not; or if it has one mean for policies that answer otherwise. Else empty."""
     evaluation, metrics = last_evaluation(run.stages)
@@ -145,7 +146,7 @@ def silent_gold(run: Run) -> dict[str, str]:
         )
     else:
         return {}
-    return {evaluation: f"{evaluation}: {evaluation}.gold {why}"}
+    return {evaluation: Blame((evaluation,), f"{evaluation}.gold {why}")}
 
 
 def all_differ(given: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -17,6 +16,7 @@ from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
 from rlhf.report.against import Worked, worked_before
+from rlhf.report.blame import Blame
 from rlhf.report.convictions import (
     ASKS_OTHERWISE,
     FORGOTTEN,
@@ -60,7 +60,7 @@ SAMPLING = ("temperature", "max_new_tokens")
 
 
 UNSURE = "Nobody is to blame for sure. Look first at"
-UNEXPLAINED = ": its gate failed, and nothing else says why"
+UNPROVEN = "nobody can tell whether the reward model ranks well enough to learn from"
 NOTES = 2
 """Differences between data sets that the verdict names; `prepare` shows all."""
 SHOWN = 4
@@ -77,17 +77,12 @@ def verdict(run: Run) -> str:
         return UNTRAINED
     own, scored = dict(measured(run)), dict(evaluated(run))
     findings = [*own.values(), *scored.values()]
-    blamed = [f"To blame is {reason}" for reason in to_blame(run, causes(run))]
-    failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
-    if failed and not blamed:
-        blamed = [f"To blame is perhaps {', '.join(failed)}{UNEXPLAINED}."]
-    if not findings and not blamed:
+    failed = [gate for gate in run.gates if gate.outcome == "failed"]
+    reasons = to_blame(run, causes(run))
+    if not findings and not reasons and not failed:
         return "No stage of this run measures whether anything improved."
     worked = worked_before(run)
-    if blamed:
-        blamed = by_comparison(blamed, worked) or [
-            each + otherwise_set(run, named_in(each), "Changed there") for each in blamed
-        ]
+    blamed = blames(run, reasons, [] if reasons else failed, worked)
     why = [*unproven_rewards(run), no_judge(run)] if found == "cannot be told" else []
     parts = [*why]
     for word, direction, is_judged in (
@@ -107,7 +102,7 @@ def verdict(run: Run) -> str:
     compared = [name for name in scored if name in run.chain]
     asked = dict.fromkeys(asked_otherwise(run, name) or learned_elsewhere(run, name) for name in compared)
     remarks = [
-        f"Note {evaluation}: {each}" for each in asked if each and not any(each in said for said in blamed)
+        f"Note {evaluation}: {each}" for each in asked if each and all(each != said.why for said in reasons)
     ]
     for name in compared:
         remarks += [
@@ -127,24 +122,34 @@ def verdict(run: Run) -> str:
     return "\n".join(filter(None, [*parts, *blamed, *remarks]))
 
 
-def named_in(reason: str) -> list[str]:
-    """The stages that a reason begins with."""
-    names = reason.removeprefix("To blame is ").partition(":")[0]
-    words = re.sub(r"^perhaps |^the reward of ", "", names).replace(" or ", " ")
-    return [word.partition(".")[0] for word in re.findall(r"[\w@][\w@.]*", words)]
+def blames(
+    run: Run, reasons: Sequence[Blame], failed: Sequence[GateResult], worked: Worked | None
+) -> list[str]:
+    """Who is to blame, as sentences. Where a run worked that differs in one section of the config alone, that
+    is the cause, and what was seen elsewhere is how it shows.
 
-
-def by_comparison(blamed: Sequence[str], worked: Worked | None) -> list[str]:
-    """Who is to blame where a run worked that differs in one section of the config alone: that section. What
-    was seen elsewhere is how it shows. Empty if there is no such run."""
-    if worked is None:
+    Args:
+        failed: gates, where nothing says why.
+    """
+    gates = ", ".join(f"{gate.stage} ({gate.name} = {gate.figure})" for gate in failed)
+    sections = [
+        *(each.sections for each in reasons),
+        *([tuple(gate.stage for gate in failed)] * bool(failed)),
+    ]
+    if not sections:
         return []
+    if worked is not None and worked.section is not None and (worked.section,) not in sections:
+        shows = [*map(str, reasons), *([f"{gates}."] if gates else [])]
+        return [f"To blame is {worked.section}: {worked}", *(f"It shows in {each}" for each in shows)]
+    found = [f"To blame is {each}" for each in reasons]
+    found += [f"To blame is perhaps {gates}: its gate failed, and nothing else says why."] if gates else []
+    if worked is None:
+        return [
+            each + otherwise_set(run, names, "Changed there")
+            for each, names in zip(found, sections, strict=True)
+        ]
     said = str(worked)
-    if worked.section is None or any(named_in(each) == [worked.section] for each in blamed):
-        return [*blamed, f"{said[0].upper()}{said[1:]}"]
-    told = (each.removeprefix("To blame is ").removeprefix("perhaps ") for each in blamed)
-    shows = [f"It shows in {each.replace(UNEXPLAINED, '')}" for each in told]
-    return [f"To blame is {worked.section}: {said}", *shows]
+    return [*found, f"{said[0].upper()}{said[1:]}"]
 
 
 def less_than(run: Run, worked: Worked, scored: Mapping[str, Finding]) -> str:
@@ -227,7 +232,7 @@ def has_purpose(stage: Stage) -> bool:
     return stage.makes is not None or purpose(stage) is not None or stage.samples
 
 
-def causes(run: Run) -> dict[str, str]:
+def causes(run: Run) -> dict[str, Blame]:
     """The stages that are convicted by a failed gate, wherever the gate stands, by a gold score that tells
     nothing, or by data that hardly anything learns from; and why."""
     found = silent_gold(run) | mostly_held_out(run) | broken_start(run)
@@ -240,14 +245,14 @@ def causes(run: Run) -> dict[str, str]:
     return found
 
 
-def mostly_held_out(run: Run) -> dict[str, str]:
+def mostly_held_out(run: Run) -> dict[str, Blame]:
     """That more rows are held out than learned from, where not all improved; else empty."""
     share = getattr(run.chain.get("prepare"), "held_out_fraction", 0.0)
     findings = [*dict(measured(run)).values(), *dict(evaluated(run)).values()]
     if share <= 1 - share or all(finding.direction == "better" for finding in findings):
         return {}
     why = f"{share:.0%} of all rows are held out, and the stages learn from the rest"
-    return {"prepare": f"prepare: {why}. Lower prepare.held_out_fraction={share:g}."}
+    return {"prepare": Blame(("prepare",), f"{why}. Lower prepare.held_out_fraction={share:g}.")}
 
 
 def unlike(run: Run) -> list[str]:
@@ -255,17 +260,17 @@ def unlike(run: Run) -> list[str]:
     return PreparedData(run.directory / "artifacts" / "prepare").unlike()
 
 
-def to_blame(run: Run, convicted: Mapping[str, str]) -> list[str]:
+def to_blame(run: Run, convicted: Mapping[str, Blame]) -> list[Blame]:
     """Each stage that is to blame, and why; if there is none, the one that left the policy worse than the
     untuned model.
 
     Args:
         convicted: see `causes`.
     """
-    return [*reasons(run, dict(measured(run)), dict(evaluated(run)), convicted)] or below_base(run)
+    return [*failures(run, dict(measured(run)), dict(evaluated(run)), convicted)] or below_base(run)
 
 
-def below_base(run: Run) -> list[str]:
+def below_base(run: Run) -> list[Blame]:
     """That by the gold score the last policy is worse than the untuned model, and where it fell; empty if it
     is not. What the policy gained over its start does not show this."""
     evaluation, metrics = last_evaluation(run.stages)
@@ -277,20 +282,24 @@ def below_base(run: Run) -> list[str]:
     _, low, high, _ = known[last]
     figure = f"{known[last].value:+.2g} ({low:+.2g} to {high:+.2g})"
     if start == last or start not in known or known[start].high >= 0:
-        return [f"{last}: by the gold score its policy is worse than the untuned model, {figure}."]
+        why = f"by the gold score its policy is worse than the untuned model, {figure}."
+        return [Blame((last,), why)]
     return [
-        f"{start}: by the gold score its policy is worse than the untuned model "
-        f"({known[start].value:+.2g}), and {run.chain[last].full_title} did not make up for it: {figure}. "
-        f"Compare the answers of {start}.data with those of base."
+        Blame(
+            (start,),
+            f"by the gold score its policy is worse than the untuned model ({known[start].value:+.2g}), and "
+            f"{run.chain[last].full_title} did not make up for it: {figure}. Compare the answers of "
+            f"{start}.data with those of base.",
+        )
     ]
 
 
-def reasons(
+def failures(
     run: Run,
     own: Mapping[str, Finding],
     scored: Mapping[str, Finding],
-    convicted: Mapping[str, str],
-) -> Iterator[str]:
+    convicted: Mapping[str, Blame],
+) -> Iterator[Blame]:
     """Each stage that did not do what it is for, although all that it reads did, and why it is that one."""
     evaluation, _ = last_evaluation(run.stages)
     spoiled: set[str] = set()
@@ -308,10 +317,10 @@ def reasons(
         asked = asked_otherwise(run, name)
         is_unseen = name in scored and scored[name].direction != "better"
         if asked and did_its_own and not is_spoiled and is_unseen:
-            yield f"{evaluation}: {asked}"
+            yield Blame((evaluation,), asked)
             continue
         if did_its_own and not is_spoiled and is_unseen and (elsewhere := learned_elsewhere(run, name)):
-            yield f"{name} or {evaluation}: {elsewhere}"
+            yield Blame((name, evaluation), elsewhere)
             continue
         if did_its_own and not is_spoiled and (unsure := learned_from_nothing(run, name, own, scored)):
             yield unsure
@@ -330,7 +339,7 @@ def reasons(
             spoiled.add(name)
 
 
-def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | None) -> str:
+def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | None) -> Blame:
     """Who is to blame where this stage failed, and why."""
     stage, mine = run.chain[name], own.get(name)
     reward = reward_of(run, name)
@@ -339,49 +348,48 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
         assert found is not None
         why = found[1].failed
         if reward is None:
-            return f"{name}: {f'no model was trained to score, and {why}' if stage.reads().rewards else why}."
+            scored = "no model was trained to score, and " if stage.reads().rewards else ""
+            return Blame((name,), f"{scored}{why}.")
         if reward in own and own[reward].direction == "better":
-            return f"{name}: the reward model ranks well, and {why}."
-        return (
-            f"{reward} or {name}: {why}, and nobody can tell whether the reward model ranks well enough to "
-            "learn from."
-        )
+            return Blame((name,), f"the reward model ranks well, and {why}.")
+        return Blame((reward, name), f"{why}, and {UNPROVEN}.")
     assert score is not None
     by, against = WORDS[score.metric], "what it publishes is no better than what it is compared with"
     if mine is None or mine.direction != "better" or not score.is_judged:
         if reward is not None and reward in own and own[reward].direction == "unknown":
-            return (
-                f"{reward} or {name}: {against}, by the {by} on new prompts, and nobody can tell whether the "
-                "reward model ranks well enough to learn from."
-            )
-        return f"{name}: {against}, by the {by} on new prompts."
+            return Blame((reward, name), f"{against}, by the {by} on new prompts, and {UNPROVEN}.")
+        return Blame((name,), f"{against}, by the {by} on new prompts.")
     if not stage.reads().rewards:
-        return f"{name}: it improved on its own data, and the {by} did not follow."
+        return Blame((name,), f"it improved on its own data, and the {by} did not follow.")
     on_new = dict(evaluated(run, LEARNED)).get(name)
     if on_new is not None and on_new.direction == "not better":
-        return (
-            f"{name}: it raised the reward's score on the prompts that it learned from, and not on new ones "
-            f"({on_new.sampled.value:+.3g}). Compare ppo.prompts with evaluate.prompts."
+        return Blame(
+            (name,),
+            "it raised the reward's score on the prompts that it learned from, and not on new ones "
+            f"({on_new.sampled.value:+.3g}). Compare ppo.prompts with evaluate.prompts.",
         )
-    return (
-        f"{reward or 'the reward'}: {stage.full_title} raised its score, and the {by} did not follow. The "
-        "policy may have found what the reward likes by mistake (reward hacking): read its answers."
+    return Blame(
+        (reward or name,),
+        f"{stage.full_title} raised its score, and the {by} did not follow. The policy may have found what "
+        "the reward likes by mistake (reward hacking): read its answers.",
+        reward or "the reward",
     )
 
 
 def learned_from_nothing(
     run: Run, policy: str, own: Mapping[str, Finding], scored: Mapping[str, Finding]
-) -> str:
+) -> Blame | None:
     """That a policy pleased a reward model which may rank by chance, and that no score of a judge shows a
     gain."""
     reward, score = reward_of(run, policy), scored.get(policy)
     if reward is None or reward not in own or score is None or not score.is_judged:
-        return ""
+        return None
     if own[reward].direction != "unknown" or score.direction != "unknown":
-        return ""
-    return (
-        f"{reward}: nobody can tell that it ranks better than chance and length "
-        f"({own[reward].sampled.value:+.2g}), and the {WORDS[score.metric]} shows no gain."
+        return None
+    return Blame(
+        (reward,),
+        "nobody can tell that it ranks better than chance and length "
+        f"({own[reward].sampled.value:+.2g}), and the {WORDS[score.metric]} shows no gain.",
     )
 
 
@@ -398,19 +406,19 @@ def learned_elsewhere(run: Run, policy: str) -> str:
     )
 
 
-def out_of_sight(run: Run, policy: str) -> str:
-    """That a reward model tells its pairs apart by what is not in the policy's answers; else empty."""
+def out_of_sight(run: Run, policy: str) -> Blame | None:
+    """That a reward model tells its pairs apart by what is not in the policy's answers."""
     reward = reward_of(run, policy)
     readers = (name for name, stage in run.chain.items() if reward in inputs(stage, run.chain))
     generate = next((name for name in readers if kind_of(name) == "generate"), "generate")
     on_pairs = run.metrics_of(reward or "").get("score_deviation")
     on_answers = run.metrics_of(generate).get(deviation_of(run, generate, reward))
-    if on_pairs is None or on_answers is None or on_answers >= SEEN * on_pairs:
-        return ""
-    return (
-        f"{reward}: what tells its pairs apart is hardly in the answers that {policy} starts from (its "
-        f"scores deviate by {on_pairs:.2g} on held-out pairs, by {on_answers:.2g} in {generate}). Look at "
-        f"{reward}.pairs."
+    if reward is None or on_pairs is None or on_answers is None or on_answers >= SEEN * on_pairs:
+        return None
+    return Blame(
+        (reward,),
+        f"what tells its pairs apart is hardly in the answers that {policy} starts from (its scores deviate "
+        f"by {on_pairs:.2g} on held-out pairs, by {on_answers:.2g} in {generate}). Look at {reward}.pairs.",
     )
 
 
@@ -424,14 +432,15 @@ def deviation_of(run: Run, stage: str, reward: str | None) -> str:
     return "score_deviation"
 
 
-def hardly_moved(run: Run, policy: str) -> str:
-    """That a policy is still its own start, and what to change; empty if it moved, or is the start itself."""
+def hardly_moved(run: Run, policy: str) -> Blame | None:
+    """That a policy is still its own start, and what to change; None if it moved, or is the start itself."""
     kl = run.metrics_of(policy).get("held_out_kl_last")
     if kl is None or kl >= STILL:
-        return ""
-    return (
-        f"{policy}: its policy hardly moved from its start (KL {kl:.2g} nats per sequence). Raise "
-        f"{policy}.optim.lr or {policy}.steps, or lower {policy}.kl.coef."
+        return None
+    return Blame(
+        (policy,),
+        f"its policy hardly moved from its start (KL {kl:.2g} nats per sequence). Raise {policy}.optim.lr or "
+        f"{policy}.steps, or lower {policy}.kl.coef.",
     )
 
 

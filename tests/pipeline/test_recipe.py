@@ -16,6 +16,7 @@ from rlhf.pipeline.graph import inputs, roles_of
 from rlhf.pipeline.made_rows import context_of
 from rlhf.pipeline.metrics import purpose
 from rlhf.pipeline.recipe import as_typed, typed_key
+from rlhf.pipeline.run import results_of
 from rlhf.stages.dpo import DpoStage
 
 
@@ -171,10 +172,12 @@ def test_values_and_other_keys_stay_as_they_are() -> None:
 
 
 def test_gates_of_an_instance_advise_about_its_own_keys() -> None:
-    gate = build("recipe=iterated_dpo").stages["dpo@2"].gates["held_out_loss_change"]
-    assert gate is not None and gate.rows is not None
-    assert "dpo@2.optim.lr" in gate.advice and "dpo@2.data" in gate.rows
-    assert "docs/problems/dpo-does-not-help.md" in gate.advice
+    stage, name = build("recipe=iterated_dpo").stages["dpo@2"], "held_out_loss_change"
+    wide = {f"{name}_low": -0.1, f"{name}_high": 0.1, f"{name}_rows": 20}
+    (failed, *_), (unsure, *_) = (results_of(stage, {name: 0.09} | more) for more in ({}, wide))
+    assert failed.name == unsure.name == name
+    assert "dpo@2.optim.lr" in failed.advice and "docs/problems/dpo-does-not-help.md" in failed.advice
+    assert "dpo@2.data" in unsure.advice
 
 
 def test_rows_of_its_own_are_a_role_of_its_own() -> None:
