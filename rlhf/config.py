@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,38 +19,55 @@ from rlhf.printable import printable
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-class ConfigError(Exception):
-    """Something the user can mend: a key, a value, a file. Shown without a traceback; exit code 2."""
+STAGE = "{stage}"
+"""Stands for the name of the stage in words of what serves several, and does not know which one."""
+
+
+class Complaint(NamedTuple):
+    """What does not fit."""
+
+    about: str
+    """A setting as the user types it, such as `ppo.clip=2`. Where the fault is found below the stages: the
+    directory or source that it is about, which some key names."""
+    why: str
+    fix: str = ""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return f"{self.about}: {self.why} {self.fix}".rstrip()
+
+    def filled(self, stage: str) -> Complaint:
+        """With the name of the stage."""
+        return Complaint(*(words.replace(STAGE, stage) for words in self))
+
+
+class ConfigError(Exception):
+    """Something the user can mend: a key, a value, a file. Shown without a traceback; exit code 2. Its
+    arguments are complaints or sentences."""
+
+    def __str__(self) -> str:
+        return printable("\n".join(map(str, self.args)))
 
 
 @contextmanager
-def said_as(names: Mapping[str, str]) -> Iterator[None]:
-    """Say complaints from inside in the user's own words: `ppo.init=mine` instead of the directory `mine`.
-
-    Code that does not know which stage it serves writes `STAGE.peft=lora`; `{"STAGE": "sft"}` says which.
+def asked_by(keys: Mapping[str, str], stage: str = STAGE) -> Iterator[None]:
+    """Let complaints from below name what the user wrote: `ppo.init=mine` instead of the directory `mine`.
 
     Args:
-        names: what the code calls a thing -> what the user wrote, which replaces the first mention.
+        keys: what a complaint is about -> the setting that names it.
+        stage: the name that takes the place of `STAGE`, where it is known.
 
     Raises:
-        ConfigError: the same complaint, in other words.
+        ConfigError: the same, about the user's own keys.
     """
     try:
         yield
     except ConfigError as error:
-        (text, *rest) = error.args
-        if not isinstance(text, str):  # it makes its words itself
-            raise
-        for name, words in names.items():
-            if name == "STAGE":
-                text = text.replace("STAGE.", f"{words}.")
-                continue
-            alone = rf"(?<![\w=/:.]){re.escape(name)}(?![\w/]|[.-]\w)"
-            text = re.sub(alone, lambda _, words=words: words, text, count=1)  # type: ignore[misc]  # bound now
-        error.args = (text, *rest)
+        error.args = tuple(
+            each._replace(about=keys.get(each.about, each.about)).filled(stage)
+            if isinstance(each, Complaint)
+            else each
+            for each in error.args
+        )
         raise
 
 

@@ -39,7 +39,7 @@ from rlhf.compare.context_budget import ContextBudget, Sizes, measured
 from rlhf.compare.cost import cost_of, model_bytes
 from rlhf.compare.dataset import CORPUS, QUESTIONS, Library, find_library, find_questions
 from rlhf.compare.prompts import FewShotConfig, PromptMethod, Question, RetrievalConfig, RetrieverName
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.costs.sampling import sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined, one_after_the_other
@@ -121,13 +121,14 @@ class CompareStage(Stage):
             raise ValueError("KEY.quality=score needs KEY.reward. Give one, or choose another KEY.quality")
         return self
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """What it needs beside the other stages' packages is there. Then: every question, corpus and example
         can be had, and each question fits the base model's context."""
         if view.prepared is None:
             missing = [package for package in PACKAGES if find_spec(package) is None]
             if missing:
-                yield f"stage=compare needs {', '.join(missing)}: pip install -e '.[compare]'."
+                why = f"it needs {', '.join(missing)}."
+                yield Complaint("stage=compare", why, "Install: pip install -e '.[compare]'")
                 return
             for name in self.artifacts:
                 if not is_of_this_run(name):

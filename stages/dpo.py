@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import PositiveInt, model_validator
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel, joined
 from rlhf.costs.training import training_cost, with_reference
@@ -130,7 +130,7 @@ class DpoStage(PreferenceConfig, Stage):
         """What the user calls them."""
         return "reward.pairs" if self.data is None else f"{self.name}.data={self.data}"
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """The rows fit the loss and the model, and there are two halves of held-out ones."""
         yield from super().complaints(view)
         if view.data is None:
@@ -138,19 +138,22 @@ class DpoStage(PreferenceConfig, Stage):
         train, held_out = (view.data.rows(self.role, split) for split in TRAINING)
         is_rated = any(isinstance(row, ThumbRow) for row in itertools.chain(train, held_out))
         if self.loss != "kto" and self.data is not None and is_rated:
-            yield (
-                f"{self.name}.loss={self.loss}: {self.source} has rows with a thumb, and this loss "
-                f"compares two answers. Use {self.name}.loss=kto, or give pairs of answers."
+            yield Complaint(
+                f"{self.name}.loss={self.loss}",
+                f"{self.source} has rows with a thumb, and this loss compares two answers.",
+                f"Use {self.name}.loss=kto, or give pairs of answers.",
             )
         if len(held_out) < 2:
-            yield (
-                f"{self.source}: {len(held_out)} held-out row, but at least 2 are needed: one half chooses "
-                "the weights, the other half judges them. Give more rows, or raise prepare.held_out_fraction."
+            yield Complaint(
+                self.source,
+                f"{len(held_out)} held-out row, but at least 2 are needed: one half chooses the weights, the "
+                "other half judges them.",
+                "Give more rows, or raise prepare.held_out_fraction.",
             )
         yield from too_long(
             view, f"{self.name}.init", self.init, self.source, lambda: itertools.chain(train, held_out),
             beside=self.virtual_tokens, most=self.max_tokens,
-            mend=f"Lower {self.name}.max_tokens={self.max_tokens} to that, so that longer rows are left out, "
+            fix=f"Lower {self.name}.max_tokens={self.max_tokens} to that, so that longer rows are left out, "
             "or start from a model with a longer context.",
         )  # fmt: skip
 

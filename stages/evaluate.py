@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from rlhf.config import did_you_mean
+from rlhf.config import Complaint, did_you_mean
 from rlhf.costs.sampling import most_added, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
@@ -234,7 +234,7 @@ class EvaluateStage(Stage):
         """lm-eval's version and task files."""
         return {"lm_eval": self.harness.digest()} if self.lm_eval else {}
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """lm-eval is there and has the tasks, and their data can be had; what a gate bounds is in the
         retention set, where there is one; PPO's start, and so the model that PPO makes, can read prompts and
         retention rows."""
@@ -252,18 +252,19 @@ class EvaluateStage(Stage):
             ("question_accuracy_change", "questions", has_questions),
         ):
             if self.retention is not None and not is_there and self.gates.get(gate) is not None:
-                yield (
-                    f"evaluate.retention={', '.join(map(str, self.retention))} holds no {words}, which gate "
-                    f"{gate} needs. Add a source that does, or turn it off with evaluate.gates.{gate}=null."
+                yield Complaint(
+                    f"evaluate.retention={', '.join(map(str, self.retention))}",
+                    f"it holds no {words}, which gate {gate} needs.",
+                    f"Add a source that does, or turn it off with evaluate.gates.{gate}=null.",
                 )
         yield from too_long(
             view, "evaluate.init", self.init, f"evaluate.prompts={self.prompts}", lambda: self.rows(data),
             beside=self.max_new_tokens,
-            mend=f"Lower evaluate.max_new_tokens={self.max_new_tokens}, or leave out the longest prompts.",
+            fix=f"Lower evaluate.max_new_tokens={self.max_new_tokens}, or leave out the longest prompts.",
         )  # fmt: skip
         yield from too_long(
             view, "evaluate.init", self.init, "evaluate.retention", lambda: rows, beside=0,
-            mend="Leave out the longest rows.",
+            fix="Leave out the longest rows.",
         )  # fmt: skip
 
     @property

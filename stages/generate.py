@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.costs.sampling import most_added, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
@@ -110,14 +110,14 @@ class GenerateStage(MakesRows):
             found["score_reliability"] = f"a model scores in {self.name}.reward"
         return found
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """Prompts that leave no room for an answer."""
         yield from super().complaints(view)
         if (data := view.data) is not None:
             yield from too_long(
                 view, f"{self.name}.policy", self.policy, "ppo.prompts", lambda: self.rows(data),
                 beside=self.max_new_tokens,
-                mend=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest "
+                fix=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest "
                 "prompts, or take a model with a longer context.",
             )  # fmt: skip
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
 from rlhf.data.schema import PromptRow
@@ -134,21 +134,21 @@ class LabelStage(MakesRows, Records):
         """The `generate` stages whose answers are judged."""
         return [] if self.pairs is not None else self.answers
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """What it reads is of the right kind, what its page needs is installed, and people judge in a run of
         one process."""
         missing = [package for package in PACKAGES if find_spec(package) is None]
         if self.annotator == "human" and missing:
-            yield f"{self.name}.annotator=human needs {' and '.join(missing)}: pip install -e '.[label]'."
+            why = f"it needs {' and '.join(missing)}."
+            yield Complaint(f"{self.name}.annotator=human", why, "Install: pip install -e '.[label]'")
         if self.pairs is not None and self.pairs.stage is not None:
-            yield (
-                f"{self.name}.pairs={self.pairs}: name a file. Answers of stages are "
-                f"{self.name}.answers=[NAME]."
-            )
+            fix = f"Name a file. Answers of stages are {self.name}.answers=[NAME]."
+            yield Complaint(f"{self.name}.pairs={self.pairs}", "a stage, and no file.", fix)
         if self.pairs is None and len(self.answers) not in (1, 2):
-            yield (
-                f"{self.name}.answers=[{', '.join(self.answers)}]: name one generate stage or two, or "
-                f"{self.name}.pairs=FILE."
+            yield Complaint(
+                f"{self.name}.answers=[{', '.join(self.answers)}]",
+                f"{len(self.answers)} stages.",
+                f"Name one generate stage or two, or {self.name}.pairs=FILE.",
             )
         before = [] if self.before is None else [self.before]
         for key, names, kind in (
@@ -157,15 +157,14 @@ class LabelStage(MakesRows, Records):
         ):
             for name in names:
                 if kind_of(name) != kind:
-                    yield (
-                        f"{self.name}.{key}: {name} is no {kind} stage. Name {kind}, or an instance "
-                        f"such as {kind}@2."
-                    )
+                    fix = f"Name {kind}, or an instance such as {kind}@2."
+                    yield Complaint(f"{self.name}.{key}", f"{name} is no {kind} stage.", fix)
         if self.annotator == "human" and view.compute is not None and view.compute.world_size > 1:
-            yield (
-                f"{self.name}.annotator=human: {view.compute.world_size} processes would wait for people. "
+            yield Complaint(
+                f"{self.name}.annotator=human",
+                f"{view.compute.world_size} processes would wait for people.",
                 f"Let them judge first, with stage={self.name} launch.processes=1; then run the rest, which "
-                "finds the votes."
+                "finds the votes.",
             )
 
     def check_offers(self, said: str, chain: Mapping[str, Stage]) -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from rlhf.config import Complaint
 from rlhf.costs.memory import Allocation, MemoryPhase, billions, over, weight_bytes
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel
@@ -49,15 +50,16 @@ class MergeStage(Stage):
         """Both models."""
         return reads_of(self)._replace(base=True)
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """The tuned model has weights of its own, and can be interpolated with the base model, weight by
         weight."""
         peft = peft_of(view.chain[self.policy])
         if peft is not None and not METHODS[peft.method].merges:
             merging = " or ".join(name for name, each in METHODS.items() if each.merges)
-            yield (
-                f"merge.policy={self.policy}: {self.policy}.peft={peft.method} cannot be merged into the "
-                f"weights. Use {self.policy}.peft={merging}."
+            yield Complaint(
+                f"merge.policy={self.policy}",
+                f"{self.policy}.peft={peft.method} cannot be merged into the weights.",
+                f"Use {self.policy}.peft={merging}.",
             )
         key, init = root_of("merge.policy", self.policy, view.chain)
         directory = directory_of(init)
@@ -74,10 +76,11 @@ class MergeStage(Stage):
         why = weight and f"weights of another shape ({weight})"
         why = why or (token and f"another vocabulary ({token!r} has another id, or none)")
         if why:
-            yield (
-                f"merge.policy={self.policy}: {key}={directory} has {why} than "
-                f"{base.config.said}, and merging is between these two, weight by weight. Use model=local "
-                f"model.path={directory} {key}=base, or leave merge out."
+            yield Complaint(
+                f"merge.policy={self.policy}",
+                f"{key}={directory} has {why} than {base.config.said}, and merging is between these two, "
+                "weight by weight.",
+                f"Use model=local model.path={directory} {key}=base, or leave merge out.",
             )
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, ByteSize, Field, PositiveFloat, PositiveIn
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.costs.hardware import (
     CUDA_CONTEXT,
     CUDA_PROCESS,
@@ -204,14 +204,16 @@ class PlanStage(TellsOfRuns):
         planned = (chain[name] for name in self.planned(chain))
         return tuple(dict.fromkeys(("sft", *(role for stage in planned for role in stage.needs(chain)))))
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """What is planned trains."""
         known = [name for name, stage in view.chain.items() if peft_of(stage) is not None]
         for name in self.trains or ():
             if name not in known:
-                yield (
-                    f"plan.trains={name}: no stage of that name trains.{did_you_mean(name, known)} "
-                    f"Known: {', '.join(known)}."
+                near = did_you_mean(name, known)
+                yield Complaint(
+                    f"plan.trains={name}",
+                    f"no stage of that name trains.{near}",
+                    f"Known: {', '.join(known)}.",
                 )
 
     def run(self, job: Job) -> Mapping[str, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from rlhf.config import Complaint
 from rlhf.data.roles import TRAINING
 from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import described, origin_of
@@ -50,14 +51,15 @@ class PpoStage(PpoConfig, PolicyStage):
         found = super().reads()
         return found if self.ptx.coef > 0 else found._replace(roles=("ppo",))
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """The critic fits the methods of tuning, and can be made of its start."""
         has_tokens = self.virtual_tokens_of_reward(view.chain)
         if has_tokens and METHODS[self.peft.method].pads and self.critic.init == "reward":
-            yield (
-                f"ppo.critic.init=reward: the reward model has virtual tokens ({has_tokens}), and a critic "
-                f"on it cannot get those of ppo.peft={self.peft.method} too. Use ppo.critic.init=sft, or "
-                "another ppo.peft."
+            yield Complaint(
+                "ppo.critic.init=reward",
+                f"the reward model has virtual tokens ({has_tokens}), and a critic on it cannot get those of "
+                f"ppo.peft={self.peft.method} too.",
+                "Use ppo.critic.init=sft, or another ppo.peft.",
             )
         if view.base is not None:
             from rlhf.models.value_head import check_scorable

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from rlhf.config import Complaint
 from rlhf.data.preparation import Preparation, Sources
 from rlhf.data.prepared import FAULTS
 from rlhf.data.schema import TextRow
@@ -69,7 +70,7 @@ class PrepareStage(Stage):
         """The base model's tokenizer and context length decide what is too long."""
         return Reads(base=True)
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """Rows whose prompts are taken are there."""
         sources_of(view.chain).check_lenders()
         yield from ()

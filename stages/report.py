@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.pipeline.abilities import TellsOfRuns
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
@@ -26,18 +26,19 @@ class ReportStage(TellsOfRuns):
     """The runs of the page, by their names in runs_dir, in this order. The name of a sweep stands for all its
     trials; a directory is a run elsewhere."""
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """There is something to show: the runs are there, and none of them is this one, whose files are
         replaced."""
         if not self.runs:
-            yield "report.runs=[]: nothing to show. Name runs, such as report.runs=[first,second]."
+            yield Complaint("report.runs=[]", "nothing to show.", "Name runs: report.runs=[first,second].")
         if view.directory is None:
             return
         for name in self.runs:
             if view.directory.resolve() in [each.resolve() for each in found(name, view.directory.parent)]:
-                yield (
-                    f"report.runs={name} with run_name={view.directory.name}: the page's run would replace "
-                    "that run's files. Use another run_name."
+                yield Complaint(
+                    f"report.runs={name} with run_name={view.directory.name}",
+                    "the page's run would replace that run's files.",
+                    "Use another run_name.",
                 )
 
     def run(self, job: Job) -> Mapping[str, float]:

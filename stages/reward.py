@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.data.roles import TRAINING
 from rlhf.data.sources import SourceConfig
 from rlhf.models.on_disk import kept_on_disk
@@ -81,7 +81,7 @@ class RewardStage(Stage):
     center: NonNegativeFloat
     """Weight that pulls scores towards 0 (Eisenstein et al. 2023)."""
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """A reward model can be made of the model that it starts from, which can read the pairs that
         `max_tokens` does not leave out."""
         yield from super().complaints(view)
@@ -96,7 +96,7 @@ class RewardStage(Stage):
             view, "reward.init", self.init, f"reward.pairs={self.pairs}",
             lambda: itertools.chain.from_iterable(data.rows("pairs", split) for split in TRAINING),
             beside=virtual, most=self.max_tokens,
-            mend=f"Lower reward.max_tokens={self.max_tokens} to that, so that longer pairs are left out, or "
+            fix=f"Lower reward.max_tokens={self.max_tokens} to that, so that longer pairs are left out, or "
             "start from a model with a longer context.",
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.costs.training import artifact_bytes
@@ -94,21 +94,22 @@ class TrlStage(Stage):
         """TRL's version."""
         return {"trl": _version()}
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """TRL is asked for what it can, and for what no other key decides."""
         if view.compute is None:
             return
         if view.compute.zero != "none":
-            yield f"zero={view.compute.zero}: TRL would shard in its own way. Use zero=none."
+            yield Complaint(f"zero={view.compute.zero}", "TRL would shard in its own way.", "Use zero=none.")
         if self.peft.method not in PEFT:
-            yield f"trl.peft={self.peft.method}: TRL gets {', '.join(PEFT)}. Use one of these."
+            why = f"TRL gets {', '.join(PEFT)}."
+            yield Complaint(f"trl.peft={self.peft.method}", why, "Use one of these.")
         given = self.args or {}
         if taken := sorted(OURS & {*given}):
-            yield f"trl.args.{taken[0]}: this project's own keys decide that. Remove it."
+            yield Complaint(f"trl.args.{taken[0]}", "this project's own keys decide that.", "Remove it.")
         known = sorted(each.name for each in fields(self._classes()[1]))
         for name in (each for each in given if each not in known and each not in taken):
-            near = did_you_mean(name, known)
-            yield f"trl.args.{name}: {self.trainer}Config (TRL {_version()}) has none.{near}"
+            why = f"{self.trainer}Config (TRL {_version()}) has none."
+            yield Complaint(f"trl.args.{name}", why, did_you_mean(name, known).strip())
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """What it writes. TRL's memory and time are not predicted."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import PositiveFloat
 
-from rlhf.config import ConfigError, Strict
+from rlhf.config import Complaint, ConfigError, Strict
 from rlhf.distributed.batching import budget_batches
 from rlhf.distributed.device import Precision, choose_precision, has_gpu, keep_freed_memory
 from rlhf.distributed.signals import uninterrupted
@@ -292,14 +292,15 @@ class Compute:
             yield MicroBatch(group, weight, place == count - 1)
             self.moved()
 
-    def undivided(self, key: str, value: int, unit: int = 1) -> Iterator[str]:
+    def undivided(self, key: str, value: int, unit: int = 1) -> Iterator[Complaint]:
         """A complaint about a batch that the ranks cannot share equally, with the nearest sizes that they
         can. `unit`: sizes must be multiples of it too."""
         if value % self.world_size:
             step = math.lcm(self.world_size, unit)
             below = value // step * step
             near = f"{below} or {below + step}" if below else str(step)
-            yield f"{key}={value} cannot be divided equally over {self.world_size} ranks. Use {near}."
+            why = f"it cannot be divided equally over {self.world_size} ranks."
+            yield Complaint(f"{key}={value}", why, f"Use {near}.")
 
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
         if self.world_size == 1:

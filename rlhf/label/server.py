@@ -28,7 +28,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rlhf.config import ConfigError
+from rlhf.config import STAGE, Complaint, ConfigError
 from rlhf.label.connection import Connection, one_line_complaints
 from rlhf.label.desk import BUTTONS, MOST_COMMENT, Desk
 from rlhf.label.server_config import ServerConfig
@@ -377,9 +377,11 @@ def _listener(config: ServerConfig) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"STAGE.server.host={config.host} STAGE.server.port={config.port}: {error.strerror}. "
-            f"Another run may "
-            "use it: choose another port, or 0 for a free one."
+            Complaint(
+                f"{STAGE}.server.host={config.host} {STAGE}.server.port={config.port}",
+                f"{error.strerror}. Another run may use it.",
+                "Choose another port, or 0 for a free one.",
+            )
         ) from None
     return listener
 

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.config import ConfigError, Strict
+from rlhf.config import Complaint, ConfigError, Strict
 from rlhf.data.chat_template import PLAIN, resolve_template
 from rlhf.digests import digest_of, directory_digest, file_digests
 
@@ -127,9 +127,12 @@ def check_rows(config: PreTrainedConfig, longest: int) -> None:
     kinds = {rope["rope_type"] for rope in _ropes(config)} & {"dynamic", "longrope"}
     if kinds and longest > (context := context_length(config)):
         raise ConfigError(
-            f"{config.name_or_path or config.model_type}: a row of {longest} tokens. Its rope_type="
-            f"{kinds.pop()} changes the positions of all rows of a batch with one of more than {context} "
-            "tokens. Shorten the row: a prompt and its max_new_tokens count together."
+            Complaint(
+                str(config.name_or_path or config.model_type),
+                f"a row of {longest} tokens. Its rope_type={kinds.pop()} changes the positions of all rows "
+                f"of a batch with one of more than {context} tokens.",
+                "Shorten the row: a prompt and its max_new_tokens count together.",
+            )
         )
 
 
@@ -151,7 +154,8 @@ def reading(directory: Path) -> Iterator[None]:
 
     # transformers would load the base model that it names, from anywhere
     if (directory / "adapter_config.json").exists():
-        raise ConfigError(f"{directory}: an adapter (adapter_config.json). Merge it into its base first.")
+        why = "an adapter (adapter_config.json)."
+        raise ConfigError(Complaint(str(directory), why, "Merge it into its base first."))
     try:
         yield
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
@@ -166,8 +170,9 @@ def reading(directory: Path) -> Iterator[None]:
         if not isinstance(error, (ImportError, OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
         advice = [way for word, way in ADVICE.items() if word in text.lower()]
-        mend = (advice or [f"Check the files in {directory.absolute()}: fetch or save them again."])[0]
-        raise ConfigError(f"{directory}: cannot be read as a model: {reason.rstrip(' .')}. {mend}") from error
+        fix = (advice or [f"Check the files in {directory.absolute()}: fetch or save them again."])[0]
+        why = f"cannot be read as a model: {reason.rstrip(' .')}."
+        raise ConfigError(Complaint(str(directory), why, fix)) from error
 
 
 LONGEST_REASON = 250

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, context_length, reading
 from rlhf.models.form import as_loaded, keep_form
@@ -105,10 +105,8 @@ def check_complete(directory: Path, missing: Collection[str]) -> None:
         ConfigError: names some.
     """
     if missing:
-        raise ConfigError(
-            f"{directory}: cannot be read as a model: its weights lack {', '.join(sorted(missing)[:3])}. "
-            "Save it again, whole."
-        )
+        why = f"cannot be read as a model: its weights lack {', '.join(sorted(missing)[:3])}."
+        raise ConfigError(Complaint(str(directory), why, "Save it again, whole."))
 
 
 def attention_of(config: ModelConfig) -> str | None:

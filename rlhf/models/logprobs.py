@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
@@ -301,10 +301,11 @@ def check_policy(model: PreTrainedModel) -> None:
     with _attention_here(model):
         logits_TV = _logits(model, ids_1T, 1.0)
         if not bool(logits_TV.isfinite().all()):
-            raise ConfigError(
-                f"{model.config.name_or_path}: the logits of this {type(model).__name__} are not finite. Its "
-                "weights are damaged, or too large for this precision: try precision=fp32."
+            why = (
+                f"the logits of this {type(model).__name__} are not finite. Its weights are damaged, or too "
+                "large for this precision."
             )
+            raise ConfigError(Complaint(str(model.config.name_or_path), why, "Try precision=fp32."))
         changed_TV = _logits(model, torch.cat([ids_1T[:, :-1], ids_1T[:, :1]], dim=1), 1.0)
         own_TV = head(backbone_of(model)(input_ids=ids_1T, use_cache=False)[0][0].to(head.weight.dtype))
         enlarged = PROBED / max(float(own_TV.abs().max()), PROBED / 1e4)

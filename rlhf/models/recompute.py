@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlhf.config import ConfigError
+from rlhf.config import STAGE, Complaint, ConfigError
 
 Result = TypeVar("Result")
 
@@ -41,8 +41,11 @@ def checkpoint_layers(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            f"STAGE.activation_checkpointing=true: {type(model).__name__} has no layers that transformers "
-            "can checkpoint. Use STAGE.activation_checkpointing=false and a smaller STAGE.micro_batch_tokens."
+            Complaint(
+                f"{STAGE}.activation_checkpointing=true",
+                f"{type(model).__name__} has no layers that transformers can checkpoint.",
+                f"Use {STAGE}.activation_checkpointing=false and a smaller {STAGE}.micro_batch_tokens.",
+            )
         )
     for layer in layers:
         layer.forward = partial(recomputed, layer.forward)

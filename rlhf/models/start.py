@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.data.chat_template import sequences, tokenizer_digest
 from rlhf.data.cores import on_all_cores
 from rlhf.data.schema import Row
@@ -112,7 +112,7 @@ def files_of(init: str, base: BaseModelFiles) -> BaseModelFiles:
     return base if directory is None else BaseModelFiles(directory, "", base.config)
 
 
-def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles) -> Iterator[str]:
+def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles) -> Iterator[Complaint]:
     """Complain if vLLM's single engine would have to run models of different architectures.
 
     Args:
@@ -125,10 +125,11 @@ def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles
         files = base if directory is None else BaseModelFiles(directory, "", base.config)
         first = first or (said, files.architecture)
         if setting := other_setting(first[1], files.architecture):
-            yield (
-                f"generation=vllm: one engine answers for all models of a run, and {first[0]} and {said} are "
-                f"of two architectures ({setting}). Use generation=local, or leave one of them out "
-                "(evaluate.policies, compare.artifacts)."
+            yield Complaint(
+                "generation=vllm",
+                f"one engine answers for all models of a run, and {first[0]} and {said} are of two "
+                f"architectures ({setting}).",
+                "Use generation=local, or leave one of them out (evaluate.policies, compare.artifacts).",
             )
             return
 
@@ -141,9 +142,9 @@ def misfits(
     rows: Iterable[Row],
     *,
     beside: int,
-    mend: str,
+    fix: str,
     most: float = math.inf,
-) -> Iterator[str]:
+) -> Iterator[Complaint]:
     """Say which rows do not fit the user's own model that a stage starts from. `prepare` counts with the base
     model's tokenizer and context. If the model has the same tokenizer and no shorter context, nothing is
     counted.
@@ -152,7 +153,7 @@ def misfits(
         key: what the user calls the model, such as `ppo.init`.
         source: what the user calls the rows.
         beside: tokens to leave for an answer and for virtual tokens.
-        mend: what to do, as a sentence.
+        fix: what to do, as a sentence.
         most: the stage leaves out rows with more tokens than this.
     """
     from jinja2 import TemplateError
@@ -167,14 +168,17 @@ def misfits(
     try:
         lengths = array("i", chain.from_iterable(on_all_cores(partial(_longest, tokenizer), in_pieces(rows))))
     except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
-        yield f"{source}: the chat template of {key}={init} refuses a conversation: {error}. Leave it out."
+        why = f"the chat template of {key}={init} refuses a conversation: {error}."
+        yield Complaint(source, why, "Leave it out.")
         return
     too_long = [length for length in lengths if context - beside < length <= most]
     if too_long:
-        yield (
-            f"{source}: {len(too_long)} of {len(lengths)} rows do not fit the model of {key}={init}: they "
-            f"have up to {max(too_long)} of its tokens, and its context of {context} has room for "
-            f"{max(0, context - beside)}. {mend}"
+        yield Complaint(
+            source,
+            f"{len(too_long)} of {len(lengths)} rows do not fit the model of {key}={init}: they have up to "
+            f"{max(too_long)} of its tokens, and its context of {context} has room for "
+            f"{max(0, context - beside)}.",
+            fix,
         )
 
 

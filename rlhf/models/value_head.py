@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, reading
 from rlhf.models.form import keep_form
@@ -40,9 +40,9 @@ from rlhf.models.peft.saved import ADAPTER, WEIGHTS, attach_published, base_of, 
 from rlhf.models.save import write_model
 from rlhf.models.weight_sharing import sharing
 
-NO_HEAD = (
-    "{}: {} has no linear `score` head without bias, as a reward model needs. Use another family of model."
-)
+NO_HEAD = "{} has no linear `score` head without bias, as a reward model needs."
+OTHER_FAMILY = "Use another family of model."
+ONE_LABEL = "Give a sequence-classification model with one label."
 
 
 class ScalarHead(nn.Module):
@@ -172,14 +172,12 @@ def check_score_head(directory: Path) -> None:
     kind = architectures[0] if architectures else "the model"
     is_trained = f"{prefix}score.weight" in shapes
     if f"{prefix}score.bias" in shapes or (not is_trained and kind.endswith("ForSequenceClassification")):
-        raise ConfigError(NO_HEAD.format(directory, kind))
+        raise ConfigError(Complaint(str(directory), NO_HEAD.format(kind), OTHER_FAMILY))
     if not is_trained:
-        raise ConfigError(
-            f"{directory}: its score head was never trained (is it a causal language model?). "
-            "Give a sequence-classification model with one label."
-        )
+        why = "its score head was never trained (is it a causal language model?)."
+        raise ConfigError(Complaint(str(directory), why, ONE_LABEL))
     if (labels := shapes[f"{prefix}score.weight"][0]) != 1:
-        raise ConfigError(f"{directory}: it has {labels} labels. Give a classification model with one label.")
+        raise ConfigError(Complaint(str(directory), f"it has {labels} labels.", ONE_LABEL))
 
 
 def classifier_for(config: PreTrainedConfig) -> Any:
@@ -204,7 +202,7 @@ def linear_head(model: PreTrainedModel, of: object) -> nn.Linear:
     """
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ConfigError(NO_HEAD.format(of, type(model).__name__))
+        raise ConfigError(Complaint(str(of), NO_HEAD.format(type(model).__name__), OTHER_FAMILY))
     return head
 
 

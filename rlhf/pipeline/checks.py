@@ -6,41 +6,41 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rlhf.config import ConfigError, said_as
+from rlhf.config import Complaint, ConfigError, asked_by
 from rlhf.data.schema import Row
 from rlhf.models.start import check_start, misfits
-from rlhf.pipeline.graph import root_of, users_words
+from rlhf.pipeline.graph import naming_keys, root_of
 from rlhf.pipeline.stage import Stage, View
 
 
 def too_long(
     view: View, key: str, init: str, source: str, rows: Callable[[], Iterable[Row]], *,
-    beside: int, mend: str, most: float = math.inf,
-) -> list[str]:  # fmt: skip
+    beside: int, fix: str, most: float = math.inf,
+) -> list[Complaint]:  # fmt: skip
     """Say which rows do not fit the user's own model that a stage starts from, or that the stages before it
     started from: see `rlhf.models.start.misfits`. Rank 0 counts, as it takes a while."""
     if view.base is None or view.compute is None:
         return []
     root, base = root_of(key, init, view.chain), view.base
-    found: list[str] = view.compute.main_only(
-        lambda: [*misfits(*root, base, source, rows(), beside=beside, mend=mend, most=most)]
+    found: list[Complaint] = view.compute.main_only(
+        lambda: [*misfits(*root, base, source, rows(), beside=beside, fix=fix, most=most)]
     )
     return found
 
 
-def complaints(stage: Stage, view: View) -> list[str]:
+def complaints(stage: Stage, view: View) -> list[Complaint | str]:
     """What does not fit, in the user's own keys."""
-    found: list[str] = []
+    found: list[Complaint | str] = []
     try:
-        with said_as(users_words(stage, view.base)):
+        with asked_by(naming_keys(stage, view.base), stage.name):
             if view.base is not None:
                 for key, model in stage.reads().models.items():
                     check_start(f"{stage.name}.{key}", model, view.base)
-            said = stage.complaints(view)
-            for each in [said] if isinstance(said, str) else said or ():
+            told = stage.complaints(view)
+            for each in [told] if isinstance(told, Complaint | str) else told or ():
                 found.append(each)  # one by one: what stands before an error is told too
     except ConfigError as error:
-        found.append(str(error))
+        found += error.args
     return found
 
 
@@ -66,12 +66,12 @@ def check(stage: Stage, view: View) -> None:
     refuse(complaints(stage, view))
 
 
-def refuse(found: Iterable[str], *more: str) -> None:
+def refuse(found: Iterable[Complaint | str], *more: str) -> None:
     """Refuse if there are complaints.
 
     Raises:
         ConfigError: all of them, a line each.
     """
-    lines = [*dict.fromkeys(found)]
-    if lines:
-        raise ConfigError("\n".join([*lines, *more]))
+    each_once = [*dict.fromkeys(found)]
+    if each_once:
+        raise ConfigError(*each_once, *more)

@@ -102,13 +102,13 @@ def chain_of(name: str, chain: Mapping[str, Stage]) -> set[str]:
     return {name}.union(*(chain_of(other, chain) for other in inputs(chain[name], chain)))
 
 
-def users_words(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:
-    """What complaints from inside a stage call a thing -> what the user wrote: see `rlhf.config.said_as`.
+def naming_keys(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:
+    """Directories and sources that a stage reads -> the settings that name them: see `rlhf.config.asked_by`.
 
     Args:
         base: the base model's files, once they are known.
     """
-    words = {"STAGE": stage.name}
+    words: dict[str, str] = {}
     for key, part in keyed_parts(stage.reads().rewards):
         if ":" in part.source:  # others are usual words
             said = redacted(part.source)

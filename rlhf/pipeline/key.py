@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.config import said_as
+from rlhf.config import asked_by
 from rlhf.data.prepared import role_digest
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, Recipe, directory_digest
@@ -17,11 +17,11 @@ from rlhf.pipeline.fields import Function, Mark, Rows, marked
 from rlhf.pipeline.graph import (
     inputs,
     made_roles,
+    naming_keys,
     own_roles,
     reads_base_model,
     roles_of,
     starts_from,
-    users_words,
 )
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
@@ -119,7 +119,7 @@ def external_digests(
         digest: takes those of directories; by default everything is read.
     """
     kind, found, reads = type(stage), dict[str, str](), stage.reads()
-    with said_as(users_words(stage)):
+    with asked_by(naming_keys(stage), stage.name):
         for source in reads.rewards.values():
             found |= reward_digest(source, digest)
         for key, model in reads.models.items():
@@ -130,7 +130,7 @@ def external_digests(
         for key, value, marks in marked(stage):
             is_function = any(isinstance(each, Function) for each in marks)
             if is_function and isinstance(value, str) and value.startswith("python:"):
-                with said_as({value: f"{stage.name}.{key}={value}"}):
+                with asked_by({value: f"{stage.name}.{key}={value}"}):
                     imported_object(value)
                     found |= imported_code(value)
         return found | stage.external_digests(digest, chain) | own_code(kind.__module__, kind.__name__)

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf.config import ConfigError, said_as
+from rlhf.config import Complaint, ConfigError, asked_by
 from rlhf.data.prepared import PreparedData
 from rlhf.digests import Recipe
 from rlhf.disk import naming
@@ -31,7 +31,7 @@ from rlhf.pipeline.checks import check, check_published, complaints, refuse
 from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.forecast import Forecast
-from rlhf.pipeline.graph import answering, inputs, makers, reads_base_model, roles_of, users_words
+from rlhf.pipeline.graph import answering, inputs, makers, naming_keys, reads_base_model, roles_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.key import Surroundings, digest_names, external_digests, recipe_of
@@ -327,7 +327,7 @@ class Pipeline:
         torch.manual_seed(job.seed)
         is_measured = forget_peak(self.compute)
         try:
-            with progress.shown(name), naming(scratch), said_as(users_words(stage, base)):
+            with progress.shown(name), naming(scratch), asked_by(naming_keys(stage, base), stage.name):
                 if makers(stage, chain):
                     self.compute.main_only(lambda: prepare_rows(stage, chain, inputs, base, rows, progress))
                     check(stage, self.view(data=job.data, base=base, compute=self.compute))
@@ -492,7 +492,7 @@ class Pipeline:
         Raises:
             ConfigError: what does not fit, and the fix.
         """
-        chain, found = self.experiment.stages, list[str]()
+        chain, found = self.experiment.stages, list[Complaint | str]()
         for stage in stages:
             own = data_of(stage, data.directory, chain, data.directory)
             is_there = not makers(stage, chain)  # rows that others make are checked when they are made

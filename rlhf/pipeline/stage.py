@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PrivateAttr
 
-from rlhf.config import Bound, Strict
+from rlhf.config import Bound, Complaint, Strict
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.mount import Mount
@@ -117,10 +117,10 @@ class Stage(Strict, ABC):
         """Names of metrics that follow from its keys, beside those of `metrics`."""
         return ()
 
-    def complaints(self, view: View) -> Iterator[str]:
-        """What does not fit, as far as it can be told by what is known: in the user's own keys what, why and
-        the fix. It is asked again each time that more is known. By default: fields of the type `Batch` that
-        the ranks cannot share equally. May raise ConfigError instead.
+    def complaints(self, view: View) -> Iterator[Complaint]:
+        """What does not fit, as far as it can be told by what is known. It is asked again each time that more
+        is known. By default: fields of the type `Batch` that the ranks cannot share equally. May raise
+        ConfigError instead.
 
         Args:
             view: the other stages; later also the run's directory, the data, the base model and the ranks.

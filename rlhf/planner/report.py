@@ -49,7 +49,7 @@ def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
             "no" if strategy.against else str(place), strategy.name, strategy.on.zero,
             f"{size / GIB:.1f} GiB ({phase.name})", time_of(strategy), cost,
             amount(strategy.artifact.value), duration(strategy.latency.value),
-            "; ".join(strategy.against) or strategy.reason,
+            "; ".join(each.removesuffix(".") for each in strategy.against) or strategy.reason,
         ])  # fmt: skip
     return Cells(headings, rows)
 

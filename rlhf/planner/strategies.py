@@ -100,6 +100,11 @@ class Strategy:
     """By stage, with `LARGER` times the rows in a batch; empty where that does not fit."""
 
     @property
+    def fits(self) -> bool:
+        """Whether there is memory for it."""
+        return shortage(self.cost, self.on) <= FITS
+
+    @property
     def hours(self) -> float:
         """Until it is trained, at best."""
         return self.cost.seconds / 3600
@@ -145,7 +150,7 @@ def rank_strategies(
     ranked = sorted(found, key=lambda strategy: strategy.rank)
     instead = next((each.name for each in ranked if each.costs and not each.against), None)
     for place, strategy in enumerate(ranked):
-        if instead is not None and any(why.startswith(DOES_NOT_FIT) for why in strategy.against):
+        if instead is not None and not strategy.fits:
             ranked[place] = replace(strategy, against=[*strategy.against, f"instead: {instead}"])
     return ranked
 
@@ -166,7 +171,7 @@ def out_of_reach(
         host = on.machine.host_memory * here / now
         machine = replace(on.machine, ranks=ranks, ranks_here=now, host_memory=host)
         larger = tuned("none", stages, experiment, base, replace(on, machine=machine), use)
-        if not any(why.startswith(DOES_NOT_FIT) for why in larger.against):
+        if larger.fits:
             yield f"all parameters fit on {ranks} of these {'ranks' if on.on_cpu else 'GPUs'}"
             return
 
@@ -331,12 +336,12 @@ def refused_by_stages(found: Attempt, given: Experiment, base: PreTrainedModel) 
     planned = replace(given, settings=settings, stages=chain)
     compute = Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks)
     for stage in found.stages:
-        yield from (each.removesuffix(".") for each in complaints(stage, View(chain, compute=compute)))
+        yield from map(str, complaints(stage, View(chain, compute=compute)))
         try:
             check_method(stage, planned)
             check_tunes(stage, base, check_attachable)
         except ConfigError as error:
-            yield str(error).removesuffix(".")
+            yield str(error)
 
 
 def attempts(
@@ -474,7 +479,7 @@ def served(on: CostContext, peft: PeftConfig, use: Use) -> Figure:
 def judged(strategy: Strategy, use: Use) -> Strategy:
     """With what memory, time and latency say against it."""
     on, against = strategy.on, list(strategy.against)
-    if shortage(strategy.cost, on) > FITS:
+    if not strategy.fits:
         peak, _, _ = tightest(strategy.cost, on)
         against.append(f"{DOES_NOT_FIT}: {shortage(strategy.cost, on):.2g} times the memory ({peak.name})")
     if use.hours is not None and strategy.most_hours > use.hours:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.config import STAGE, Complaint
 from rlhf.data.schema import PromptRow
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.held_out import CHOICE, JUDGED
@@ -215,10 +216,8 @@ def evaluate_policy(
     score_B = found.score_B
     for half in (CHOICE, JUDGED):
         if not bool(score_B[half].isfinite().any()):
-            raise RewardError(
-                f"STAGE.reward gave no finite score for any of {len(score_B[half])} responses to held-out "
-                "prompts. Fix that reward, or use another one."
-            )
+            why = f"it gave no finite score for any of {len(score_B[half])} responses to held-out prompts."
+            raise RewardError(Complaint(f"{STAGE}.reward", why, "Fix that reward, or use another one."))
     logp_BR = policy.log_probabilities(rollout, temperature, micro_batch_tokens)
     reference_BR = reference.log_probabilities(rollout, temperature, micro_batch_tokens)
     kl_BR = kl_k1(logp_BR, reference_BR, rollout.mask_BR)

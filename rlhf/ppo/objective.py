@@ -1,6 +1,6 @@
 """What a policy gradient learns from a rollout: advantages and losses, as its keys name them.
 
-`STAGE.advantage` and `STAGE.policy_loss` are names in the tables here, or `python:MODULE:FUNCTION` for a
+`advantage` and `policy_loss` of a stage are names in the tables here, or `python:MODULE:FUNCTION` for a
 function of the user's. The estimators are in rlhf/rl, the losses in rlhf/losses.
 Dimensions: B episodes, R response tokens (padded).
 """
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.config import ConfigError
+from rlhf.config import STAGE
 from rlhf.losses.policy import (
     PolicyLoss,
     clipped_policy_loss,
@@ -218,9 +218,7 @@ class Objective(ABC):
         tokens = int(rollout.mask_BR.sum())
         found, _ = self.policy_loss(logp_BR, experience, total_tokens=tokens, num_episodes=size)
         if isinstance(self.loss, OwnLoss) and not bool(found.loss.isfinite()):
-            raise ConfigError(
-                f"{self.loss.setting} returned {found.loss.item()} for made-up answers. Fix it."
-            )
+            raise self.loss.error(f"returned {found.loss.item()} for made-up answers.")
 
     def rollout_metrics(self, experience: Experience) -> dict[str, float]:
         """Its own metrics of a scored rollout."""
@@ -360,8 +358,8 @@ class GroupObjective(Objective):
             for weight in (1.0, 2.0)
         ]  # fmt: skip
         if torch.equal(*found):
-            raise ConfigError(
-                f"{self.loss.setting} returns the same loss whatever weight_B is, so "
-                f"STAGE.loss_mean={self.config.loss_mean} would do nothing. Multiply each token's loss by "
-                "weight_B[:, None], or use STAGE.loss_mean=token."
+            raise self.loss.error(
+                "returns the same loss whatever weight_B is, so "
+                f"{STAGE}.loss_mean={self.config.loss_mean} would do nothing.",
+                f"Multiply each token's loss by weight_B[:, None], or use {STAGE}.loss_mean=token.",
             )

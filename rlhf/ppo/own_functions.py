@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config import ConfigError
+from rlhf.config import STAGE, Complaint, ConfigError
 from rlhf.losses.policy import PolicyLoss, with_figures
 from rlhf.rewards.code import imported_object
 from rlhf.rewards.function import where_raised
@@ -26,11 +26,15 @@ class OwnFunction:
         """Raises:
         ConfigError: it cannot be imported, or is none.
         """
-        self.setting, self._function = f"STAGE.{key}={source}", imported_object(source)
+        self.setting, self._function = f"{STAGE}.{key}={source}", imported_object(source)
         if not callable(self._function):
-            raise ConfigError(
-                f"{self.setting} names a value of the type {type(self._function).__name__}. Name a function."
+            raise self.error(
+                f"names a value of the type {type(self._function).__name__}.", "Name a function."
             )
+
+    def error(self, did: str, fix: str = "Fix it.") -> ConfigError:
+        """What it did wrong."""
+        return ConfigError(Complaint(self.setting, f"it {did}", fix))
 
     def called(self, *arguments: Any, **named: Any) -> Any:
         """What it returns.
@@ -42,10 +46,8 @@ class OwnFunction:
         try:
             return function(*arguments, **named)
         except (Exception, SystemExit) as error:  # whatever a user's function raises
-            raise ConfigError(
-                f"{self.setting} raised {type(error).__name__}: {error} ({where_raised(function, error)}). "
-                "Fix it."
-            ) from error
+            place = where_raised(function, error)
+            raise self.error(f"raised {type(error).__name__}: {error} ({place}).") from error
 
 
 class OwnEstimator(OwnFunction):
@@ -79,16 +81,11 @@ class OwnEstimator(OwnFunction):
                 if shapes
                 else _described(found, has_gradient=True)
             )
-            raise ConfigError(
-                f"{self.setting} must return {wanted} of shape {shape} (episodes, tokens), and returned "
-                f"{got}. Fix it."
-            )
+            raise self.error(f"must return {wanted} of shape {shape} (episodes, tokens), and returned {got}.")
         for each_BR in tensors:
             bad = int((mask_BR & ~each_BR.isfinite()).sum())
             if bad:
-                raise ConfigError(
-                    f"{self.setting} returned nan or inf for {bad} of {int(mask_BR.sum())} tokens. Fix it."
-                )
+                raise self.error(f"returned nan or inf for {bad} of {int(mask_BR.sum())} tokens.")
         dtype = rewarded.reward_BR.dtype
         values = None if found.values is None else Values(*(each.to(dtype) for each in found.values))
         return Advantages(torch.where(mask_BR, found.advantage_BR, 0.0).to(dtype), values)
@@ -112,9 +109,9 @@ class OwnLoss(OwnFunction):
         loss = found.loss if isinstance(found, PolicyLoss) else found
         if not isinstance(loss, Tensor) or loss.ndim > 0 or loss.requires_grad < logp_BR.requires_grad:
             has_gradient = isinstance(loss, Tensor) and loss.requires_grad
-            raise ConfigError(
-                f"{self.setting} must return a tensor with one number that carries the gradient of logp_BR, "
-                f"and returned {_described(loss, has_gradient=has_gradient)}. Fix it."
+            raise self.error(
+                "must return a tensor with one number that carries the gradient of logp_BR, and returned "
+                f"{_described(loss, has_gradient=has_gradient)}."
             )
         if isinstance(found, PolicyLoss):
             return PolicyLoss(loss, *(figure.detach() for figure in found[1:]))

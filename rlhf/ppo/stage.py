@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf.config import Complaint
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.distributed.compute import Compute
@@ -81,7 +82,7 @@ class PolicyStage(PolicyConfig, Stage):
             return {}
         return {"first_kl": f"with {self.name}.peft={method} the policy does not start as its own reference"}
 
-    def complaints(self, view: View) -> Iterator[str]:
+    def complaints(self, view: View) -> Iterator[Complaint]:
         """Normalisation fits what `generate` measured; there are two halves of the held-out prompts, which
         leave room for an answer; and these ranks and this device can do what is wanted."""
         yield from super().complaints(view)
@@ -93,44 +94,49 @@ class PolicyStage(PolicyConfig, Stage):
             return
         held_out = data.rows("ppo", "held_out")
         if len(held_out) < 2:
-            yield (
-                f"{self.prompts_said}: {len(held_out)} held-out prompt, but at least 2 are needed: one "
-                "half chooses the weights, the other half judges them. Give more prompts, or raise "
-                "prepare.held_out_fraction."
+            yield Complaint(
+                self.prompts_said,
+                f"{len(held_out)} held-out prompt, but at least 2 are needed: one half chooses the weights, "
+                "the other half judges them.",
+                "Give more prompts, or raise prepare.held_out_fraction.",
             )
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
         yield from too_long(
             view, f"{self.name}.init", self.init, self.prompts_said,
             lambda: itertools.chain(data.rows("ppo", "train"), held_out[: self.evaluate_prompts]),
             beside=virtual + self.max_new_tokens,
-            mend=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
+            fix=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
             "start from a model with a longer context.",
         )  # fmt: skip
 
-    def impossible(self, compute: Compute) -> Iterator[str]:
+    def impossible(self, compute: Compute) -> Iterator[Complaint]:
         """What cannot be done on these ranks and this device."""
         name = self.name
         if self.frozen_placement == "sharded" and compute.zero == "none":
-            yield (
-                f"{name}.frozen_placement=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, "
-                f"zero3, fsdp2 or hsdp, or use {name}.frozen_placement=replicated."
+            yield Complaint(
+                f"{name}.frozen_placement=sharded",
+                "it needs DeepSpeed or FSDP2.",
+                "Use it with zero=zero1, zero2, zero3, fsdp2 or hsdp, or use "
+                f"{name}.frozen_placement=replicated.",
             )
         if self.frozen_placement != "offloaded":
             return
         if METHODS[self.peft.method].shares and compute.zero == "none":
-            yield (
-                f"{name}.frozen_placement=offloaded: with {name}.peft={self.peft.method} the frozen models "
-                "share the policy's weights, so these must stay on the GPU. Use "
-                f"{name}.frozen_placement=replicated."
+            yield Complaint(
+                f"{name}.frozen_placement=offloaded",
+                f"with {name}.peft={self.peft.method} the frozen models share the policy's weights, so these "
+                "must stay on the GPU.",
+                f"Use {name}.frozen_placement=replicated.",
             )
         elif compute.device.type == "cpu":
-            yield (
-                f"{name}.frozen_placement=offloaded keeps the reference and reward model in the host's "
-                "memory while a GPU does not need them; this run has no GPU. Use "
-                f"{name}.frozen_placement=replicated."
+            yield Complaint(
+                f"{name}.frozen_placement=offloaded",
+                "it keeps the reference and reward model in the host's memory while a GPU does not need "
+                "them; this run has no GPU.",
+                f"Use {name}.frozen_placement=replicated.",
             )
 
-    def moments_missing(self, chain: Mapping[str, Stage]) -> Iterator[str]:
+    def moments_missing(self, chain: Mapping[str, Stage]) -> Iterator[Complaint]:
         """Moments that scores are normalised with are those of other scores than it sees."""
         if self.score.normalize != "sft":
             return
@@ -140,12 +146,14 @@ class PolicyStage(PolicyConfig, Stage):
         measured = dict(chain["generate"])
         for name, value in wanted.items():
             if measured[name] != value:
-                cure = f"so this must be {value}. Or use"
+                wanted_there, fix = f"so this must be {value}.", "Or use"
                 if "generate" in chain_of(str(value), chain):  # it would read what is made from it
-                    cure = f"and those of {self.name}.init={value} are not there. Use"
-                yield (
-                    f"generate.{name}={measured[name]}: {self.name}.score.normalize=sft takes the score's "
-                    f"mean and deviation from `generate`, {cure} {self.instead_of_moments}."
+                    wanted_there, fix = f"and those of {self.name}.init={value} are not there.", "Use"
+                yield Complaint(
+                    f"generate.{name}={measured[name]}",
+                    f"{self.name}.score.normalize=sft takes the score's mean and deviation from `generate`, "
+                    f"{wanted_there}",
+                    f"{fix} {self.instead_of_moments}.",
                 )
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.digests import PACKAGES, digest_of, file_digest
 
 INSTALLED = {"site-packages", "dist-packages"}
@@ -39,19 +39,18 @@ def imported_code(source: str) -> dict[str, str]:
     try:
         import_code(name, source)
     except ImportError as error:
-        raise ConfigError(
-            f"{source}: {error}. The module must be importable: installed, or in a directory on PYTHONPATH."
-        ) from None
+        fix = "The module must be importable: installed, or in a directory on PYTHONPATH."
+        raise ConfigError(Complaint(source, f"{error}.", fix)) from None
     except SyntaxError as error:
-        raise ConfigError(f"{source}: {error.filename}:{error.lineno}: {error.msg}. Fix that line.") from None
+        why = f"{error.filename}:{error.lineno}: {error.msg}."
+        raise ConfigError(Complaint(source, why, "Fix that line.")) from None
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's module raises, told in one line
         last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(
-            f"{source}: importing {name} raised {type(error).__name__}: {error} ({last.filename}, line "
-            f"{last.lineno}). Fix it."
-        ) from error
+        place = f"{last.filename}, line {last.lineno}"
+        why = f"importing {name} raised {type(error).__name__}: {error} ({place})."
+        raise ConfigError(Complaint(source, why, "Fix it.")) from error
     return _named(source, _imported[name][1])
 
 
@@ -67,7 +66,7 @@ def imported_object(source: str) -> Any:
         return getattr(sys.modules[module], name)
     except AttributeError as error:
         near = did_you_mean(name, vars(sys.modules[module]))
-        raise ConfigError(f"{source}: {error}.{near} Name a function of that module.") from None
+        raise ConfigError(Complaint(source, f"{error}.{near}", "Name a function of that module.")) from None
 
 
 def import_code(name: str, named_by: str) -> ModuleType:
@@ -81,17 +80,19 @@ def import_code(name: str, named_by: str) -> ModuleType:
         ConfigError: its files change meanwhile, or it is the script that was started.
     """
     if name.partition(".")[0] == "__main__":
-        raise ConfigError(
-            f"{named_by}: what the script that was started defines has no name by which another process or "
-            "a later run finds the same code. Move it into a module, MODULE.py, and name that."
+        why = (
+            "what the script that was started defines has no name by which another process or a later run "
+            "finds the same code."
         )
+        raise ConfigError(Complaint(named_by, why, "Move it into a module, MODULE.py, and name that."))
     known = _imported.get(name)
     if known is not None and known[0] is sys.modules.get(name):
         return known[0]
     before = code_on_disk(name)
     module = import_module(name)
     if code_on_disk(name) != before:
-        raise ConfigError(f"{named_by}: its code changed while it was imported. Run the same command again.")
+        why = "its code changed while it was imported."
+        raise ConfigError(Complaint(named_by, why, "Run the same command again."))
     _imported[name] = (module, before)
     return module
 

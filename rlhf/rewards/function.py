@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.data.schema import Message
 from rlhf.rewards.code import imported_object
 from rlhf.rewards.reward import (
@@ -65,10 +65,10 @@ def imported_function(source: str) -> Function:
     function: Function = imported_object(source)
     wanted = WANTED.format(name=name)
     if not callable(function):
-        raise ConfigError(f"{source}: {name} is not a function. {wanted}")
+        raise ConfigError(Complaint(source, f"{name} is not a function.", wanted))
     if (arguments := _other_arguments(function)) is not None:
         place = _place(function, module)
-        raise ConfigError(f"{source}: its arguments are {arguments} ({place}). {wanted}")
+        raise ConfigError(Complaint(source, f"its arguments are {arguments} ({place}).", wanted))
     return function
 
 
@@ -138,9 +138,9 @@ class FunctionReward:
                 answer = asyncio.run(answer)
         except (Exception, SystemExit) as error:  # whatever a user's function raises
             where = where_raised(function, error)
-            said = f"{source}: {type(error).__name__}: {error} ({where}). {wanted}"
-            raise FunctionRaisedError(said) from error
-        return as_scores(answer, len(completions), source, f"({self._place}). {wanted}")
+            complaint = Complaint(source, f"{type(error).__name__}: {error} ({where}).", wanted)
+            raise FunctionRaisedError(complaint) from error
+        return as_scores(answer, len(completions), source, wanted, place=f" ({self._place})")
 
     def _one_by_one(
         self, prompts: Prompts, completions: Sequence[str], tolerance: Tolerance, of_all: FunctionRaisedError
@@ -165,10 +165,12 @@ class FunctionReward:
                 asked = reprlib.repr(last_messages([row])[0])
                 raised.append(f"the answer {reprlib.repr(text)} to {asked}: {error}")
                 if len(raised) > tolerance.most:
-                    raise FunctionRaisedError(
-                        f"{of_all} By itself it raised for {len(raised)} answers of the {place + 1} that "
-                        f"were tried, the first one: {raised[0]}"
-                    ) from error
+                    (complaint,) = of_all.args
+                    more = (
+                        f"By itself it raised for {len(raised)} answers of the {place + 1} that were tried, "
+                        f"the first one: {raised[0]}"
+                    )
+                    raise FunctionRaisedError(complaint._replace(fix=f"{complaint.fix} {more}")) from error
         if not raised:
             raise of_all
         if sound:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeInt, PositiveFloat
 
-from rlhf.config import Strict
+from rlhf.config import Complaint, Strict
 from rlhf.rewards.reward import Prompts, Reward, RewardError, as_scores, columns_of, last_messages
 from rlhf.tracking.redaction import redacted
 
@@ -32,6 +32,9 @@ LONGEST_SHOWN = 300
 """Characters of an answer that an error shows."""
 LONGEST_ERROR, LARGEST = 4 * LONGEST_SHOWN, 16 << 20
 """Bytes that are read of an error's body, and of an answer: half a million scores."""
+
+
+FIX_SERVER = "Fix the URL or the server, and run the same command again."
 
 
 class RewardServerConfig(Strict):
@@ -62,11 +65,15 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
                 raise TypeError
             numbers = [None if value is None else float(value) for value in scores]
         except (OverflowError, TypeError):
+            shown = repr(str(answer)[:LONGEST_SHOWN])
             raise RewardError(
-                f"{redacted(url)} answered {str(answer)[:LONGEST_SHOWN]!r} to {len(completions)} responses; "
-                'it must answer {"scores": [one number for each]}.'
+                Complaint(
+                    redacted(url),
+                    f"it answered {shown} to {len(completions)} responses.",
+                    'It must answer {"scores": [one number for each]}.',
+                )
             ) from None
-        return as_scores(numbers, len(numbers), url, "")
+        return as_scores(numbers, len(numbers), url)
 
     return score
 
@@ -94,8 +101,7 @@ def ask(
             reason, is_answered = f"status {status}, {_first_line(answer)!r}", False
             if status < 500 and status not in MAY_PASS:
                 raise RewardError(
-                    f"{redacted(url)}: the reward server refuses: {reason}. Fix the URL or the server, and "
-                    "run the same command again."
+                    Complaint(redacted(url), f"the reward server refuses: {reason}.", FIX_SERVER)
                 )
         except TimeoutError:
             reason, is_answered = "timed out", False
@@ -104,14 +110,15 @@ def ask(
         if attempt < server.retries:
             time.sleep(PAUSE_SECONDS * 2**attempt)
     if is_answered:
-        raise RewardError(
-            f"{redacted(url)}: what the reward server answers is no JSON, asked {server.retries + 1} times: "
-            f"{reason}. Fix the URL or the server, and run the same command again."
-        )
+        why = f"what the reward server answers is no JSON, asked {server.retries + 1} times: {reason}."
+        raise RewardError(Complaint(redacted(url), why, FIX_SERVER))
     raise RewardError(
-        f"{redacted(url)}: the reward server does not answer, asked {server.retries + 1} times ({reason}). "
-        f"Start it, or raise reward_server.timeout={server.timeout:g} or "
-        f"reward_server.retries={server.retries}, and run the same command again."
+        Complaint(
+            redacted(url),
+            f"the reward server does not answer, asked {server.retries + 1} times ({reason}).",
+            f"Start it, or raise reward_server.timeout={server.timeout:g} or "
+            f"reward_server.retries={server.retries}, and run the same command again.",
+        )
     )
 
 

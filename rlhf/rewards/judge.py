@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from rlhf.config import ConfigError, Strict, validated
+from rlhf.config import Complaint, ConfigError, Strict, validated
 from rlhf.data.schema import PromptRow
 from rlhf.digests import digest_of
 from rlhf.rewards.http import RewardServerConfig, ask
@@ -100,7 +100,7 @@ class Judge:
         questions = [self.questions(row, said) for row, said in pairs]
         replies = self.replies({each for some in questions for each in some})
         scores = [self.score([replies[each].text for each in some]) if some else None for some in questions]
-        return as_scores(scores, len(scores), redacted(self.source), "")
+        return as_scores(scores, len(scores), redacted(self.source))
 
     def questions(self, row: PromptRow, said: str) -> list[str]:
         """One question, or two with the places swapped; none without a response to compare with."""
@@ -199,8 +199,11 @@ class Judge:
             )
         except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
             raise RewardError(
-                f"{redacted(self.source)} answered {str(answer)[:300]!r}, which is no chat completion. Give "
-                "the URL of an OpenAI-compatible endpoint, such as judge:http://localhost:8000/v1."
+                Complaint(
+                    redacted(self.source),
+                    f"it answered {str(answer)[:300]!r}, which is no chat completion.",
+                    "Give the URL of an OpenAI-compatible endpoint, such as judge:http://localhost:8000/v1.",
+                )
             ) from None
 
     def take_usage(self) -> dict[str, float]:
@@ -227,12 +230,11 @@ def read_rubric(source: str, args: JudgeArgs) -> str:
     try:
         text = Path(args.rubric).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{redacted(source)}: args.rubric={args.rubric}: {error}. Give a text file that says how to "
-            "judge."
-        ) from None
+        why, fix = f"args.rubric={args.rubric}: {error}.", "Give a text file that says how to judge."
+        raise ConfigError(Complaint(redacted(source), why, fix)) from None
     if not text:
-        raise ConfigError(f"{redacted(source)}: args.rubric={args.rubric} is empty. Say in it how to judge.")
+        why = f"args.rubric={args.rubric} is empty."
+        raise ConfigError(Complaint(redacted(source), why, "Say in it how to judge."))
     return text
 
 

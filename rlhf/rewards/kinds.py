@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf.config import ConfigError, Strict, validated
+from rlhf.config import Complaint, ConfigError, Strict, validated
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.rewards.code import imported_code
 from rlhf.rewards.function import function_reward, imported_function, needed_columns
@@ -245,7 +245,8 @@ def _digest_of_model(part: RewardPart, digest: DirectoryDigest) -> dict[str, str
 
     directory = _named_directory(part.source, {})
     if not (directory / "config.json").is_file():
-        raise ConfigError(f"{part.source}: no config.json there. Give a one-label classification model.")
+        fix = "Give a one-label classification model."
+        raise ConfigError(Complaint(part.source, "no config.json there.", fix))
     check_score_head(directory)
     return {part.source: digest(directory)}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.config import Complaint
 from rlhf.data.chat_template import exchange_ids, tokenizer_digest
 from rlhf.data.schema import PromptRow
 from rlhf.digests import weights_digest
@@ -85,8 +86,11 @@ class LearnedReward:
         broken = BROKEN_TOKENS * completion.count("\N{REPLACEMENT CHARACTER}")
         if len(ids) > room + CUT_TOKENS + broken:
             raise RewardError(
-                f"{self.directory}: the reward model reads {room} tokens, and a prompt with its response has "
-                f"{len(ids)}. Give shorter prompts, sample fewer tokens, or take another reward model."
+                Complaint(
+                    str(self.directory),
+                    f"the reward model reads {room} tokens, and a prompt with its response has {len(ids)}.",
+                    "Give shorter prompts, sample fewer tokens, or take another reward model.",
+                )
             )
         return [*ids[: room - 1], ids[-1]] if len(ids) > room else ids
 
@@ -185,8 +189,9 @@ def make_reward(
 def _checked(part: RewardPart, rule: Reward) -> Reward:
 
     def checked(prompts: Prompts, completions: Sequence[str]) -> Tensor:
-        advice = "(`RewardKind.make`). It must return one number for each response."
-        return as_scores(rule(prompts, completions), len(completions), part.source, advice)
+        fix = "It must return one number for each response."
+        scores = rule(prompts, completions)
+        return as_scores(scores, len(completions), part.source, fix, place=" (`RewardKind.make`)")
 
     return checked
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.data.schema import PromptRow
 
 if TYPE_CHECKING:
@@ -49,11 +49,15 @@ def last_messages(prompts: Prompts) -> list[str]:
     return [row.prompt[-1]["content"] if row.prompt else "" for row in prompts]
 
 
-def as_scores(answer: object, count: int, source: str, advice: str) -> Tensor:
+def as_scores(answer: object, count: int, source: str, fix: str = "", place: str = "") -> Tensor:
     """What a reward returned as `count` fp32 scores on the CPU; NaN for None.
 
+    Args:
+        fix: what the error says to do.
+        place: where the reward stands, as the error says it.
+
     Raises:
-        RewardError: it holds no numbers, or another number of them. The message ends with `advice`.
+        RewardError: it holds no numbers, or another number of them.
     """
     import torch
 
@@ -63,9 +67,10 @@ def as_scores(answer: object, count: int, source: str, advice: str) -> Tensor:
         scores = torch.as_tensor(answer)
     except (RuntimeError, TypeError, ValueError):
         said = "nothing (None)" if answer is None else f"{reprlib.repr(answer)}, which holds no numbers"
-        raise RewardError(f"{source} returned {said} {advice}") from None
+        raise RewardError(Complaint(source, f"it returned {said}{place}.", fix)) from None
     if scores.shape != (count,):
-        raise RewardError(f"{source} returned shape {tuple(scores.shape)} for {count} responses {advice}")
+        why = f"it returned shape {tuple(scores.shape)} for {count} responses{place}."
+        raise RewardError(Complaint(source, why, fix))
     return scores.detach().float().cpu()
 
 

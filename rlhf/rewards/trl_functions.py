@@ -9,7 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.rewards.function import Function, called, needed_columns
 from rlhf.rewards.reward import Reward
 
@@ -46,21 +46,19 @@ def _function(source: str, args: Mapping[str, Any]) -> Function:
     packages = {"trl": "trl", "math-verify": "math_verify"}
     missing = [name for name, module in packages.items() if not find_spec(module)]
     if missing:
-        raise ConfigError(f"{source} needs {' and '.join(missing)}: pip install -e '.[trl]'")
+        why, fix = f"it needs {' and '.join(missing)}.", "Install: pip install -e '.[trl]'"
+        raise ConfigError(Complaint(source, why, fix))
     from trl import rewards
 
     name = source.removeprefix("trl:")
     known = sorted(each for each in dir(rewards) if callable(getattr(rewards, each)))
     if name not in known:
-        raise ConfigError(
-            f"{source}: trl.rewards has no such function.{did_you_mean(name, known)} "
-            f"It has {', '.join(known)}."
-        )
+        why = f"trl.rewards has no such function.{did_you_mean(name, known)}"
+        raise ConfigError(Complaint(source, why, f"It has {', '.join(known)}."))
     function: Function = getattr(rewards, name)
     try:
         inspect.signature(function).bind_partial(**args)
         return function(**args) if name.startswith(FACTORY) else partial(function, **args)
     except TypeError as error:
-        raise ConfigError(
-            f"{source}: its args {dict(args)}: {error}. It takes {inspect.signature(function)}."
-        ) from None
+        fix = f"It takes {inspect.signature(function)}."
+        raise ConfigError(Complaint(source, f"its args {dict(args)}: {error}.", fix)) from None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from rlhf.config import ConfigError, Strict, validated
+from rlhf.config import Complaint, ConfigError, Strict, validated
 from rlhf.digests import digest_of
 from rlhf.rewards.checker import Checker
 from rlhf.rewards.reward import TOKEN_IDS, Prompts, Reward, as_scores
@@ -225,7 +225,7 @@ def verifier(source: str, args: Mapping[str, Any]) -> Reward:
 
     def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         found = [check(said, row.columns) for row, said in zip(prompts, completions, strict=True)]
-        return as_scores([None if right is None else float(right) for right in found], len(found), source, "")
+        return as_scores([None if right is None else float(right) for right in found], len(found), source)
 
     return score
 
@@ -258,7 +258,8 @@ def verifier_digest(source: str, args: Mapping[str, Any]) -> dict[str, str]:
     entry = _entry(source)
     missing = [name for name in entry.packages if not find_spec(name.replace("-", "_"))]
     if missing:
-        raise ConfigError(f"{source} needs {' and '.join(missing)}: pip install -e '.[verify]'")
+        why, fix = f"it needs {' and '.join(missing)}.", "Install: pip install -e '.[verify]'"
+        raise ConfigError(Complaint(source, why, fix))
     found = {name: importlib.metadata.version(name) for name in entry.packages}
     if entry.args is SchemaArgs:
         schema = _schema(source, args["schema_file"])
@@ -279,9 +280,8 @@ def _schema(source: str, file: str) -> str:
         jsonschema.validators.validator_for(schema).check_schema(schema)
     except (OSError, ValueError, jsonschema.SchemaError) as error:
         reason = getattr(error, "message", None) or error
-        raise ConfigError(
-            f"{source}: args.schema_file={file}: {reason}. Give a file with a JSON schema."
-        ) from None
+        why = f"args.schema_file={file}: {reason}."
+        raise ConfigError(Complaint(source, why, "Give a file with a JSON schema.")) from None
     return digest_of(schema)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from rlhf.config import ConfigError, Strict
+from rlhf.config import STAGE, Complaint, ConfigError, Strict
 from rlhf.data.schema import PairRow, ThumbRow
 from rlhf.data.tokens import TokenIds
 from rlhf.distributed.compute import Compute
@@ -122,10 +122,13 @@ class Preferences:
         if odd_B4.any():
             count, first = odd_B4.any(-1).sum(), odd_B4.any(-1).argmax()
             raise ConfigError(
-                f"STAGE.init: the reference's log-probability is not finite in {count} of {len(self)} rows, "
-                f"first in row {self.row_B[first]} (from 0), where it is {said_B4[odd_B4][0]}. Its weights "
-                "are damaged, or the precision is too small for them: try precision=fp32, or another "
-                "STAGE.init."
+                Complaint(
+                    f"{STAGE}.init",
+                    f"the reference's log-probability is not finite in {count} of {len(self)} rows, first in "
+                    f"row {self.row_B[first]} (from 0), where it is {said_B4[odd_B4][0]}. Its weights are "
+                    "damaged, or the precision is too small for them.",
+                    f"Try precision=fp32, or another {STAGE}.init.",
+                )
             )
         return replace(self, reference_B2=reference_B2, other_reference_B2=other_reference_B2)
 

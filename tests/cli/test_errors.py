@@ -196,8 +196,8 @@ def test_a_reward_model_with_another_tokenizer_may_score(chain: Chain, foreign_r
     [
         ("python:no.such.module:f", ["no.such.module", "PYTHONPATH"]),
         (f"python:{__name__}:one_for_all", ["returned shape (1,) for 2 responses"]),
-        (f"python:{__name__}:forgets_to_return", ["forgets_to_return returned nothing (None)"]),
-        (f"python:{__name__}:in_words", ["in_words returned ['good', 'good'], which holds no numbers"]),
+        (f"python:{__name__}:forgets_to_return", ["forgets_to_return: it returned nothing (None)"]),
+        (f"python:{__name__}:in_words", ["in_words: it returned ['good', 'good'], which holds no numbers"]),
         (f"python:{__name__}:nothing", ["nothing", "Name a function"]),
         ("model:nowhere", ["model:nowhere: no config.json"]),
     ],

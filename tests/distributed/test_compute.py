@@ -132,7 +132,7 @@ def test_rows_of_a_unit_are_on_one_rank_and_side_by_side() -> None:
 
 def test_sizes_that_the_ranks_and_the_groups_can_share() -> None:
     (complaint,) = on_cpu(0, 6).undivided("grpo.batch_episodes", 52, unit=4)
-    assert complaint.endswith("Use 48 or 60.")
+    assert complaint.fix == "Use 48 or 60."
     assert not [*on_cpu(0, 6).undivided("grpo.batch_episodes", 48, unit=4)]
 
 
@@ -141,9 +141,10 @@ def test_sizes_that_the_ranks_and_the_groups_can_share() -> None:
     [(100, 8, "Use 96 or 104."), (3, 8, "Use 8."), (9, 8, "Use 8 or 16."), (15, 2, "Use 14 or 16.")],
 )
 def test_a_batch_that_cannot_be_shared_equally(value: int, world_size: int, advice: str) -> None:
-    assert [*on_cpu(0, world_size).undivided("ppo.batch_episodes", value)] == [
-        f"ppo.batch_episodes={value} cannot be divided equally over {world_size} ranks. {advice}"
-    ]
+    (complaint,) = on_cpu(0, world_size).undivided("ppo.batch_episodes", value)
+    assert str(complaint) == (
+        f"ppo.batch_episodes={value}: it cannot be divided equally over {world_size} ranks. {advice}"
+    )
 
 
 @pytest.mark.parametrize(("value", "world_size"), [(96, 8), (8, 8), (7, 1)])

@@ -112,7 +112,7 @@ def test_votes_of_another_tool_are_read_and_written(tmp_path: Path) -> None:
         ("label.reward=null", "needs reward"),
         ("label.annotator=judge", "Use annotator=rule"),
         ("label.answers=[sft]", "sft is no generate stage"),
-        ("label.answers=[]", "name one generate stage or two"),
+        ("label.answers=[]", "Name one generate stage or two"),
         ("label.file=pairs.jsonl", "cannot be used as a file of votes"),
     ],
 )

@@ -110,7 +110,7 @@ def test_merged_weights_are_the_merged_models_and_leave_the_model_alone(tiny_mod
 
 def test_the_output_layer_is_refused_for_what_it_is(tiny_model: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"lm_head is the output layer of Llama.* use STAGE\.peft\.target_m"
+        ConfigError, match=r"lm_head is the output layer of Llama.* use \{stage\}\.peft\.target_m"
     ):
         attach(load(tiny_model), PeftConfig(method="lora", target_modules=["q_proj", "lm_head"]))
 
@@ -119,8 +119,8 @@ def test_the_output_layer_is_refused_for_what_it_is(tiny_model: Path) -> None:
 def test_what_is_no_linear_layer_inside_is_refused(name: str, tiny_model: Path) -> None:
     """An update of embeddings would change the output layer too, where they are tied and it is merged."""
     words = (
-        rf"^STAGE\.peft\.target_modules=\[q_proj,{name}\]: {name} is not a linear layer inside Llama.* "
-        r"Leave it out, or use STAGE\.peft\.target_modules=all-linear, which takes down_proj, gate"
+        rf"^\{{stage\}}\.peft\.target_modules=\[q_proj,{name}\]: {name} is not a linear layer inside Llama.* "
+        r"Leave it out, or use \{stage\}\.peft\.target_modules=all-linear, which takes down_proj, gate"
     )
     with pytest.raises(ConfigError, match=words):
         attach(load(tiny_model), PeftConfig(method="lora", target_modules=["q_proj", name]))
@@ -170,8 +170,8 @@ def test_what_all_linear_takes_is_told(name: str, line: str) -> None:
 def test_layers_that_peft_takes_for_experts_are_refused_by_name() -> None:
     base = skeleton(tiny_config("deepseek_v3"))
     words = (
-        r"^STAGE\.peft\.target_modules=\[o_proj,gate_proj\]: gate_proj of DeepseekV3ForCausalLM cannot be "
-        r"updated \(peft means the experts by that\)\. Leave it out, or use STAGE\.peft\.target_modules=all"
+        r"^\{stage\}\.peft\.target_modules=\[o_proj,gate_proj\]: gate_proj of DeepseekV3ForCausalLM cannot "
+        r"be updated \(peft means the experts by that\)\. Leave it out, or use \{stage\}\.peft\.target_"
     )
     with pytest.raises(ConfigError, match=words):
         attach(base, PeftConfig(method="lora", target_modules=["o_proj", "gate_proj"]))
@@ -190,8 +190,8 @@ def test_what_could_not_be_published_is_refused_before_it_trains(monkeypatch: py
     rehearse(base, config)
     monkeypatch.setattr(targets, "cannot_be_updated", lambda model: {})  # peft adapts the experts then
     words = (
-        r"^STAGE\.peft=lora: what it trains in DeepseekV3ForCausalLM cannot be published: 'DeepseekV3Ex.* "
-        r"Use STAGE\.peft=freeze or none, or name other layers in STAGE\.peft\.target_modules\.$"
+        r"^\{stage\}\.peft=lora: what it trains in DeepseekV3ForCausalLM cannot be published: 'Deepseek.* "
+        r"Use \{stage\}\.peft=freeze or none, or name other layers in \{stage\}\.peft\.target_modules\.$"
     )
     with pytest.raises(ConfigError, match=words):
         rehearse(base, config)
@@ -229,8 +229,8 @@ def test_adapters_that_no_pass_goes_through_are_refused(
     unknown = tiny_family(name)
     attach(unknown, PeftConfig(method="lora"))
     words = (
-        rf"^STAGE\.peft: {type(model).__name__} would not use an adapter of {layer}, .* "
-        r"Name only other layers in STAGE\.peft\.target_modules, or use STAGE\.peft=freeze or none\.$"
+        rf"^\{{stage\}}\.peft: {type(model).__name__} would not use an adapter of {layer}, .* "
+        r"Name only other layers in \{stage\}\.peft\.target_modules, or use \{stage\}\.peft=freeze or none\.$"
     )
     with pytest.raises(ConfigError, match=words):
         check_reached(unknown)
@@ -247,7 +247,7 @@ def test_adapters_are_reached(method: str) -> None:
 def test_layers_that_cannot_be_held_in_4_bits_are_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300))
     with pytest.raises(
-        ConfigError, match=r"^STAGE\.peft=qlora: .* of GPT2LMHeadModel .* Use STAGE\.peft=lora"
+        ConfigError, match=r"^\{stage\}\.peft=qlora: .* of GPT2LMHeadModel .* Use \{stage\}\.peft=lora"
     ):
         attach(model, PeftConfig(method="qlora", rank=4))
 

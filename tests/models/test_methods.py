@@ -198,8 +198,8 @@ def test_freeze_leaves_the_last_layers_to_train(tiny_model: Path) -> None:
 
 def test_more_layers_than_there_are(tiny_model: Path) -> None:
     words = (
-        r"^STAGE\.peft\.layers=3: LlamaForCausalLM has 2 layers that can be told apart\. "
-        r"Use STAGE\.peft\.layers=2 or less, or STAGE\.peft=none\.$"
+        r"^\{stage\}\.peft\.layers=3: LlamaForCausalLM has 2 layers that can be told apart\. "
+        r"Use \{stage\}\.peft\.layers=2 or less, or \{stage\}\.peft=none\.$"
     )
     with pytest.raises(ConfigError, match=words):
         attach(load(tiny_model), PeftConfig(method="freeze", layers=3))
@@ -208,9 +208,7 @@ def test_more_layers_than_there_are(tiny_model: Path) -> None:
 def test_ia3_on_a_model_that_peft_does_not_know(tiny_model: Path) -> None:
     model = load(tiny_model)
     setattr(model.config, "model_type", "unheard-of")  # noqa: B010 (to mypy it is the class's)
-    words = (
-        r"^STAGE\.peft=ia3: peft does not know which layers of a unheard-of .* Use STAGE\.peft=lora or dora"
-    )
+    words = r"^\{stage\}\.peft=ia3: peft does not know which layers of a .* Use \{stage\}\.peft=lora or dora"
     with pytest.raises(ConfigError, match=words):
         attach(model, PeftConfig(method="ia3"))
 
@@ -277,8 +275,8 @@ def test_bottlenecks_in_a_model_whose_layers_cannot_be_told_apart(tiny_model: Pa
     for layer in model.model.layers:
         layer.mlp.down_proj = torch.nn.Identity()
     words = (
-        r"^STAGE\.peft=adapter: .* cannot be told apart \(found: self_attn.o_proj\)\. "
-        r"Use STAGE\.peft=lora or dora\.$"
+        r"^\{stage\}\.peft=adapter: .* cannot be told apart \(found: self_attn.o_proj\)\. "
+        r"Use \{stage\}\.peft=lora or dora\.$"
     )
     with pytest.raises(ConfigError, match=words):
         attach(model, PeftConfig(method="adapter"))

@@ -74,7 +74,8 @@ VIEW = View(build().stages, compute=on_cpu())
 
 def test_without_a_gpu_it_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"ppo\.frozen_placement=offloaded .* no GPU\. Use ppo\.frozen_placement=replicated"
+        ConfigError,
+        match=r"ppo\.frozen_placement=offloaded: it .* no GPU\. Use ppo\.frozen_placement=replicated",
     ):
         check(ppo_stage("ppo.frozen_placement=offloaded"), VIEW)
 

@@ -201,7 +201,10 @@ def test_what_cannot_score_is_told_without_being_loaded(
     weights = load_file(tmp_path / "one" / "model.safetensors")
     for change, complaint in (
         ({"score.bias": torch.zeros(1)}, "has no linear `score` head without bias"),
-        ({"score.weight": torch.zeros(2, 64)}, "it has 2 labels. Give a classification model with one label"),
+        (
+            {"score.weight": torch.zeros(2, 64)},
+            "it has 2 labels. Give a sequence-classification model with one label",
+        ),
     ):
         save_file(weights | change, tmp_path / "one" / "model.safetensors", {"format": "pt"})
         with pytest.raises(ConfigError, match=complaint):

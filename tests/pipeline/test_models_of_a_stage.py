@@ -125,6 +125,7 @@ def test_what_publishes_a_policy_and_writes_none_is_told(chain: Chain) -> None:
         ("if view.directory == 5: raise ValueError", 0),  # it returns None
         ("return 'distil.init: no.'", 2),
         ("yield 'distil.init: no.'", 2),
+        ("from rlhf.config import Complaint; return Complaint('distil.init', 'no.')", 2),
     ],
 )
 def test_a_complaint_may_be_returned_yielded_or_none(chain: Chain, line: str, code: int) -> None:

@@ -492,4 +492,4 @@ def test_ranks_that_cannot_share_a_batch_are_told(key: str, batch: int) -> None:
     chain = build(f"{key}={batch}").stages
     view = View(chain, compute=on_cpu(world_size=2))
     (complaint,) = complaints(chain[key.partition(".")[0]], view)
-    assert complaint.startswith(f"{key}={batch} cannot be divided equally over 2 ranks")
+    assert str(complaint).startswith(f"{key}={batch}: it cannot be divided equally over 2 ranks. Use ")

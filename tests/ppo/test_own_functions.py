@@ -152,22 +152,22 @@ def test_its_code_is_in_the_key(rules: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         (
             "advantage", "too_short",
-            " must return a tensor of shape (8, 3) (episodes, tokens), and returned tensors of (8,). Fix it.",
+            ": it must return a tensor of shape (8, 3) (episodes, tokens), and returned tensors of (8,).",
         ),
-        ("advantage", "nan", " returned nan or inf for 15 of 15 tokens. Fix it."),
+        ("advantage", "nan", ": it returned nan or inf for 15 of 15 tokens. Fix it."),
         (
             "advantage", "broken_key",
-            " raised AttributeError: 'Rewarded' object has no attribute 'rewards' (",
+            ": it raised AttributeError: 'Rewarded' object has no attribute 'rewards' (",
         ),
-        ("advantage", "number", " names a value of the type int. Name a function."),
+        ("advantage", "number", ": it names a value of the type int. Name a function."),
         (
             "policy_loss", "by_token",
-            " must return a tensor with one number that carries the gradient of logp_BR, and returned a "
+            ": it must return a tensor with one number that carries the gradient of logp_BR, and returned a "
             "tensor of (8, 3). Fix it.",
         ),
         ("policy_loss", "detached", " and returned a tensor of () without a gradient. Fix it."),
-        ("policy_loss", "nan_loss", " returned nan for made-up answers. Fix it."),
-        ("policy_loss", "quits", " raised SystemExit: 0 ("),
+        ("policy_loss", "nan_loss", ": it returned nan for made-up answers. Fix it."),
+        ("policy_loss", "quits", ": it raised SystemExit: 0 ("),
     ],
 )  # fmt: skip
 def test_what_cannot_be_called_is_refused_before_anything_trains(key: str, name: str, said: str) -> None:
@@ -175,7 +175,7 @@ def test_what_cannot_be_called_is_refused_before_anything_trains(key: str, name:
     with pytest.raises(ConfigError) as error:
         check(experiment.stages["grpo"], View(experiment.stages, compute=on_cpu()))
     told = str(error.value)
-    assert told.startswith(f"grpo.{key}={NAMED}{name} ") and said in told
+    assert told.startswith(f"grpo.{key}={NAMED}{name}: it ") and said in told
     assert ("own_rules.py, line " in told) == ("raised" in said)
 
 
@@ -200,7 +200,9 @@ def test_a_loss_that_ignores_its_weights_is_refused() -> None:
 @pytest.mark.usefixtures("rules")
 def test_what_it_raises_later_is_told_in_a_line_and_costs_no_step(tmp_path: Path, tiny_model: Path) -> None:
     first = grpo_trainer(tmp_path / "first", tiny_model, f"grpo.advantage={NAMED}third_time")
-    with pytest.raises(ConfigError, match=r"^STAGE\.advantage=python:own_rules:third_time raised ValueError"):
+    with pytest.raises(
+        ConfigError, match=r"^\{stage\}\.advantage=python:own_rules:third_time: it raised ValueError"
+    ):
         first.train(TRAIN, HELD_OUT)
     asked: list[int] = []
 
@@ -244,8 +246,8 @@ def test_a_critic_needs_returns(name: str, got: str) -> None:
     with pytest.raises(ConfigError) as error:
         check(experiment.stages["ppo"], View(experiment.stages, compute=on_cpu()))
     assert str(error.value) == (
-        f"ppo.advantage={NAMED}{name} must return rlhf.rl.rollout.Advantages(advantage_BR, Values(value_BR, "
-        f"return_BR)), all of shape (2, 2) (episodes, tokens), and returned {got}. Fix it."
+        f"ppo.advantage={NAMED}{name}: it must return rlhf.rl.rollout.Advantages(advantage_BR, "
+        f"Values(value_BR, return_BR)), all of shape (2, 2) (episodes, tokens), and returned {got}. Fix it."
     )
 
 

@@ -88,7 +88,7 @@ def test_a_score_that_is_null_is_not_a_number(server: Server) -> None:
 @pytest.mark.parametrize("answer", [{"scores": [1]}, {"score": [1, 2]}, [1, 2], {"scores": ["a", "b"]}])
 def test_an_answer_of_another_form_is_told(server: Server, answer: Any) -> None:
     server.answers = [(200, answer)]
-    with pytest.raises(RewardError, match="it must answer"):
+    with pytest.raises(RewardError, match="It must answer"):
         remote_reward(server.url, ASKED)(*ROWS)
 
 

@@ -272,6 +272,6 @@ def test_a_kind_of_the_users_may_return_a_list(monkeypatch: pytest.MonkeyPatch) 
     reward = make_reward("chars:", {}, TINY, on_cpu(), 1000, server)
     assert reward([PromptRow([]), PromptRow([])], ["ab", "c"]).tolist() == [2.0, 1.0]
     with pytest.raises(
-        RewardError, match=r"chars: returned shape \(1,\) for 2 responses .*one number for each"
+        RewardError, match=r"chars:: it returned shape \(1,\) for 2 responses .*one number for each"
     ):
         reward([PromptRow([]), PromptRow([])], ["ab", ""])

@@ -55,6 +55,7 @@ def test_what_trl_does_not_have_is_told(source: str, args: dict[str, Any], said:
 def test_without_trl_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trl_functions, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"^trl:accuracy_reward needs trl and math-verify: pip install -e '\.\[trl\]'$"
+        ConfigError,
+        match=r"^trl:accuracy_reward: it needs trl and math-verify. Install: pip install -e '\.\[trl\]'$",
     ):
         reward_digest("trl:accuracy_reward")

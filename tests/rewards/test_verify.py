@@ -140,5 +140,7 @@ def test_the_schemas_content_and_packages_are_in_the_key(schema: dict[str, Any],
         digest()
     assert reward_digest("verify:exact") == {}
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"verify:math needs math-verify: pip install -e '\.\[verify\]'"):
+    with pytest.raises(
+        ConfigError, match=r"verify:math: it needs math-verify. Install: pip install -e '\.\[verify\]'"
+    ):
         reward_digest("verify:math")

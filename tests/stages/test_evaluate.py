@@ -285,7 +285,7 @@ def test_a_gate_needs_its_rows_in_the_retention_set(
     data.write("retention", "evaluation", rows)
     stage = make_stage(gates={gate: {"min": 0.0, "advice": ""}})
     view = View(build().stages, data=data, base=base)
-    with pytest.raises(ConfigError, match=f"evaluate.retention=samples:.* holds no {missing},"):
+    with pytest.raises(ConfigError, match=f"evaluate.retention=samples:.* it holds no {missing},"):
         check(stage, view)
     check(make_stage(gates={gate: None}), view)
     data.write("retention", "evaluation", RETENTION)
@@ -296,7 +296,7 @@ def test_missing_rows_are_told_before_anything_trains(finished_chain: tuple[Chai
     chain, _ = finished_chain
     outcome = chain.run("evaluate.retention=sentences.jsonl", "sft.optim.lr=0.5")
     assert outcome.code == 2
-    assert "evaluate.retention=sentences.jsonl holds no questions" in outcome.err
+    assert "evaluate.retention=sentences.jsonl: it holds no questions" in outcome.err
     assert outcome.statuses == {"prepare": "ran"}
 
 

@@ -297,7 +297,7 @@ def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_
         chain = build("model=tiny", *overrides).stages
         names = ("ppo", "evaluate", "compare")
         models = [each for name in names for each in answering(chain[name], chain)]
-        return list(of_two_architectures(models, base))
+        return [*map(str, of_two_architectures(models, base))]
 
     wider, other_tokens = (f"ppo.init={other_models[name]}" for name in ("wider", "other-tokens"))
     assert complaints() == complaints(other_tokens) == []  # the engine reads ids alone

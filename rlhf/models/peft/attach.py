@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import ConfigError
+from rlhf.config import STAGE, Complaint, ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.on_disk import Keep
 from rlhf.models.packed_attention import hidden_states
@@ -253,9 +253,12 @@ def check_reached(model: PreTrainedModel) -> None:
             handle.remove()
     if missed:
         raise ConfigError(
-            f"STAGE.peft: {type(model).__name__} would not use an adapter of {', '.join(sorted(missed))}, so "
-            "it would learn nothing. Name only other layers in STAGE.peft.target_modules, or use "
-            "STAGE.peft=freeze or none."
+            Complaint(
+                f"{STAGE}.peft",
+                f"{type(model).__name__} would not use an adapter of {', '.join(sorted(missed))}, so it "
+                "would learn nothing.",
+                f"Name only other layers in {STAGE}.peft.target_modules, or use {STAGE}.peft=freeze or none.",
+            )
         )
 
 
@@ -282,18 +285,14 @@ def tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
     if config.method == "ia3":
         kind = model.config.get_text_config().model_type
         if kind not in IA3_MODULES:
-            raise ConfigError(
-                f"STAGE.peft=ia3: peft does not know which layers of a {kind} model to scale. "
-                "Use STAGE.peft=lora or dora."
-            )
+            why = f"peft does not know which layers of a {kind} model to scale."
+            raise ConfigError(Complaint(f"{STAGE}.peft=ia3", why, f"Use {STAGE}.peft=lora or dora."))
         return IA3Config(fan_in_fan_out=_is_transposed(model))
     if config.method == "adapter":
         return BottleneckConfig(size=config.size, target_modules=sublayer_ends(model, config))
     if config.method == "qlora" and _is_transposed(model):
-        raise ConfigError(
-            f"STAGE.peft=qlora: bitsandbytes cannot hold the weights of {type(model).__name__} in 4 bits. "
-            "Use STAGE.peft=lora."
-        )
+        why = f"bitsandbytes cannot hold the weights of {type(model).__name__} in 4 bits."
+        raise ConfigError(Complaint(f"{STAGE}.peft=qlora", why, f"Use {STAGE}.peft=lora."))
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from rlhf.config import ConfigError, Strict
+from rlhf.config import STAGE, Complaint, ConfigError, Strict
 from rlhf.digests import weights_digest
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import KINDS, METHODS, PREFIX
@@ -69,15 +69,13 @@ class Origin(Strict):
         """
         directory = self.place(artifact)
         if not (directory / "config.json").is_file():
-            raise ConfigError(
-                f"{artifact}: its base model ({self.key}) is no longer in {directory}. Run the stage "
-                "that makes it again with the same store_dir, or put it back."
-            )
+            why = f"its base model ({self.key}) is no longer in {directory}."
+            fix = "Run the stage that makes it again with the same store_dir, or put it back."
+            raise ConfigError(Complaint(str(artifact), why, fix))
         if weights_digest(directory) != self.digest:
-            raise ConfigError(
-                f"{artifact}: its base model in {directory} has other weights than the adapter was trained "
-                "on. Train the adapter again, or put the old weights back."
-            )
+            why = f"its base model in {directory} has other weights than the adapter was trained on."
+            fix = "Train the adapter again, or put the old weights back."
+            raise ConfigError(Complaint(str(artifact), why, fix))
         return directory
 
 
@@ -195,7 +193,7 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
     check_attachable(model, config)
     if config.method in ("none", "freeze", *KINDS.values()):
         return
-    key = f"STAGE.peft={config.method}"
+    key = f"{STAGE}.peft={config.method}"
     if config.method == "qlora":  # as `attach_to_merge`
         config = config.model_copy(update={"method": "lora"})
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
@@ -219,8 +217,11 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
-            f"{key}: what it trains in {type(model).__name__} cannot be published: {reason}. "
-            "Use STAGE.peft=freeze or none, or name other layers in STAGE.peft.target_modules."
+            Complaint(
+                key,
+                f"what it trains in {type(model).__name__} cannot be published: {reason}.",
+                f"Use {STAGE}.peft=freeze or none, or name other layers in {STAGE}.peft.target_modules.",
+            )
         ) from error
 
 

@@ -1,6 +1,6 @@
 """The parts of a model that a tuning method changes.
 
-Complaints say `STAGE.peft`: `rlhf.config.said_as` puts the stage's name in its place.
+Complaints are about `STAGE.peft`: `rlhf.config.asked_by` puts the stage's name in its place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import STAGE, Complaint, ConfigError, did_you_mean
 from rlhf.models.peft.bottleneck import NAMES
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
@@ -49,32 +49,31 @@ def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
     known = [name for name in names if name not in left_out]
     if not known:
         raise ConfigError(
-            f"STAGE.peft={config.method}: {kind} has no linear layers inside that an adapter can update. "
-            "Use STAGE.peft=freeze, prompt, prefix or none."
+            Complaint(
+                f"{STAGE}.peft={config.method}",
+                f"{kind} has no linear layers inside that an adapter can update.",
+                f"Use {STAGE}.peft=freeze, prompt, prefix or none.",
+            )
         )
     if config.target_modules == "all-linear":
         return known
-    key = f"STAGE.peft.target_modules=[{','.join(config.target_modules)}]"
-    mend = f"use STAGE.peft.target_modules=all-linear, which takes {', '.join(known)}."
+    key = f"{STAGE}.peft.target_modules=[{','.join(config.target_modules)}]"
+    fix = f"Leave it out, or use {STAGE}.peft.target_modules=all-linear, which takes {', '.join(known)}."
     head = model.get_output_embeddings()
     path = next((name for name, module in model.named_modules() if head is module), "")
     output_layer = path.rpartition(".")[2]
     for name in config.target_modules:
         if name in left_out:
-            raise ConfigError(
-                f"{key}: {name} of {kind} cannot be updated ({left_out[name]}). Leave it out, or {mend}"
-            )
+            raise ConfigError(Complaint(key, f"{name} of {kind} cannot be updated ({left_out[name]}).", fix))
         if name == output_layer:
-            raise ConfigError(
-                f"{key}: {name} is the output layer of {kind}. It is computed in pieces from its weight "
-                "alone, and may be tied to the embeddings, which its update would change. "
-                f"Leave it out, or {mend}"
+            why = (
+                f"{name} is the output layer of {kind}. It is computed in pieces from its weight alone, and "
+                "may be tied to the embeddings, which its update would change."
             )
+            raise ConfigError(Complaint(key, why, fix))
         if name not in known:
-            raise ConfigError(
-                f"{key}: {name} is not a linear layer inside {kind}.{did_you_mean(name, known)} "
-                f"Leave it out, or {mend}"
-            )
+            near = did_you_mean(name, known)
+            raise ConfigError(Complaint(key, f"{name} is not a linear layer inside {kind}.{near}", fix))
     return config.target_modules
 
 
@@ -88,10 +87,13 @@ def last_layers(model: PreTrainedModel, config: PeftConfig | None) -> list[nn.Mo
         return []
     blocks = _layers(model)
     if len(blocks) < config.layers:
-        mend = f"STAGE.peft.layers={len(blocks)} or less" if blocks else "STAGE.peft=lora"
+        other = f"{STAGE}.peft.layers={len(blocks)} or less" if blocks else f"{STAGE}.peft=lora"
         raise ConfigError(
-            f"STAGE.peft.layers={config.layers}: {type(model).__name__} has {len(blocks)} layers that can be "
-            f"told apart. Use {mend}, or STAGE.peft=none."
+            Complaint(
+                f"{STAGE}.peft.layers={config.layers}",
+                f"{type(model).__name__} has {len(blocks)} layers that can be told apart.",
+                f"Use {other}, or {STAGE}.peft=none.",
+            )
         )
     return blocks[-config.layers :]
 
@@ -114,8 +116,12 @@ def sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
         ends += [f"{name}.{names[-1]}".rstrip(".")] if names else []
     if len(ends) != 2:
         raise ConfigError(
-            f"STAGE.peft=adapter: attention and feed-forward of {type(model).__name__} cannot be told apart "
-            f"(found: {', '.join(ends) or 'none'}). Use STAGE.peft=lora or dora."
+            Complaint(
+                f"{STAGE}.peft=adapter",
+                f"attention and feed-forward of {type(model).__name__} cannot be told apart (found: "
+                f"{', '.join(ends) or 'none'}).",
+                f"Use {STAGE}.peft=lora or dora.",
+            )
         )
     return ends if config.placement == "houlsby" else ends[1:]
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from rlhf.config import ConfigError
+from rlhf.config import STAGE, Complaint, ConfigError
 from rlhf.models.base import ATTENTION
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import KINDS
@@ -144,17 +144,23 @@ def check_virtual_tokens(model: PreTrainedModel, method: str) -> None:
     """
     if virtual_tokens(model) is not None:
         raise ConfigError(
-            f"STAGE.peft={method}: {type(model).__name__} already has virtual tokens. "
-            "Use another STAGE.peft, such as lora."
+            Complaint(
+                f"{STAGE}.peft={method}",
+                f"{type(model).__name__} already has virtual tokens.",
+                f"Use another {STAGE}.peft, such as lora.",
+            )
         )
     settings = model.config.get_text_config()
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
     has_attention = getattr(settings, "num_attention_heads", None) is not None
     if kinds != {"full_attention"} or getattr(settings, "sliding_window", None) or not has_attention:
         raise ConfigError(
-            f"STAGE.peft={method}: not every layer of {type(model).__name__} attends to all earlier tokens "
-            "(sliding windows, or no attention), so virtual tokens would be lost. Use STAGE.peft=lora or "
-            "adapter."
+            Complaint(
+                f"{STAGE}.peft={method}",
+                f"not every layer of {type(model).__name__} attends to all earlier tokens (sliding windows, "
+                "or no attention), so virtual tokens would be lost.",
+                f"Use {STAGE}.peft=lora or adapter.",
+            )
         )
 
 

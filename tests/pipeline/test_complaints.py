@@ -10,42 +10,47 @@ import pytest
 
 from helpers.chains import Chain
 from helpers.experiments import build
-from rlhf.config import ConfigError, said_as
+from rlhf.config import STAGE, Complaint, ConfigError, asked_by
 from rlhf.models.base import BaseModelFiles, ModelConfig
-from rlhf.pipeline.graph import users_words
+from rlhf.pipeline.graph import naming_keys
 
-WORDS = {"STAGE": "sft", "mine": "ppo.init=mine", "python:m:f": "ppo.reward=python:m:f"}
+KEYS = {"mine": "ppo.init=mine", "python:m:f": "ppo.reward=python:m:f"}
+IA3 = Complaint(f"{STAGE}.peft=ia3", "no.", f"Use {STAGE}.peft=lora.")
 
 
 @pytest.mark.parametrize(
     ("inside", "outside"),
     [
-        ("STAGE.peft=ia3: no. Use STAGE.peft=lora.", "sft.peft=ia3: no. Use sft.peft=lora."),
-        ("mine: cannot be read.", "ppo.init=mine: cannot be read."),
-        ("ppo.init=mine: cannot be read.", "ppo.init=mine: cannot be read."),  # it says so already
-        ("/is/mine: no. mine/x: no. mine.txt: no. mine-2: no.", None),  # other files
-        ("python:m:f: gave 2 scores.", "ppo.reward=python:m:f: gave 2 scores."),
-        ("mine: no. mine: no.", "ppo.init=mine: no. mine: no."),
+        (IA3, "sft.peft=ia3: no. Use sft.peft=lora."),
+        (Complaint("mine", "cannot be read."), "ppo.init=mine: cannot be read."),
+        (Complaint("ppo.init=mine", "cannot be read."), "ppo.init=mine: cannot be read."),  # it says so
+        (Complaint("/is/mine", "mine: no.", "Fix mine."), "/is/mine: mine: no. Fix mine."),  # another file
+        (Complaint("python:m:f", "it gave 2 scores."), "ppo.reward=python:m:f: it gave 2 scores."),
+        ("mine: no.", "mine: no."),
     ],
 )
-def test_names_from_inside_become_the_users_keys(inside: str, outside: str | None) -> None:
-    with pytest.raises(ConfigError) as error, said_as(WORDS):
+def test_what_a_complaint_is_about_becomes_the_users_key(inside: Complaint | str, outside: str) -> None:
+    with pytest.raises(ConfigError) as error, asked_by(KEYS, "sft"):
         raise ConfigError(inside)
-    assert str(error.value) == (outside or inside)
+    assert str(error.value) == outside
+
+
+def test_complaints_are_told_in_a_line_each() -> None:
+    error = ConfigError(Complaint("ppo.clip=0", "too small.", "Use 0.2."), "Nothing was loaded.")
+    assert str(error) == "ppo.clip=0: too small. Use 0.2.\nNothing was loaded."
 
 
 def test_what_a_stage_was_told(tmp_path: Path) -> None:
     base = BaseModelFiles(tmp_path, "", ModelConfig(kind="local", path="here"))
     stages = build("ppo.init=mine", "ppo.reward=model:judge").stages
-    assert users_words(stages["ppo"], base) == {
-        "STAGE": "ppo",
+    assert naming_keys(stages["ppo"], base) == {
         "model:judge": "ppo.reward=model:judge",
         "judge": "ppo.reward=model:judge",
         "mine": "ppo.init=mine",
         str(tmp_path): "model.path=here",
     }
     stages = build("ppo.reward=vader", "ppo.critic.init=sft").stages
-    assert users_words(stages["ppo"]) == {"STAGE": "ppo"}  # vader may stand for something else
+    assert naming_keys(stages["ppo"]) == {}  # vader may stand for something else
 
 
 def test_a_reward_models_directory_is_named_by_its_key(tmp_path: Path, tiny_model: Path) -> None:
