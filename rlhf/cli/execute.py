@@ -25,6 +25,7 @@ from rlhf.tracking.redaction import RedactingConsole
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from rlhf.pipeline.experiment import Experiment
     from rlhf.pipeline.runner import Pipeline
 
 KEPT = "Finished stages and the last checkpoint are kept: the same command continues from there."
@@ -149,9 +150,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         try:
             run_name = compute.broadcast(run_name)  # each rank made its own from the time
             console = RedactingConsole(quiet=not compute.is_main)
-            console.print(f"Run in {runs / run_name}; {how}.", highlight=False)
-            for line in experiment.notes:
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_lead(experiment, runs / run_name, how, console)
             pipeline = Pipeline(experiment, run_name, console, compute, signals)
             with Heartbeat(runs / run_name / "ranks", compute, end_waiting) as heartbeat:
                 signals.progress = heartbeat.progress if compute.world_size > 1 else None
@@ -182,6 +181,13 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         finally:
             if sys.exc_info()[0] in (None, Stopped):
                 leave_group(compute)
+
+
+def print_lead(experiment: Experiment, directory: Path, how: str, console: Console) -> None:
+    """Where the run is, how it computes, and what was decided for the user."""
+    console.print(f"Run in {directory}; {how}.", highlight=False)
+    for line in experiment.notes:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def run_chain(pipeline: Pipeline, console: Console) -> None:

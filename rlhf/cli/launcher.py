@@ -26,7 +26,7 @@ import psutil
 from rlhf.config import ConfigError
 from rlhf.costs.memory import amount
 from rlhf.distributed.device import has_gpu
-from rlhf.distributed.signals import STOPPING, Heard
+from rlhf.distributed.signals import Heard, handled_by
 from rlhf.exit_codes import CONFIG_ERROR, INTERRUPTED, STOPPED
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import LaunchConfig
@@ -100,18 +100,16 @@ def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int, me
                 if rank.poll() is None:
                     rank.send_signal(signum)
 
-    before = {signum: signal.signal(signum, forward) for signum in STOPPING}
-    try:
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            if len(heard.signums) > 1:  # the ranks end at once; those that cannot are ended
-                break
-            time.sleep(0.05)
-        ended = _end(ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    with handled_by(forward):
+        try:
+            while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+                if len(heard.signums) > 1:  # the ranks end at once; those that cannot are ended
+                    break
+                time.sleep(0.05)
+            ended = _end(ranks)
+        finally:
+            for rank in ranks:
+                rank.kill()
     codes = {number: rank.wait() for number, rank in enumerate(ranks) if number not in ended}
     if not codes:
         print("No rank ended by itself after a second signal; all were killed.", file=sys.stderr)

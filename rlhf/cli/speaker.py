@@ -121,13 +121,18 @@ def load_speakers(names: Sequence[str], run: RunFiles | None, manner: Manner) ->
     compute, _ = make_compute(manner.device, manner.precision)
     speakers = []
     for name in names:
-        policy = _load(name, run, compute)
+        policy = load_policy(name, run, compute)
         check_decoding(policy.model)
         speakers.append(Speaker(name, policy, manner))
     return speakers
 
 
-def _load(name: str, run: RunFiles | None, compute: Compute) -> PolicyModel:
+def load_policy(name: str, run: RunFiles | None, compute: Compute) -> PolicyModel:
+    """A policy of the run, `base`, or a model's directory.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
     if run is not None and name in run.policies:
         settings = ModelConfig.model_validate(run.config["model"])
         return PolicyModel.load(run.artifact(name).path, settings, compute, check=True)

@@ -91,12 +91,8 @@ class StopSignals:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handle them while open."""
-        before = {signum: signal.signal(signum, self._handle) for signum in STOPPING}
-        try:
+        with handled_by(self._handle):
             yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
     @contextmanager
     def heard(self, end: Callable[[int, bool], None]) -> Iterator[None]:
@@ -184,6 +180,19 @@ class StopSignals:
             is_new, self._is_second = self._is_second, False  # once: the next would break what cleans up
         if is_new:
             raise Stopped(signum)
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While open, this is called for the signals that stop a run. Python lets the main thread alone do this:
+    a run in another one ends with its process."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, handler) for signum in (STOPPING if is_main else ())}
+    try:
+        yield
+    finally:
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
 
 
 def _next(reader: socket.socket) -> bytes:

@@ -14,7 +14,8 @@ import inspect
 import math
 import reprlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ class FunctionReward:
             else:
                 answer = function(last_messages(prompts), list(completions))
             if inspect.iscoroutine(answer):
-                answer = asyncio.run(answer)
+                answer = _awaited(answer)
         except (Exception, SystemExit) as error:  # whatever a user's function raises
             where = where_raised(function, error)
             complaint = Complaint(source, f"{type(error).__name__}: {error} ({where}).", wanted)
@@ -179,6 +180,16 @@ class FunctionReward:
             )
         tolerance.raised += raised
         return scores
+
+
+def _awaited(answer: Coroutine[Any, Any, Any]) -> Any:
+    """Its result. A notebook's event loop runs already in this thread: then in another one."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(answer)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, answer).result()
 
 
 def is_in_trl_form(function: Function) -> bool:

@@ -2,75 +2,90 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import pytest
 
+import rlhf
 from helpers.chains import SETTINGS, SOURCES, Chain
-from helpers.experiments import compose
+from rlhf.config import ConfigError
 from rlhf.digests import file_digest
-from rlhf.distributed.compute import Compute
-from rlhf.pipeline.experiment import Experiment, build_experiment
-from rlhf.pipeline.runner import Pipeline
 
-LEARNS = ("sft.epochs=1", "dpo.batch_rows=8", "dpo.epochs=1", "gates=warn", "reward.peft=none")
+Config = dict[str, Any]
 
 
-def with_instance(data: Path, place: Path) -> Experiment:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Small data sets, and a model."""
+    directory = tmp_path_factory.mktemp("data")
+    Chain(directory)
+    (directory / "model").symlink_to(tiny_model)
+    return directory
+
+
+def composed(data: Path, place: Path, *overrides: str) -> Config:
+    place.mkdir()
+    sources = [each.replace("=", f"={data}/") for each in SOURCES[:4]]
+    return rlhf.compose(
+        *SETTINGS, *sources, "sft.epochs=1", "dpo.batch_rows=8", "gates=warn", "run_name=run",
+        f"runs_dir={place}/runs", f"store_dir={place}/store", *overrides,
+    )  # fmt: skip
+
+
+def with_instance(data: Path, place: Path) -> Config:
     """Twice SFT, the second time from rows of its own: a role that the packaged stages do not have."""
-    rows = {"path": str(data / "pairs.jsonl"), "fields": {"completion": "chosen"}}
-    own = {"data": rows, "init": "sft"}
-    return composed(data, place, {"sft@pairs": own}, "stage=[sft@pairs]", "sft.peft=none")
+    own = f"{{path: {data}/pairs.jsonl, fields: {{completion: chosen}}}}"
+    return composed(data, place, "stage=[sft@pairs]", f"sft@pairs.data={own}", "sft@pairs.init=sft")
 
 
-def with_pairs(data: Path, place: Path) -> Experiment:
+def from_a_directory(data: Path, place: Path) -> Config:
     """DPO from a directory, which has the name of the other experiment's stage."""
+    found = composed(data, place, "stage=[dpo]", f"dpo.data={data}/pairs.jsonl", "seed=1")
     (place / "sft@pairs").symlink_to(data / "model", target_is_directory=True)
-    return composed(
-        data,
-        place,
-        {},
-        "stage=[dpo]",
-        f"dpo.data={data}/pairs.jsonl",
-        f"dpo.init={place}/sft@pairs",
-        "seed=1",
-    )
+    return found | {"dpo": found["dpo"] | {"init": str(place / "sft@pairs")}}
 
 
-def composed(data: Path, place: Path, instances: Mapping[str, Any], *overrides: str) -> Experiment:
-    sources = [each.replace("=", f"={data}/").replace("[", f"{data}/") for each in SOURCES[:4]]
-    config = compose(
-        *SETTINGS, *sources, *LEARNS, f"runs_dir={place}/runs", f"store_dir={place}/store", *overrides
-    )
-    return build_experiment(config | {"instances": instances})
+def weights(config: Config) -> dict[str, str]:
+    """Run it: the digest of what each stage made."""
+    made = rlhf.run(config, quiet=True).directory.glob("artifacts/*/**/*.safetensors")
+    return {f"{path.parent.name}/{path.name}": file_digest(path) for path in sorted(made)}
 
 
-def run(experiment: Experiment) -> dict[str, str]:
-    """What each stage's weights are."""
-    Pipeline(experiment, "run", Console(file=io.StringIO()), Compute("cpu", "float32")).run()
-    found = Path(experiment.settings.runs_dir, "run", "artifacts").glob("*/*.safetensors")
-    return {f"{path.parent.name}/{path.name}": file_digest(path) for path in sorted(found)}
-
-
-def test_two_threads_run_two_experiments_as_each_runs_alone(tmp_path: Path, tiny_model: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    Chain(data)
-    (data / "model").symlink_to(tiny_model)
-    makers: list[Callable[[Path, Path], Experiment]] = [with_instance, with_pairs]
-
-    def place(name: str, number: int) -> Path:
-        found = tmp_path / f"{name}{number}"
-        found.mkdir()
-        return found
-
-    alone = [run(make(data, place("alone", number))) for number, make in enumerate(makers)]
-    assert [*alone[0]] == ["sft/model.safetensors", "sft@pairs/model.safetensors"]
+def test_two_threads_run_two_experiments_as_each_runs_alone(tmp_path: Path, data: Path) -> None:
+    makers: list[Callable[[Path, Path], Config]] = [with_instance, from_a_directory]
+    alone = [weights(make(data, tmp_path / f"alone{number}")) for number, make in enumerate(makers)]
     assert all(alone)
-    together = [make(data, place("together", number)) for number, make in enumerate(makers)]
+
+    def composed_and_run(number: int) -> dict[str, str]:
+        return weights(makers[number](data, tmp_path / f"together{number}"))
+
     with ThreadPoolExecutor(2) as threads:
-        assert [*threads.map(run, together)] == alone
+        assert [*threads.map(composed_and_run, (0, 1))] == alone
+
+
+def test_what_a_run_made_is_read_from_its_directory(tmp_path: Path, data: Path) -> None:
+    run = rlhf.run(from_a_directory(data, tmp_path / "run"), quiet=True)
+    assert run.policies == ["dpo"] and run.report.is_file()
+    steps = run.metrics.query("stage == 'dpo'")
+    assert [*steps.step] == sorted({*steps.step}) and steps.loss.notna().sum() > 0
+    again = rlhf.open_run(run.directory)
+    assert again.summary == run.summary and repr(again) == repr(run)
+    one, same, other = (again.policy().generate(["Say 1"], max_new_tokens=8, seed=seed) for seed in (0, 0, 1))
+    assert one == same != other
+    with pytest.raises(ConfigError, match=r"policy=dpoo: .* Did you mean dpo\?"):
+        again.policy("dpoo")
+    with pytest.raises(ConfigError, match="Give shorter prompts"):
+        again.policy().generate(["long " * 900])
+
+
+def test_mistakes_are_told_in_the_users_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"sft\.epoch: there is no such key\. Did you mean sft\.epochs\?"):
+        rlhf.compose("sft.epoch=3")
+    with pytest.raises(ConfigError, match=r"sft\.epochs=-3: "):
+        rlhf.run(rlhf.compose("sft.epochs=-3"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"Under torchrun or srun, use python -m rlhf"):
+        rlhf.run({})

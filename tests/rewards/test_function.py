@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -72,10 +73,16 @@ def test_a_column_that_no_row_of_a_batch_has_is_none_for_all() -> None:
 
 
 def test_a_coroutine_is_run() -> None:
+    """Also in a notebook, whose event loop runs in the same thread."""
+
     async def score(completions: list[str], **columns: Any) -> list[float]:
         return [float(len(each)) for each in completions]
 
-    assert called("python:mine:score", score)(TEXTS, SAID).tolist() == [1.0, 4.0]
+    async def in_a_loop() -> list[float]:
+        return list(reward(TEXTS, SAID).tolist())
+
+    reward = called("python:mine:score", score)
+    assert reward(TEXTS, SAID).tolist() == asyncio.run(in_a_loop()) == [1.0, 4.0]
 
 
 def test_trls_own_examples_run_unchanged() -> None:
