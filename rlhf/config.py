@@ -44,8 +44,13 @@ class ConfigError(Exception):
     """Something the user can mend: a key, a value, a file. Shown without a traceback; exit code 2. Its
     arguments are complaints or sentences."""
 
+    @property
+    def told(self) -> list[Complaint | str]:
+        """What it tells, one by one."""
+        return [*self.args]
+
     def __str__(self) -> str:
-        return printable("\n".join(map(str, self.args)))
+        return printable("\n".join(map(str, self.told)))
 
 
 @contextmanager

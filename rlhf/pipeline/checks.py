@@ -40,7 +40,7 @@ def complaints(stage: Stage, view: View) -> list[Complaint | str]:
             for each in [told] if isinstance(told, Complaint | str) else told or ():
                 found.append(each)  # one by one: what stands before an error is told too
     except ConfigError as error:
-        found += error.args
+        found += error.told
     return found
 
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.digests import (
     MANIFEST,
     Recipe,
@@ -34,7 +34,6 @@ from rlhf.digests import (
 from rlhf.disk import content_of, naming
 from rlhf.locks import Lock
 from rlhf.pipeline.why import Change, changes
-from rlhf.printable import printable
 
 FORMAT = 3
 KEY_LENGTH = 16
@@ -96,11 +95,13 @@ class DamagedError(ConfigError):
         super().__init__(path, complaint, extra)
         self.path, self.complaint, self.extra = path, complaint, extra
 
-    def __str__(self) -> str:
-        return printable(
+    @property
+    def told(self) -> list[Complaint | str]:
+        """One sentence."""
+        return [
             f"{self.path} is damaged: {self.complaint}. The next command that needs it sets it aside "
             "and rebuilds it. `python -m rlhf verify` checks the whole store."
-        )
+        ]
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from helpers.chains import Chain
 from helpers.experiments import build
+from helpers.verdicts import mounted
 from rlhf.config import STAGE, Complaint, ConfigError, asked_by
 from rlhf.models.base import BaseModelFiles, ModelConfig
+from rlhf.pipeline.checks import check
 from rlhf.pipeline.graph import naming_keys
+from rlhf.pipeline.stage import View
+from rlhf.pipeline.store import DamagedError
+from rlhf.stages.merge import MergeStage
 
 KEYS = {"mine": "ppo.init=mine", "python:m:f": "ppo.reward=python:m:f"}
 IA3 = Complaint(f"{STAGE}.peft=ia3", "no.", f"Use {STAGE}.peft=lora.")
@@ -38,6 +44,18 @@ def test_what_a_complaint_is_about_becomes_the_users_key(inside: Complaint | str
 def test_complaints_are_told_in_a_line_each() -> None:
     error = ConfigError(Complaint("ppo.clip=0", "too small.", "Use 0.2."), "Nothing was loaded.")
     assert str(error) == "ppo.clip=0: too small. Use 0.2.\nNothing was loaded."
+
+
+def test_an_error_with_words_of_its_own_keeps_them(tmp_path: Path) -> None:
+    class Reads(MergeStage):
+        def complaints(self, view: View) -> Iterator[Complaint]:
+            raise DamagedError(tmp_path, "a file is missing")
+
+    stages = build().stages
+    stage = mounted("merge", Reads.model_construct(gates={}, alpha=0.5, policy="sft"))
+    with pytest.raises(ConfigError) as error:
+        check(stage, View(stages))
+    assert str(error.value).startswith(f"{tmp_path} is damaged: a file is missing. The next command ")
 
 
 def test_what_a_stage_was_told(tmp_path: Path) -> None:
