@@ -30,14 +30,16 @@ class Complaint(NamedTuple):
     """A setting as the user types it, such as `ppo.clip=2`. Where the fault is found below the stages: the
     directory or source that it is about, which some key names."""
     why: str
+    """A sentence, or several."""
     fix: str = ""
+    """Sentences of ours alone: `STAGE` stands for the stage's name here and in `about`."""
 
     def __str__(self) -> str:
         return f"{self.about}: {self.why} {self.fix}".rstrip()
 
     def filled(self, stage: str) -> Complaint:
-        """With the name of the stage."""
-        return Complaint(*(words.replace(STAGE, stage) for words in self))
+        """With the name of the stage. Why may quote what others wrote."""
+        return self._replace(about=self.about.replace(STAGE, stage), fix=self.fix.replace(STAGE, stage))
 
 
 class ConfigError(Exception):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from rlhf.cli.messages import in_our_words, not_chosen, readable
+from rlhf.cli.messages import in_our_words, is_of_composing, not_chosen, readable
 from rlhf.cli.sweep.sweepers import SWEEPERS, register
 from rlhf.config import ConfigError
 from rlhf.exit_codes import CONFIG_ERROR, CRASH
@@ -49,11 +49,6 @@ def run(arguments: list[str]) -> None:
     except Exception:  # shown here: what Python itself shows is not redacted
         traceback.print_exc()
         raise SystemExit(CRASH) from None
-
-
-def is_of_composing(error: RecursionError) -> bool:
-    """Whether files name each other in their `defaults`, in a circle."""
-    return any("defaults_list" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")

@@ -67,20 +67,26 @@ def _visible_gpus(device: str) -> int:
     return torch.cuda.device_count()
 
 
-def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> int:
+def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int, *, quiet: bool = False) -> int:
     """Run the experiment on so many ranks. Returns 0, or the exit code of the first rank that failed.
 
     Rank 0 prints to the terminal. The output of the others, and every rank's errors, go to RUN_DIR/ranks/.
-    All ranks get the signals."""
+    All ranks get the signals.
+
+    Args:
+        quiet: nothing is printed: rank 0's output goes there too.
+    """
     run = Run(run_directory)
     with run.alone(".launcher.lock"):  # from now on: the ranks take the other one once they are up
         with run.alone():  # else the ranks' files of a run that goes on would be lost
             pass
         with TemporaryDirectory(prefix="rlhf-") as meeting:  # nobody else can read it
-            return _launch(resolved, run_directory, processes, meeting)
+            return _launch(resolved, run_directory, processes, meeting, quiet)
 
 
-def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int, meeting: str) -> int:
+def _launch(
+    resolved: Mapping[str, Any], run_directory: Path, processes: int, meeting: str, quiet: bool
+) -> int:
     directory = run_directory / "ranks"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -90,7 +96,7 @@ def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int, me
         "RLHF_MEETING": meeting,
     }  # fmt: skip
     config = json.dumps(resolved).encode()
-    ranks = [_start(rank, config, directory, run_directory, environment) for rank in range(processes)]
+    ranks = [_start(rank, config, directory, run_directory, environment, quiet) for rank in range(processes)]
 
     heard = Heard()
 
@@ -114,14 +120,19 @@ def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int, me
     if not codes:
         print("No rank ended by itself after a second signal; all were killed.", file=sys.stderr)
         return INTERRUPTED if heard.signums[-1] == signal.SIGINT else STOPPED
-    return _verdict(codes, directory)
+    return _verdict(codes, directory, quiet)
 
 
 def _start(
-    rank: int, config: bytes, directory: Path, run_directory: Path, environment: Mapping[str, str]
+    rank: int,
+    config: bytes,
+    directory: Path,
+    run_directory: Path,
+    environment: Mapping[str, str],
+    quiet: bool,
 ) -> subprocess.Popen[bytes]:
     errors = (directory / f"rank{rank}.err").open("wb")
-    output = None if rank == 0 else (directory / f"rank{rank}.out").open("wb")
+    output = None if rank == 0 and not quiet else (directory / f"rank{rank}.out").open("wb")
     with errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "rlhf.cli.worker", str(run_directory)],
@@ -157,7 +168,7 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
     return ended
 
 
-def _verdict(codes: Mapping[int, int], directory: Path) -> int:
+def _verdict(codes: Mapping[int, int], directory: Path, quiet: bool) -> int:
     """Show the first error of the ranks that ended by themselves."""
     failed = [rank for rank, code in codes.items() if code != 0]
     if not failed:
@@ -169,6 +180,8 @@ def _verdict(codes: Mapping[int, int], directory: Path) -> int:
         return float(note.read_text(encoding="utf-8")) if note.exists() else 0.0
 
     first = min(failed, key=when)
+    if quiet:
+        return codes[first] if codes[first] > 0 else 1
     text = (directory / f"rank{first}.err").read_text(errors="replace", encoding="locale").strip()
     shown = "\n".join(text.splitlines()[-LINES_SHOWN:])
     if codes[first] < 0:

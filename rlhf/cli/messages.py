@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -334,3 +335,8 @@ def quoted(key: str, value: str) -> str:
     override = f"{key}='{escaped}'"
     OverridesParser.create().parse_override(override)
     return f'"{override}"' if not set(override) & set('"$`\\!') else shlex.quote(override)
+
+
+def is_of_composing(error: RecursionError) -> bool:
+    """Whether files name each other in their `defaults`, in a circle."""
+    return any("defaults_list" in frame.filename for frame in traceback.extract_tb(error.__traceback__))

@@ -35,8 +35,10 @@ class RunFiles:
     @property
     def store_dir(self) -> Path:
         """Where the artifacts are."""
-        made = next(stage for stage, each in self.summary["stages"].items() if each["artifact"] is not None)
-        return self._place(made).parents[1]
+        made = [stage for stage, each in self.summary["stages"].items() if each["artifact"] is not None]
+        if not made:
+            raise ConfigError(f"{self.directory}: no stage of this run has made anything.")
+        return self._place(made[0]).parents[1]
 
     @property
     def policies(self) -> list[str]:

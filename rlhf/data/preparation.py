@@ -46,7 +46,7 @@ from rlhf.data.prepared import (
 from rlhf.data.roles import JUDGE, TRAINING, Roles, training_roles
 from rlhf.data.schema import PairRow, Split, drawn, limited
 from rlhf.data.sources import SourceConfig
-from rlhf.data.tokens import TEMPLATE_WITHOUT_TOOLS, Bad, Complaint, Examiner
+from rlhf.data.tokens import TEMPLATE_WITHOUT_TOOLS, Bad, Examiner, Fault
 from rlhf.data.unlike import unlike
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text
@@ -353,7 +353,7 @@ class Preparation:
             return ""
         return f" Are they in other columns? {source.with_fields(data.key, data.about.columns, bad.raw)}."
 
-    def _bad(self, data: RoleData, where: str, complaint: Complaint, advice: str = "") -> None:
+    def _bad(self, data: RoleData, where: str, complaint: Fault, advice: str = "") -> None:
         is_own = self.sources.lender(data.role) is None  # the user never said that others' rows are prompts
         if self.on_bad_row == "error" and is_own:
             fix = "Fix the row"

@@ -275,7 +275,7 @@ TEMPLATE_WITHOUT_TOOLS = "template without tools"
 """Why a row is refused that is fine itself."""
 
 
-class Complaint(NamedTuple):
+class Fault(NamedTuple):
     """A `RowError` as plain values."""
 
     reason: str
@@ -300,7 +300,7 @@ class Examined(NamedTuple):
     num_exchanges: int
     can_be_cut: bool
     """Whether training may cut off the end of its answer."""
-    sequences: list[Encoded] | Complaint | None
+    sequences: list[Encoded] | Fault | None
     """None where nobody asked for them."""
     words: int
     """`number_of` its `plain_words`: equal for near duplicates."""
@@ -334,7 +334,7 @@ class RowNumbers:
     num_exchanges: array[int] = field(default_factory=lambda: array("i"))
     sequences: array[int] = field(default_factory=lambda: array("q", [0]))
     """Number of sequences before each row, and of all."""
-    refused: dict[int, Complaint] = field(default_factory=dict)
+    refused: dict[int, Fault] = field(default_factory=dict)
     """By the chat template."""
     words: array[int] = field(default_factory=lambda: array("q"))
     is_long: bytearray = field(default_factory=bytearray)
@@ -351,7 +351,7 @@ class RowNumbers:
             Its sequences.
         """
         number, found = len(self), row.sequences or []
-        if isinstance(found, Complaint):
+        if isinstance(found, Fault):
             self.refused[number] = found
             found = []
         if row.asks:
@@ -400,7 +400,7 @@ class Bad(NamedTuple):
     """A row that cannot be used."""
 
     where: str
-    complaint: Complaint
+    complaint: Fault
     raw: dict[str, Any] | None
     """As it stood in its source, if it was a row at all."""
 
@@ -462,7 +462,7 @@ class Examiner:
                     raise raw
                 row = self._one(raw)
             except RowError as error:
-                complaint = Complaint(error.reason, str(error))
+                complaint = Fault(error.reason, str(error))
                 found.append(Bad(where, complaint, raw if isinstance(raw, dict) else None))
                 continue
             first = first or raw
@@ -507,7 +507,7 @@ class Examiner:
             copied_answer(row) is not None,
         )
 
-    def _sequences(self, row: Row) -> list[Encoded] | Complaint:
+    def _sequences(self, row: Row) -> list[Encoded] | Fault:
         from jinja2 import TemplateError
 
         try:
@@ -515,4 +515,4 @@ class Examiner:
         except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
             text = f"the chat template refuses the conversation: {error}."
             is_fine = isinstance(row, SftRow) and row.uses_tools
-            return Complaint(TEMPLATE_WITHOUT_TOOLS if is_fine else "refused by template", text)
+            return Fault(TEMPLATE_WITHOUT_TOOLS if is_fine else "refused by template", text)

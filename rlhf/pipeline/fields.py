@@ -78,7 +78,9 @@ def _in_this_config(name: str, info: ValidationInfo) -> str:
 
 
 UNKEYED = Mark.UNKEYED
-Model = Annotated[str, Field(min_length=1), AfterValidator(_in_this_config), Mark.MODEL]
+Model = Annotated[
+    str, Field(min_length=1, validate_default=True), AfterValidator(_in_this_config), Mark.MODEL
+]
 """A stage that makes a policy (`sft`, `dpo`, ...), `base` or a `save_pretrained` directory. Its name is
 checked, its stage is read, and what it holds is in the key. A stage's first field of this type is the model
 that it trains or samples from."""

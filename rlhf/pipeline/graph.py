@@ -84,7 +84,7 @@ def root_of(key: str, init: str, chain: Mapping[str, Stage]) -> tuple[str, str]:
     Args:
         key: what names `init`: a stage that makes a policy, `base` or a directory.
     """
-    while init in chain:
+    while directory_of(init) is None and init in chain:
         name, start = init, starts_from(chain[init])
         key, init = (f"{name}.{start[0]}", start[1]) if start else (key, "base")
     return key, init

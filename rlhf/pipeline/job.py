@@ -88,13 +88,22 @@ class Job:
         return any(stages[name].samples for name in self.experiment.needed())
 
     def start(self, init: str) -> BaseModelFiles:
-        """The model that `STAGE.init` names, or another key of type `Init`."""
+        """The model that a key of the type `Model` names.
+
+        Raises:
+            ValueError: a stage that this one does not read. A directory is a `ModelDirectory`.
+        """
         directory = directory_of(init)
         if directory is not None:
             identity = self.external_digests[self.digest_names.get(init, "init")]
             return BaseModelFiles(directory, identity, self.base.config)
         if init == "base":
             return self.base
+        if init not in self.inputs:
+            raise ValueError(
+                f"{self.stage} reads no stage {init!r}. A directory is ModelDirectory(path), of "
+                "rlhf.models.start, as fields of the type Model hold it."
+            )
         return BaseModelFiles(self.inputs[init].path, self.inputs[init].key, self.base.config)
 
     def tokens(self, role: str, split: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:

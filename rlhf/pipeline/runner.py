@@ -321,9 +321,8 @@ class Pipeline:
             experiment=self.experiment,
         )
         is_new = job.checkpoints.newest is None and not forced
-        if is_new and (other := self.compute.main_only(lambda: self.store.left_behind(name, recipe))):
-            words = self.in_words(name, other[1])
-            self.log(f"{name}: starts again; the checkpoints in {other[0]} are of other inputs ({words})")
+        if is_new and (other := self.compute.main_only(lambda: self.left_behind(recipe))) is not None:
+            self.log(f"{name}: starts again; {other}")
         torch.manual_seed(job.seed)
         is_measured = forget_peak(self.compute)
         try:
@@ -378,6 +377,13 @@ class Pipeline:
             has_enough = is_enough(self.experiment.stages[recipe["stage"]], found.manifest.metrics)
             return "an input was rebuilt, with another result" if has_enough else "it has less than is asked"
         return self.in_words(recipe["stage"], self.store.differences(recipe["stage"], recipe))
+
+    def left_behind(self, recipe: Recipe) -> str | None:
+        """Checkpoints of other inputs, in words."""
+        if (found := self.store.left_behind(recipe["stage"], recipe)) is None:
+            return None
+        words = self.in_words(recipe["stage"], found[1])
+        return f"the checkpoints in {found[0]} are of other inputs ({words})"
 
     def in_words(self, stage: str, found: Sequence[Change] | None) -> str:
         """Differences from an artifact that is in the store."""

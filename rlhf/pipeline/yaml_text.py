@@ -18,6 +18,7 @@ class _Quoting(yaml.SafeDumper):
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    text = str(text)  # a ModelDirectory is one
     try:
         float(text)
     except ValueError:
@@ -26,3 +27,4 @@ def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Quoting.add_representer(str, _quoted)
+_Quoting.add_multi_representer(str, _quoted)

@@ -359,7 +359,7 @@ class GroupObjective(Objective):
         ]  # fmt: skip
         if torch.equal(*found):
             raise self.loss.error(
-                "returns the same loss whatever weight_B is, so "
-                f"{STAGE}.loss_mean={self.config.loss_mean} would do nothing.",
+                f"returns the same loss whatever weight_B is, so loss_mean={self.config.loss_mean} would do "
+                "nothing.",
                 f"Multiply each token's loss by weight_B[:, None], or use {STAGE}.loss_mean=token.",
             )

@@ -171,7 +171,7 @@ class FunctionReward:
                         f"By itself it raised for {len(raised)} answers of the {place + 1} that were tried, "
                         f"the first one: {raised[0]}"
                     )
-                    raise FunctionRaisedError(complaint._replace(fix=f"{complaint.fix} {more}")) from error
+                    raise FunctionRaisedError(complaint._replace(why=f"{complaint.why} {more}")) from error
         if not raised:
             raise of_all
         if sound:

@@ -79,10 +79,17 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
 
 
 def ask(
-    url: str, body: bytes, server: RewardServerConfig, headers: Mapping[str, str] | None = None
+    url: str,
+    body: bytes,
+    server: RewardServerConfig,
+    headers: Mapping[str, str] | None = None,
+    source: str | None = None,
 ) -> object:
     """POST JSON, several times if need be; the JSON of the answer. A redirect is not followed: it would take
     the headers, with an API key, to another host.
+
+    Args:
+        source: the reward that asks, of which errors are told; None if that is the URL.
 
     Raises:
         RewardError: the server refuses, or does not answer.
@@ -91,7 +98,7 @@ def ask(
     from httpx import HTTPError
 
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})}
-    is_answered = False
+    is_answered, about = False, redacted(source or url)
     for attempt in range(server.retries + 1):
         try:
             with start_blocking_portal() as portal:  # an event loop of its own, wherever this is called
@@ -100,9 +107,7 @@ def ask(
                 return _json_of(answer)
             reason, is_answered = f"status {status}, {_first_line(answer)!r}", False
             if status < 500 and status not in MAY_PASS:
-                raise RewardError(
-                    Complaint(redacted(url), f"the reward server refuses: {reason}.", FIX_SERVER)
-                )
+                raise RewardError(Complaint(about, f"the reward server refuses: {reason}.", FIX_SERVER))
         except TimeoutError:
             reason, is_answered = "timed out", False
         except (HTTPError, OSError, ValueError) as error:  # such as an answer cut short
@@ -111,10 +116,10 @@ def ask(
             time.sleep(PAUSE_SECONDS * 2**attempt)
     if is_answered:
         why = f"what the reward server answers is no JSON, asked {server.retries + 1} times: {reason}."
-        raise RewardError(Complaint(redacted(url), why, FIX_SERVER))
+        raise RewardError(Complaint(about, why, FIX_SERVER))
     raise RewardError(
         Complaint(
-            redacted(url),
+            about,
             f"the reward server does not answer, asked {server.retries + 1} times ({reason}).",
             f"Start it, or raise reward_server.timeout={server.timeout:g} or "
             f"reward_server.retries={server.retries}, and run the same command again.",

@@ -190,7 +190,7 @@ class Judge:
         }  # fmt: skip
         key = os.environ.get(self.args.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        answer = ask(self.url, json.dumps(body).encode(), self.server, headers)
+        answer = ask(self.url, json.dumps(body).encode(), self.server, headers, self.source)
         try:
             text = answer["choices"][0]["message"]["content"] or ""  # type: ignore[index]  # checked here
             usage = answer.get("usage") or {}  # type: ignore[attr-defined]

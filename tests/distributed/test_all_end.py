@@ -16,7 +16,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> RealChain:
 def test_a_batch_that_the_ranks_cannot_share_is_refused(chain: RealChain) -> None:
     _, err = chain.run("uneven", "launch.processes=2", "ppo.batch_episodes=9", code=2)
     assert err.count("Error:") == 1
-    assert "ppo.batch_episodes=9 cannot be divided equally over 2 ranks. Use 8 or 10." in err
+    assert "ppo.batch_episodes=9: it cannot be divided equally over 2 ranks. Use 8 or 10." in err
 
 
 @pytest.mark.slow

@@ -7,12 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 import rlhf
 from helpers.chains import SETTINGS, SOURCES, Chain
+from helpers.jobs import user
 from rlhf.config import ConfigError
 from rlhf.digests import file_digest
+from rlhf.pipeline.run import GateError
 
 Config = dict[str, Any]
 
@@ -67,7 +70,9 @@ def test_two_threads_run_two_experiments_as_each_runs_alone(tmp_path: Path, data
 
 
 def test_what_a_run_made_is_read_from_its_directory(tmp_path: Path, data: Path) -> None:
-    run = rlhf.run(from_a_directory(data, tmp_path / "run"), quiet=True)
+    config = from_a_directory(data, tmp_path / "run")
+    config["seed"], config["dpo"]["beta"] = numpy.int64(1), numpy.float32(0.5)  # as of numpy.linspace
+    run = rlhf.run(config, quiet=True)
     assert run.policies == ["dpo"] and run.report.is_file()
     steps = run.metrics.query("stage == 'dpo'")
     assert [*steps.step] == sorted({*steps.step}) and steps.loss.notna().sum() > 0
@@ -79,11 +84,36 @@ def test_what_a_run_made_is_read_from_its_directory(tmp_path: Path, data: Path) 
         again.policy("dpoo")
     with pytest.raises(ConfigError, match="Give shorter prompts"):
         again.policy().generate(["long " * 900])
+    for prompt in ([user("hi")[0]], [3], [[{"role": "user"}]]):
+        with pytest.raises(ConfigError, match="is no prompt"):
+            again.policy().generate(prompt)  # type: ignore[arg-type]  # refused, as mypy does
+
+
+def test_runs_without_a_name_have_directories_of_their_own(tmp_path: Path, data: Path) -> None:
+    config = composed(data, tmp_path / "runs", "stage=prepare", "run_name=null")
+    first, second = (rlhf.run(config | {"seed": seed}, quiet=True) for seed in (1, 2))
+    assert first.directory != second.directory and first.directory.is_dir()
+
+
+def test_a_failed_gate_is_an_error_that_names_the_run(tmp_path: Path, data: Path) -> None:
+    config = composed(data, tmp_path / "run", "stage=sft", "gates=enforce")
+    config["sft"]["gates"]["held_out_loss_change"] = {"max": -99.0, "advice": "raise {stage}.epochs"}
+    with pytest.raises(GateError, match=r"Try: raise sft\.epochs\.") as error:
+        rlhf.run(config, quiet=True)
+    (note,) = error.value.__notes__
+    assert repr(str(tmp_path / "run" / "runs" / "run")) in note
+    found = rlhf.open_run(tmp_path / "run" / "runs" / "run")
+    assert "gate sft/held_out_loss_change failed" in repr(found)
+    assert [each["outcome"] for each in found.gates if each["name"] == "held_out_loss_change"] == ["failed"]
 
 
 def test_mistakes_are_told_in_the_users_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"sft\.epoch: there is no such key\. Did you mean sft\.epochs\?"):
         rlhf.compose("sft.epoch=3")
+    calls = (lambda: rlhf.open_run("none"), lambda: rlhf.compose(config_dir="none"), lambda: rlhf.run({}))
+    for wrong in calls:
+        with pytest.raises(ConfigError, match=r"Name the directory|no such directory|takes the config"):
+            wrong()
     with pytest.raises(ConfigError, match=r"sft\.epochs=-3: "):
         rlhf.run(rlhf.compose("sft.epochs=-3"))
     monkeypatch.setenv("WORLD_SIZE", "2")

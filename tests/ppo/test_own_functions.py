@@ -193,7 +193,7 @@ def test_a_name_that_the_module_has_not_is_told_with_its_key_and_the_nearest() -
 @pytest.mark.usefixtures("rules")
 def test_a_loss_that_ignores_its_weights_is_refused() -> None:
     experiment = build("ppo.reward=vader", "grpo.loss_mean=sequence", f"grpo.policy_loss={NAMED}reinforce")
-    with pytest.raises(ConfigError, match=r"so grpo\.loss_mean=sequence would do nothing\. Multiply"):
+    with pytest.raises(ConfigError, match=r"so loss_mean=sequence would do nothing\. Multiply"):
         check(experiment.stages["grpo"], View(experiment.stages, compute=on_cpu()))
 
 
