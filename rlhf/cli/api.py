@@ -122,7 +122,7 @@ def run(config: Mapping[str, Any], *, quiet: bool = False) -> FinishedRun:
     settings = experiment.settings
     directory, processes = _directory(settings), ranks_wanted(settings.launch, settings.device)
     if processes > 1 or settings.zero != "none":
-        _check_ended(launch(config, directory, processes, quiet=quiet), directory)
+        check_ended(launch(config, directory, processes, quiet=quiet), directory)
         return FinishedRun(directory)
     # plain lines in a notebook, which says of itself that it is a terminal (FORCE_COLOR), and has no cursor
     console = RedactingConsole(quiet=quiet, force_jupyter=False, force_terminal=sys.stdout.isatty())
@@ -198,8 +198,12 @@ def _directory(settings: Settings) -> Path:
     return directory
 
 
-def _check_ended(code: int, directory: Path) -> None:
-    """Raise what ended the ranks."""
+def check_ended(code: int, directory: Path) -> None:
+    """Raise what ended the ranks.
+
+    Args:
+        code: the first one's that failed, or 0.
+    """
     from rlhf.pipeline.run import GateError
 
     if code == GATE_FAILED:
@@ -215,7 +219,7 @@ def _check_ended(code: int, directory: Path) -> None:
             path.read_text(encoding="utf-8", errors="replace")
             for path in sorted((directory / "ranks").glob("*.err"))
         ]
-        told = next((text.rpartition("Error: ")[2].strip() for text in texts if "Error: " in text), None)
+        told = next(filter(None, (f"\n{text}".partition("\nError: ")[2].strip() for text in texts)), None)
         raise ConfigError(told or f"A rank refused this: see {directory / 'ranks'}.")
     if code != DONE:
         raise RuntimeError(f"A rank crashed (exit code {code}): see {directory / 'ranks'}.")
@@ -278,10 +282,11 @@ class FinishedRun:
         rows: dict[tuple[str, int], dict[str, Any]] = {}
         path = self.directory / "metrics.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with path.open(encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]  # one may be half written
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name a run's directory.") from None
-        for line in map(json.loads, (each for each in lines if each.endswith("\n"))):  # one is being written
+        for line in map(json.loads, lines):
             if "step" in line:
                 stage, step = line["stage"], line["step"]
                 row = rows.setdefault((stage, step), {"stage": stage, "step": step})
@@ -361,9 +366,9 @@ class LoadedPolicy:
         from rlhf.config import validated
         from rlhf.data.chat_template import prompt_ids
 
-        turns = [_conversation(each) for each in ([] if isinstance(prompts, str | Mapping) else prompts)]
         if isinstance(prompts, str | Mapping):
             raise ConfigError("generate: give a list of prompts, such as generate(['How was it?']).")
+        turns = [_conversation(each) for each in prompts]
         given = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
         }  # fmt: skip

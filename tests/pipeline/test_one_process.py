@@ -13,8 +13,10 @@ import pytest
 import rlhf
 from helpers.chains import SETTINGS, SOURCES, Chain
 from helpers.jobs import user
+from rlhf.cli.api import check_ended
 from rlhf.config import ConfigError
 from rlhf.digests import file_digest
+from rlhf.exit_codes import CONFIG_ERROR
 from rlhf.pipeline.run import GateError
 
 Config = dict[str, Any]
@@ -105,6 +107,16 @@ def test_a_failed_gate_is_an_error_that_names_the_run(tmp_path: Path, data: Path
     found = rlhf.open_run(tmp_path / "run" / "runs" / "run")
     assert "gate sft/held_out_loss_change failed" in repr(found)
     assert [each["outcome"] for each in found.gates if each["name"] == "held_out_loss_change"] == ["failed"]
+
+
+def test_what_a_rank_refused_is_told_whole(tmp_path: Path) -> None:
+    """Also where it quotes an error of another's, whose name ends like the word before ours."""
+    (tmp_path / "ranks").mkdir()
+    said = "ppo.reward=python:mine:score: ValueError: no (mine.py, line 3). It returns a list."
+    (tmp_path / "ranks" / "rank0.err").write_text(f"loading\nError: {said}\nNothing was loaded.\n")
+    with pytest.raises(ConfigError) as error:
+        check_ended(CONFIG_ERROR, tmp_path)
+    assert str(error.value) == f"{said}\nNothing was loaded."
 
 
 def test_mistakes_are_told_in_the_users_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
