@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,6 +18,9 @@ from rlhf.printable import printable
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import redacted_text
 from rlhf.tracking.tables import Cells
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 APACHE = "apache-2.0"
@@ -38,7 +41,7 @@ def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, below:
     """
     made = lineage(artifact)
     parts = [
-        f"---\n{yaml.safe_dump(front_matter(run, policy, made, below is not None), sort_keys=False)}---",
+        f"---\n{hub_metadata(run, policy, made, below is not None)}\n---",
         f"# {name}",
         f"The `{policy}` model of the run `{run.directory.resolve().name}`, made by "
         f"rlhf-chain {artifact.manifest.packages['rlhf']} from {base(run)[0]}.",
@@ -70,21 +73,19 @@ def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, below:
     return printable(redacted_text("\n\n".join(parts))) + "\n"
 
 
-def front_matter(run: RunFiles, policy: str, made: Sequence[Manifest], is_adapter: bool) -> dict[str, Any]:
+def hub_metadata(run: RunFiles, policy: str, made: Sequence[Manifest], is_adapter: bool) -> ModelCardData:
     """What the Hub reads: https://huggingface.co/docs/hub/model-cards."""
+    from huggingface_hub import ModelCardData
+
     model, licence = run.config["model"], base(run)[1]
-    found: dict[str, Any] = {
-        "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["rlhf", policy.partition("@")[0]],
-    }
-    if model["kind"] == "hub":
-        found["base_model"] = model["id"]
-    if sets := hub_sets(run, made):
-        found["datasets"] = sets
-    if licence != UNKNOWN:
-        found["license"] = licence
-    return found
+    return ModelCardData(
+        base_model=model["id"] if model["kind"] == "hub" else None,
+        datasets=hub_sets(run, made) or None,
+        library_name="peft" if is_adapter else "transformers",
+        license=None if licence == UNKNOWN else licence,
+        pipeline_tag="text-generation",
+        tags=["rlhf", policy.partition("@")[0]],
+    )
 
 
 def base(run: RunFiles) -> tuple[str, str]:
@@ -101,13 +102,13 @@ def base(run: RunFiles) -> tuple[str, str]:
 
 def licence_of(card: Path) -> str:
     """What another model card says of its licence."""
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    _, _, rest = text.partition("---\n")
+    from huggingface_hub import metadata_load
+
     try:
-        found = yaml.safe_load(rest.partition("\n---")[0]) if text.startswith("---\n") else None
-    except yaml.YAMLError:
+        found = metadata_load(card) if card.is_file() else None
+    except (yaml.YAMLError, ValueError):  # nobody has to write it as the Hub wants it
         return UNKNOWN
-    return str(found.get("license", UNKNOWN)) if isinstance(found, dict) else UNKNOWN
+    return str((found or {}).get("license", UNKNOWN))
 
 
 def lineage(artifact: Artifact) -> list[Manifest]:
