@@ -59,7 +59,7 @@ docs: $(VENV)/.documented
 	@echo "Built: docs/_build/html/index.html"
 
 clean:
-	rm -rf $(VENV) $(VENV)-* mutants docs/_build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-* mutants docs/_build docs/keys.md build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("rlhf needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'

@@ -11,6 +11,9 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 
+from rlhf.cli.keys import markdown_page
+from rlhf.cli.schema import json_schema
+
 logger = logging.getLogger(__name__)
 
 project = "rlhf"
@@ -22,7 +25,7 @@ html_title = "rlhf"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_search_scorer = str(Path(__file__).with_name("scorer.js"))
-html_extra_path = ["schema.json"]
+html_extra_path = ["_build/schema.json"]
 html_copy_source = False
 myst_heading_anchors = 4
 default_role = "code"  # `NAME` in a docstring
@@ -34,6 +37,15 @@ LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link
 
 kept: dict[str, list[str]] = {}
 """Name -> docstring, before napoleon has read it."""
+
+
+def write_generated() -> None:
+    """The page of all keys, and the schema: they are in no commit."""
+    here = Path(__file__).parent
+    (here / "_build").mkdir(exist_ok=True)
+    for path, text in ((here / "keys.md", markdown_page()), (here / "_build/schema.json", json_schema())):
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
 
 
 def check_own_host(app: Sphinx, error: Exception | None) -> None:
@@ -87,6 +99,7 @@ def restore(app: Sphinx, what: str, name: str, thing: object, options: object, l
 
 def setup(app: Sphinx) -> None:
     """Sphinx calls it."""
+    write_generated()
     app.add_transform(Pictures)
     app.connect("autodoc-process-docstring", keep, priority=400)
     app.connect("autodoc-process-docstring", restore, priority=600)

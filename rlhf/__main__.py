@@ -40,6 +40,7 @@ COMMANDS = {
     "export": "rlhf.cli.export:export",
     "chat": "rlhf.cli.chat:chat",
     "init": "rlhf.cli.init:init",
+    "keys": "rlhf.cli.keys:keys",
 }
 """What a first word without `=` may be, and the function that does it. It gets the other words and the
 packaged config, and returns the exit code."""

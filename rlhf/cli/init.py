@@ -294,7 +294,7 @@ def experiment(found: Mapping[str, Found], target: Path) -> Iterator[str]:
     has_answers = bool(found.keys() & {"answers", "texts"})
     yield "# @package _global_"
     yield f"# Written by `python -m rlhf init`. To run it: {command(target)}"
-    yield "# Every key: docs/keys.md. A path is relative to the directory in which the command starts."
+    yield "# Every key: `python -m rlhf keys`. Paths are relative to the directory where the command starts."
     if "thumbs" in found or "pairs" not in found:
         yield (
             "defaults:"

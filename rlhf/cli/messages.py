@@ -28,7 +28,7 @@ SUBMITIT = ("submitit_local", "submitit_slurm")
 """Launchers that Hydra knows once submitit is installed."""
 EXPERIMENT = re.compile(r"^\+{0,2}experiment=(.+\.ya?ml)$")
 PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.M)
-ALL_KEYS = "`python -m rlhf --cfg job` lists every one, docs/keys.md says what each means."
+ALL_KEYS = "`python -m rlhf keys` says what each means."
 
 
 def readable(arguments: Sequence[str]) -> list[str]:
@@ -240,7 +240,7 @@ def in_our_words(error: Exception, arguments: Sequence[str]) -> str:
     if composed := re.match(r"In '(.+)': (?:ConfigTypeError|ValidationError) raised while composing", text):
         return (
             f"{composed[1]}: a list stands where a mapping of keys must, or a mapping where a list must. "
-            "docs/keys.md shows each key's kind."
+            "`python -m rlhf keys KEY` shows a key's kind."
         )
     return text
 
@@ -286,7 +286,7 @@ def _wrong_kind(override: str) -> str:
         )
     if value.startswith("{"):
         return f"{override}: a list, not a mapping, such as {key}=[A,B]."
-    return f"{override}: this value cannot stand here. docs/keys.md shows each key's kind."
+    return f"{override}: this value cannot stand here. `python -m rlhf keys {key}` says what can."
 
 
 def _not_read(error: OverrideParseException, arguments: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
-from runpy import run_path
 from typing import Any
 
 import pyarrow as pa
@@ -233,14 +232,3 @@ def test_readme_has_every_room_and_is_short() -> None:
     folders |= {f"{name}/" for name in ("stages", "conf", "launch", "docs", "benchmarks", "data", "tests")}
     assert [name for name in sorted(folders) if name not in tree] == []
     assert len(readme.splitlines()) <= 160
-
-
-def test_the_page_of_keys_is_the_configs() -> None:
-    written = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
-    assert written == run_path(str(ROOT / "docs" / "keys.py"))["page"](), "run python docs/keys.py"
-
-
-def test_every_key_says_what_it_means() -> None:
-    rows = re.findall(r"^\| `(\S+)` \|.*\| (.*) \|$", (ROOT / "docs" / "keys.md").read_text(), re.MULTILINE)
-    assert len(rows) > 150
-    assert [key for key, meaning in rows if meaning in ("", "See [source](#source).")] == []
