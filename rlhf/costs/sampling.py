@@ -70,7 +70,7 @@ def sampling_cost(
         worker.load(policies + readings, what="models"),
         *worker.decode(answered, batch_rows, repeated, sampled, what="answers"),
         *worker.rollouts(policies if rollouts is None else rollouts, answered, what="answers"),
-        *worker.gathering(policies * on.gathers_a_rollout(new_tokens), [], what="weights to sample from"),
+        *worker.gathering(policies * on.gathers_a_rollout(new_tokens), what="weights to sample from"),
         worker.read(
             measures * computed, length.mean, predicted=measures * answered * sampled.mean,
             what="log-probabilities of answers",

@@ -236,15 +236,13 @@ class ThroughputModel:
         rate = machine.disk * max(1, share // machine.ranks_here)
         return Task("load", size / rate, f"{what}: {size:.3g} B at {rate / 1e9:.2g} GB/s")
 
-    def gathering(self, passes: float, beside: Sequence[Task], *, what: str) -> list[Task]:
+    def gathering(self, passes: float, *, what: str) -> list[Task]:
         """Sharded weights are gathered once for each pass."""
         on = self.on
         size = passes * on.dtype_bytes * on.shape.parameters * _of_others(on.shard_ranks)
-        return self._sent({on.shard_ranks: size if on.shards_weights else 0.0}, beside, what)
+        return self._sent({on.shard_ranks: size if on.shards_weights else 0.0}, what)
 
-    def exchanging(
-        self, passes: float, steps: float, trained: float, beside: Sequence[Task], *, what: str
-    ) -> list[Task]:
+    def exchanging(self, passes: float, steps: float, trained: float, *, what: str) -> list[Task]:
         """Training: sharded weights are gathered forward and backward; gradients are added up over ranks in
         fp32, of `none` and `zero1` once a step, else in each pass.
 
@@ -261,10 +259,10 @@ class ThroughputModel:
             sizes[share] = (passes * gradients + on.dtype_bytes * weights) * _of_others(share)
             if share < on.ranks:  # replicas' shards
                 sizes[on.ranks] = passes * 2 * gradients / share * _of_others(on.ranks // share)
-        return self._sent(sizes, beside, what)
+        return self._sent(sizes, what)
 
-    def _sent(self, sizes: Mapping[int, float], beside: Sequence[Task], what: str) -> list[Task]:
-        """What the network takes longer than the work that goes on meanwhile; nothing if nothing is sent.
+    def _sent(self, sizes: Mapping[int, float], what: str) -> list[Task]:
+        """Time of the network, as if computing waited for it; nothing if nothing is sent.
 
         Args:
             sizes: ranks of a group -> bytes that each of them gets.
@@ -274,9 +272,7 @@ class ThroughputModel:
         machine, seconds = self.on.machine, 0.0
         for ranks, size in sizes.items():
             seconds += size / (machine.link if ranks <= machine.ranks_here else machine.network)
-        hidden = min(seconds, sum(task.seconds for task in beside))
-        how = f"{what}: {sum(sizes.values()):.3g} B a rank, {hidden:.3g} of {seconds:.3g} s beside computing"
-        return [Task("network", seconds - hidden, how)]
+        return [Task("network", seconds, f"{what}: {sum(sizes.values()):.3g} B a rank")]
 
     def _task(self, activity: Activity, operations: float, how: str) -> Task:
         seconds = operations / self.on.ranks / self.rate(activity)

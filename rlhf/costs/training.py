@@ -79,7 +79,7 @@ def training_cost(
     work = [
         worker.load(3, what="model, published model"),
         training,
-        *worker.exchanging(steps * passes, steps, trained.parameters, [training], what="training"),
+        *worker.exchanging(steps * passes, steps, trained.parameters, what="training"),
         worker.optimize(trained.parameters, steps),
         worker.read(
             read_tokens, held_out.mean, predicted=2 * held_tokens if has_logits else 0.0,

@@ -130,7 +130,7 @@ def assumptions(strategy: Strategy, lengths: str) -> Iterator[str]:
     if machine.network < math.inf:
         network = (
             f"; {machine.link / 1e9:.0f} GB/s between the GPUs of a node and {machine.network / 1e9:.0f} "
-            "between nodes, beside computing"
+            "between nodes, of which computing hides nothing"
         )
     yield (
         "Speed: tokens of prompts and answers, without loading. "

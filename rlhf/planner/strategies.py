@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import GIB
-from rlhf.costs.memory import SAMPLING, MemoryPhase, frozen_weights, sampling, vllm_row
+from rlhf.costs.memory import MemoryPhase, frozen_weights, sampling, vllm_row
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext, LocalSampling
 from rlhf.costs.stage_cost import LAYER_SECONDS, StageCost, ThroughputModel, one_after_the_other
@@ -239,7 +239,7 @@ def tuned(
         if shortage(tried.cost, setting) > FITS:
             continue
         if engine is not None and not on.on_cpu:
-            tried = with_cache(tried, given, use)
+            tried = with_cache(tried, given)
             if shortage(tried.cost, tried.on) > FITS:
                 continue
         if best and not best.refused and tried.cost.seconds > WORTH_IT * best.cost.seconds:
@@ -310,20 +310,14 @@ def with_answers(chain: Mapping[str, Stage], stages: Sequence[Stage]) -> dict[st
     }
 
 
-def with_cache(found: Attempt, given: Experiment, use: Use) -> Attempt:
-    """With as large a cache for vLLM as its rows can use, and as is left beside what else is there."""
+def with_cache(found: Attempt, given: Experiment) -> Attempt:
+    """With a cache for vLLM that has room for its longest row."""
     on, vllm = found.on, found.on.vllm
     assert vllm is not None
-    held = max(
-        (phase.size(on_host=False) for phase in found.cost.phases if phase.name.endswith(SAMPLING)),
-        default=0.0,
-    )
-    left = (FITS * on.machine.memory - on.machine.used - held) / GIB
-    rows = vllm.max_num_seqs * (use.prompt + use.answer) * on.dtype_bytes * on.shape.kv_elements
-    wanted = rows / min(vllm.tensor_parallel, on.shape.kv_heads) / GIB
     longest = math.ceil(vllm_row(on, vllm, vllm.max_model_len or found.cost.sampled) / GIB)
-    size = max(vllm.kv_cache_gib, float(longest), math.floor(min(wanted + 1, vllm.kv_cache_gib + left)))
-    larger = replace(on, vllm=vllm.model_copy(update={"kv_cache_gib": size}))
+    if longest <= vllm.kv_cache_gib:
+        return found
+    larger = replace(on, vllm=vllm.model_copy(update={"kv_cache_gib": float(longest)}))
     return attempted(found.stages, given, larger)
 
 

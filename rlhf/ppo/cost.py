@@ -268,14 +268,10 @@ def policy_work(
         ),
         *worker.rollouts(config.steps + evaluations, episodes + evaluated, what="episodes"),
         *readings,
-        *worker.gathering(models * passes, [*scores, *readings], what="scoring"),
-        *worker.gathering(
-            config.steps * on.gathers_a_rollout(answers.longest), [], what="weights to sample from"
-        ),
+        *worker.gathering(models * passes, what="scoring"),
+        *worker.gathering(config.steps * on.gathers_a_rollout(answers.longest), what="sampled weights"),
         *learning,
-        *worker.exchanging(
-            of_policy * updating, updates, trained.parameters / of_policy, learning, what="learning"
-        ),
+        *worker.exchanging(of_policy * updating, updates, trained.parameters / of_policy, what="learning"),
         *mixed_in,
         worker.optimize(trained.parameters, updates),
     ]  # fmt: skip
