@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from look import new_console
-from peft.tuners.lora import Linear
 from rich.table import Table
 from run_rlhf import make_trainer, take_step
 from workloads import make_work
@@ -29,7 +28,6 @@ from rlhf.data.schema import PromptRow
 from rlhf.generation import sampler
 from rlhf.models import packed_attention
 from rlhf.models.packed_batch import Packed
-from rlhf.models.peft.lora import LowRankLinear
 from rlhf.tracking.timer import StepTimer
 
 Changes = Sequence[tuple[Any, str, Any]]
@@ -51,7 +49,6 @@ WITHOUT: dict[str, Changes] = {
     "LeanDecoder, _of_one_token": [*NO_LEAN, (packed_attention, "_of_one_token", by_torchs_kernel)],
     "ShortAttention": [(packed_attention, "SHORT", 0)],
     "shared prefixes": [(Packed, "_share", lambda *_: None)],
-    "LowRankLinear (--peft lora)": [(LowRankLinear, "forward", Linear.forward)],
 }
 """What is left out -> how. Models that `LeanDecoder` does not know decode by `_of_one_token`."""
 

@@ -28,7 +28,6 @@ from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.bottleneck import KIND, BottleneckConfig, BottleneckModel
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.peft.lora import LowRankLinear
 from rlhf.models.peft.methods import KINDS, PREFIX
 from rlhf.models.peft.quantization import quantize
 from rlhf.models.peft.target_modules import last_layers, layer_name, linears, sublayer_ends, update_targets
@@ -316,7 +315,6 @@ def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
             parameter.data = parameter.data.to(model.dtype)
             if any(factor in path for factor in FACTORS):
                 parameter.data = parameter.data.float()
-    LowRankLinear.replace(tuner)
     for layer in tuner.modules():
         if isinstance(layer, BaseTunerLayer):  # peft's own way would let all of them train
             layer._active_adapter = list(getattr(layer, layer.adapter_layer_names[0]))
