@@ -37,12 +37,12 @@ class PpoStage(PpoConfig, PolicyStage):
     metrics: ClassVar[Mapping[str, Metric]] = {**PolicyStage.metrics, **named("explained_variance")}
 
     @property
-    def prompts_said(self) -> str:
+    def prompts_key(self) -> str:
         """With what was given."""
         return f"ppo.prompts={self.prompts}"
 
     @property
-    def instead_of_moments(self) -> str:
+    def moments_alternative(self) -> str:
         """A critic on the reward model needs fixed units."""
         return f"{self.name}.score.normalize=running with {self.name}.critic.init=sft"
 

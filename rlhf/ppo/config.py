@@ -17,14 +17,14 @@ from rlhf.pipeline.fields import UNKEYED, Batch, Function, Memory, Model, Rows, 
 from rlhf.rewards.kinds import critic_part
 from rlhf.training.config import OptimConfig
 
-WHICH = " (of several rewards: the only model, in a sum, with a positive weight)"
+CRITIC_START_HINT = " (of several rewards: the only model, in a sum, with a positive weight)"
 
 
 class KlConfig(Strict):
     """`STAGE.kl.*`: the penalty for leaving the model that the policy starts from."""
 
     coef: NonNegativeFloat
-    """Coefficient of the penalty: normalised reward for each nat. With adaptive, the first value."""
+    """Coefficient of the penalty: normalised reward per nat. With adaptive, the first value."""
     controller: Literal["fixed", "adaptive"]
     """fixed keeps coef; adaptive changes it until the KL is near target."""
     target: PositiveFloat
@@ -53,7 +53,7 @@ class ScoreConfig(Strict):
     """Normalise scores with the mean and deviation of the start's scores (`sft`: measured by `generate` with
     the model that the policy starts from), of all scores so far (`running`), or not (`none`)."""
     clip: PositiveFloat | None
-    """Deviations beyond which a normalised score is cut."""
+    """Standard deviations at which a normalised score is cut."""
     missing_stop: float | None
     """Normalised score of a response without a stop token; null keeps its own."""
     missing_stop_penalty: NonNegativeFloat
@@ -82,7 +82,7 @@ class PtxConfig(Strict):
 
 
 class PolicyConfig(Strict):
-    """The knobs of every stage that samples from a policy, scores what it said and learns from that."""
+    """The keys of every stage that samples from a policy, scores the responses and learns from them."""
 
     init: Model
     """The model that the policy starts from, which is the reference too: `base`, a stage that makes a policy
@@ -110,22 +110,22 @@ class PolicyConfig(Strict):
     kl: KlConfig
     score: ScoreConfig
     clip: float = Field(gt=0, lt=1)
-    """How far the probability ratio may move away from 1 and still get a gradient."""
+    """Distance of the probability ratio from 1 beyond which a token gets no gradient."""
     clip_high: PositiveFloat | None
-    """The same for ratios above 1; null uses clip."""
+    """The same distance for ratios above 1; null uses clip."""
     dual_clip: float | None = Field(gt=1)
     """Ratio above which a token with a negative advantage gets no gradient; null for no limit."""
     advantage: str
-    """What makes advantages of rewards: see the stage's own."""
+    """The advantage estimator. Each stage lists its own."""
     policy_loss: str
-    """The loss on a micro-batch: see the stage's own."""
+    """The policy loss on a micro-batch. Each stage lists its own."""
     evaluate_every: PositiveInt
     """Steps between evaluations on held-out prompts; the policy with the best score on one half of them is
     published, and judged on the other half."""
     evaluate_prompts: int = Field(ge=2)
-    """How many held-out prompts, the first ones."""
+    """Number of held-out prompts that are evaluated, from the first one on."""
     max_bad_steps: Annotated[NonNegativeInt, UNKEYED]
-    """How many steps may be skipped because a reward, loss or gradient is not finite. One more ends the
+    """Most steps that may be skipped because a reward, loss or gradient is not finite. One more ends the
     run."""
     max_kl: Annotated[PositiveFloat | None, UNKEYED]
     """The run stops before it learns from a rollout with a larger KL, nats per sequence from the reference;
@@ -164,7 +164,7 @@ class PolicyConfig(Strict):
 
     @property
     def resamples(self) -> int:
-        """How often groups of episodes with equal scores are replaced by answers to other prompts."""
+        """Most times that groups with equal scores are replaced by answers to other prompts."""
         return 0
 
     @property
@@ -174,7 +174,7 @@ class PolicyConfig(Strict):
 
     @property
     def scores_by_rule(self) -> bool:
-        """No model scores that a critic could start from."""
+        """Whether no scoring model exists that a critic could start from."""
         return critic_part(self.reward) is None
 
     @model_validator(mode="after")
@@ -194,7 +194,7 @@ class PolicyConfig(Strict):
 
 
 class PpoConfig(PolicyConfig):
-    """Every knob of the PPO stage. Sources of the details: docs/algorithms/ppo.md."""
+    """All keys of the PPO stage. Sources of the details: docs/algorithms/ppo.md."""
 
     prompts: Annotated[PromptSource | None, Rows("ppo")]
     """The prompts that PPO answers and learns from: a source, or `sft.data` or `reward.pairs` for the prompts
@@ -203,7 +203,7 @@ class PpoConfig(PolicyConfig):
     critic: CriticConfig
     ptx: PtxConfig
     advantage: Annotated[str, Function("gae")]
-    """What makes advantages of rewards and the critic's values. gae: generalized advantage estimation, with
+    """The advantage estimator. gae: generalized advantage estimation, with
     gamma and lam. Or your own, `python:MODULE:FUNCTION`."""
     policy_loss: Annotated[str, Function("clip")]
     """The policy's loss on a micro-batch. clip: the clipped objective, with each token's probability ratio.
@@ -213,7 +213,7 @@ class PpoConfig(PolicyConfig):
     lam: float = Field(ge=0, le=1)
     """Lambda of GAE: 0 relies on the critic only, 1 on the sampled rewards only."""
     value_clip: PositiveFloat | None
-    """How far the critic may move away from the rollout's value and still get a gradient, in units of the
+    """Distance of a value from the rollout's value beyond which it gets no gradient, in units of the
     normalised reward; null for no limit."""
 
     @property
@@ -223,12 +223,12 @@ class PpoConfig(PolicyConfig):
 
     @property
     def mixed_role(self) -> Literal["sft", "ptx"]:
-        """Whose rows the pretraining mix draws."""
+        """The role whose rows the pretraining mix draws."""
         return "sft" if self.ptx.data is None else "ptx"
 
     @property
     def critic_on_reward(self) -> bool:
-        """Whether the critic starts from the reward model, as far as the config tells."""
+        """Whether the critic starts from the reward model, as far as the config decides it."""
         fits = not self.scores_by_rule and self.score.normalize != "running"
         return self.critic.init == "reward" or (self.critic.init == "auto" and fits)
 
@@ -246,7 +246,7 @@ class PpoConfig(PolicyConfig):
             )
         if self.critic.init == "reward" and self.scores_by_rule:
             raise ValueError(
-                f"KEY.critic.init=reward: {self.reward} is no model to start from{WHICH}. "
+                f"KEY.critic.init=reward: {self.reward} is no model to start from{CRITIC_START_HINT}. "
                 "Use KEY.critic.init=sft"
             )
         return self

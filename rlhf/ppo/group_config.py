@@ -15,7 +15,7 @@ class GroupKlConfig(KlConfig):
     """`grpo.kl.*`: the penalty for leaving the model that the policy starts from."""
 
     place: Literal["reward", "loss"]
-    """Where it is paid: in each token's reward (as PPO), or as a term of the loss."""
+    """Where the penalty is applied: in each token's reward (as in PPO), or as a term of the loss."""
     estimator: Literal["k1", "k3"]
     """k1 is the log-ratio of policy and reference; k3 is never below 0 and has less variance (Schulman 2020).
     In the loss only k3 is possible."""
@@ -31,7 +31,7 @@ class GroupKlConfig(KlConfig):
 
 
 class OverlongConfig(Strict):
-    """`grpo.overlong.*`: what a response loses near the length limit (DAPO, Yu et al. 2025, eq. 13)."""
+    """`grpo.overlong.*`: a penalty for responses near the length limit (DAPO, Yu et al. 2025, eq. 13)."""
 
     buffer: PositiveInt | None
     """Tokens before `max_new_tokens` over which the penalty grows from 0; null for no penalty."""
@@ -40,13 +40,14 @@ class OverlongConfig(Strict):
 
 
 class GrpoConfig(PolicyConfig):
-    """Every knob of the GRPO stage. Sources of the details: docs/algorithms/grpo.md."""
+    """All keys of the GRPO stage. Sources of the details: docs/algorithms/grpo.md."""
 
     kl: GroupKlConfig
     advantage: Annotated[str, Function("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")]
-    """What an answer's reward is compared with. grpo: its group's mean, in deviations of the group. rloo: the
-    mean of the others of its group. reinforce_plus_plus: all tokens of the batch, in their deviations; with
-    _baseline after the group's mean is subtracted. Or your own, `python:MODULE:FUNCTION`."""
+    """The advantage estimator: what a reward is compared with. grpo: the group's mean, in standard deviations
+    of the group. rloo: the mean of the group's other answers. reinforce_plus_plus: all tokens of the batch,
+    in their standard deviations; _baseline subtracts the group's mean first. Or your own,
+    `python:MODULE:FUNCTION`."""
     policy_loss: Annotated[str, Function("clip", "gspo")]
     """The policy's loss on a micro-batch. clip: PPO's clipped objective, with each token's probability ratio.
     gspo: the same with one ratio of the whole answer (with loss_mean=sequence and a much smaller clip, such
@@ -61,8 +62,8 @@ class GrpoConfig(PolicyConfig):
     (GRPO's paper). constant: the sum over tokens, divided by answers x max_new_tokens (Dr. GRPO)."""
     overlong: OverlongConfig
     max_resamples: NonNegativeInt
-    """How often groups whose answers all have the same score are replaced by answers to other prompts, before
-    the policy learns (DAPO's dynamic sampling). What is left then teaches nothing. 0 replaces none."""
+    """Most times per step that groups with equal scores, which teach nothing, are replaced by answers to
+    other prompts (DAPO's dynamic sampling). 0 replaces none."""
 
     @property
     def group_size(self) -> int:
@@ -71,7 +72,7 @@ class GrpoConfig(PolicyConfig):
 
     @property
     def resamples(self) -> int:
-        """How often groups without spread are replaced."""
+        """Most times per step that groups with equal scores are replaced."""
         return self.max_resamples
 
     @model_validator(mode="after")

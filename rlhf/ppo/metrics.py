@@ -88,8 +88,7 @@ def explained_variance_error(experience: Experience) -> float:
 
 
 def update_sums(policy: PolicyLoss, statistics: TokenStatistics, total_tokens: int) -> dict[str, Tensor]:
-    """What `UpdateSums` counts of a micro-batch, and `ratio_deviation`: sums over its tokens, but for
-    `max_ratio`.
+    """The sums over a micro-batch's tokens that `UpdateSums` adds up, `max_ratio`, and `ratio_deviation`.
 
     Args:
         policy: its loss is divided by total_tokens.
@@ -107,9 +106,9 @@ class UpdateSums:
 
     NAMES = ("policy_loss", "entropy", "clip_fraction", "approximate_kl")
 
-    def __init__(self, beside: Sequence[str] = ()) -> None:
-        """`beside`: names of what is counted beside the policy, such as the critic's loss."""
-        self.names = (*self.NAMES, *beside)
+    def __init__(self, more: Sequence[str] = ()) -> None:
+        """`more`: names of further sums, such as the critic's loss."""
+        self.names = (*self.NAMES, *more)
         self._sums = torch.zeros(len(self.names), dtype=torch.float64)
         self._tokens = 0.0
         self._max_ratio = 0.0
@@ -118,7 +117,7 @@ class UpdateSums:
         """Count one of this rank's micro-batches.
 
         Args:
-            found: `update_sums`, and the sums beside them.
+            found: `update_sums`, and the further sums.
         """
         self._sums += torch.stack([found[name].float() for name in self.names]).double().cpu()
         self._tokens += float(found["tokens"])
@@ -129,7 +128,7 @@ class UpdateSums:
         return float(compute.global_max(torch.tensor([self._max_ratio])))
 
     def means(self, compute: Compute) -> dict[str, float]:
-        """Per token, over all ranks."""
+        """Means over the tokens of all ranks."""
         *sums, tokens = compute.global_sum(
             torch.cat([self._sums, torch.tensor([self._tokens], dtype=torch.float64)])
         ).tolist()
@@ -137,7 +136,7 @@ class UpdateSums:
 
 
 class Evaluation(NamedTuple):
-    """A policy on held-out prompts."""
+    """Measurements of a policy on held-out prompts."""
 
     score_B: Tensor
     """Raw score; not finite if the reward gave none."""
@@ -175,7 +174,8 @@ class Evaluation(NamedTuple):
         }
 
     def gain_over(self, other: Evaluation) -> Sampled:
-        """How much higher it scores on the judged prompts. Prompts without two scores are left out."""
+        """Mean rise in score on the judged prompts, with its interval. Prompts without both scores are left
+        out."""
         gain_B = self.score_B[JUDGED].double() - other.score_B[JUDGED].double()
         return mean(gain_B[gain_B.isfinite()])
 
@@ -197,10 +197,10 @@ def evaluate_policy(
     batch_rows: int,
     micro_batch_tokens: int,
 ) -> tuple[Evaluation, list[dict[str, Any]], dict[str, float]]:
-    """Sample one response per prompt, always with the same seed, and measure them.
+    """Sample one response per prompt, always with the same seed, and measure the responses.
 
     Returns:
-        What was measured, the answers as JSON values, and each one's moments of several rewards.
+        The measurements, the answers as JSON values, and of several rewards each one's metrics.
 
     Raises:
         RewardError: no response of one half of the prompts got a finite score.

@@ -22,7 +22,7 @@ from rlhf.models.value_head import ActorCritic, ScalarModel, load_scalar_model, 
 from rlhf.models.weight_sharing import Backbone, sharing
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.trainable import PolicyLearner, TunedPolicy
-from rlhf.ppo.config import WHICH, PolicyConfig, PpoConfig
+from rlhf.ppo.config import CRITIC_START_HINT, PolicyConfig, PpoConfig
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.rewards.combined import CombinedReward
 from rlhf.rewards.kinds import RewardMix, critic_part
@@ -34,7 +34,7 @@ from rlhf.training.config import OptimConfig
 
 
 class Models(NamedTuple):
-    """Those of a policy gradient, and what belongs to one of them."""
+    """The models of a policy gradient, with their learner, normalizer and pretraining mix."""
 
     learner: PolicyLearner
     """Policy and critic, an `ActorCritic`, under the engine."""
@@ -43,9 +43,9 @@ class Models(NamedTuple):
     reference: PolicyModel
     reward: Reward
     normalizer: ScoreNormalizer
-    """Of the reward's scores."""
+    """Normalises the reward's scores."""
     mix: PretrainingMix | None
-    """What the policy learns beside."""
+    """Other rows that the policy learns from; None without `ppo.ptx`."""
 
 
 def load_models(config: PolicyConfig, job: Job) -> Models:
@@ -78,10 +78,10 @@ def load_models(config: PolicyConfig, job: Job) -> Models:
 def pretraining_mix(
     config: PpoConfig, job: Job, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> PretrainingMix:
-    """The mix of the rows that leave the policy something to learn.
+    """The pretraining mix. Rows whose prompt fills the context are left out.
 
     Raises:
-        ConfigError: no row does.
+        ConfigError: no row is left.
     """
     rows, ids = job.data.rows(config.mixed_role, "train"), job.tokens(config.mixed_role, "train", tokenizer)
     answers = Answers.of(rows, ids, context, all_turns=False)
@@ -119,9 +119,11 @@ def load_critic(
     tokenizer: PreTrainedTokenizerBase,
     backbone: Backbone | None = None,
 ) -> ScalarModel:
-    """The critic. Its values are in units of the normalised score from the first step on.
+    """The critic. From the first step its values are in units of the normalised score.
 
-    With a backbone, the critic shares the weights of its start: `backbone`'s, or the reward model's.
+    Args:
+        backbone: if given, the critic shares its start's weights: those of the backbone or of the reward
+            model.
     """
     scorer = critic_scorer(config.reward, reward)
     init = critic_start(config, job, scorer, tokenizer)
@@ -156,7 +158,7 @@ def load_critic(
 
 
 class CriticScorer(NamedTuple):
-    """The reward model that a critic starts from: the score is about gain * its score + bias."""
+    """The reward model that a critic starts from. The reward is about gain * its score + bias."""
 
     model: LearnedReward
     gain: float
@@ -164,7 +166,8 @@ class CriticScorer(NamedTuple):
 
 
 def critic_scorer(source: str | RewardMix, reward: Reward) -> CriticScorer | None:
-    """What a critic can start from: the reward, or the only model in a sum of rewards; None without one."""
+    """The reward model that a critic can start from: the reward itself, or the only model in a sum of
+    rewards; None if there is no such model."""
     if isinstance(reward, LearnedReward):
         return CriticScorer(reward, 1.0, 0.0)
     part = critic_part(source)
@@ -198,7 +201,7 @@ def against_critic_on_reward(
     """Why the critic cannot start from the reward model; None where it can."""
     if scorer is None:
         said = redacted(str(config.reward))
-        return f"ppo.reward={said} is no model{'' if isinstance(config.reward, str) else WHICH}"
+        return f"ppo.reward={said} is no model{'' if isinstance(config.reward, str) else CRITIC_START_HINT}"
     if config.score.normalize == "running":
         return "ppo.score.normalize=running changes the score's units all the time"
     if scorer.model.digest != tokenizer_digest(tokenizer):

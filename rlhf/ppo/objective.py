@@ -1,4 +1,4 @@
-"""What a policy gradient learns from a rollout: advantages and losses, as its keys name them.
+"""The objective of a policy gradient: from a rollout to advantages and losses.
 
 `advantage` and `policy_loss` of a stage are names in the tables here, or `python:MODULE:FUNCTION` for a
 function of the user's. The estimators are in rlhf/rl, the losses in rlhf/losses.
@@ -39,14 +39,14 @@ from rlhf.rl.rollout import Advantages, Experience, RewardRule, Rollout, critic_
 
 
 class Rewarded(NamedTuple):
-    """What advantages are made of: the episodes of all ranks."""
+    """The input of an advantage estimator: the episodes of all ranks."""
 
     reward_BR: Tensor
     """Units of the normalised score, the KL penalty included; 0 on padding."""
     mask_BR: Tensor
     """bool, right-padded, true on the sampled tokens of episodes with a score."""
     group_size: int
-    """So many neighbouring episodes answer the same prompt."""
+    """Episodes per prompt; they are neighbours."""
     value_BR: Tensor | None
     """The critic's, in units of the reward; None without a critic."""
 
@@ -57,7 +57,7 @@ class Rewarded(NamedTuple):
 
 
 class Estimator(Protocol):
-    """Makes advantages of rewards."""
+    """From rewards to advantages."""
 
     def __call__(self, rewarded: Rewarded, config: Any, /) -> Tensor | Advantages:
         """
@@ -65,8 +65,7 @@ class Estimator(Protocol):
             config: the stage's keys, such as `config.gamma`.
 
         Returns:
-            advantage_BR, of which what is outside of the mask is not used. With a critic: `Advantages` with
-            its targets.
+            advantage_BR; values outside the mask are ignored. With a critic: `Advantages` with its targets.
         """
 
 
@@ -96,24 +95,24 @@ def gae(rewarded: Rewarded, config: PpoConfig) -> Advantages:
 
 
 def grpo(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
-    """The distance from the group's mean, in the group's deviations."""
+    """Distance from the group's mean, in standard deviations of the group."""
     return group_advantage(
         rewarded.reward_BR, rewarded.mask_BR, rewarded.group_B, divide_by_deviation=config.divide_by_deviation
     )
 
 
 def rloo(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
-    """The distance from the mean of the group's others."""
+    """Distance from the mean of the other answers of the group."""
     return leave_one_out_advantage(rewarded.reward_BR, rewarded.mask_BR, rewarded.group_B)
 
 
 def reinforce_plus_plus(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
-    """Whitened over all tokens of the batch."""
+    """Returns, whitened over all tokens of the batch."""
     return batch_advantage(rewarded.reward_BR, rewarded.mask_BR, None)
 
 
 def reinforce_plus_plus_baseline(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
-    """The same, after the group's mean is subtracted."""
+    """Returns minus the group's mean, whitened over all tokens of the batch."""
     return batch_advantage(rewarded.reward_BR, rewarded.mask_BR, rewarded.group_B)
 
 
@@ -121,7 +120,7 @@ def clipped(
     logp_BR: Tensor, sampled_logp_BR: Tensor, advantage_BR: Tensor, mask_BR: Tensor, *,
     total_tokens: int, weight_B: Tensor | None, config: PolicyConfig, ratio: Literal["token", "sequence"],
 ) -> PolicyLoss:  # fmt: skip
-    """PPO's, with the stage's bounds."""
+    """PPO's clipped loss with the stage's bounds."""
     return clipped_policy_loss(
         logp_BR, sampled_logp_BR, advantage_BR, mask_BR, clip=config.clip, clip_high=config.clip_high,
         dual_clip=config.dual_clip, total_tokens=total_tokens, weight_B=weight_B, ratio=ratio,
@@ -138,7 +137,7 @@ POLICY_LOSSES: Mapping[str, Loss] = {
 
 
 class Scored(NamedTuple):
-    """What the models say of a rollout: fp32 [B, R], on the CPU."""
+    """The models' outputs for a rollout: fp32 [B, R], on the CPU."""
 
     logp_BR: Tensor
     """Nats, under the policy."""
@@ -149,11 +148,11 @@ class Scored(NamedTuple):
 
 
 class Objective(ABC):
-    """What makes one algorithm differ from another."""
+    """What differs between policy gradient algorithms: advantages, losses and their metrics."""
 
     has_critic: ClassVar[bool]
     figures: tuple[str, ...] = ()
-    """What it counts of every update, beside the policy's figures."""
+    """Names of sums that it adds to each update's figures."""
 
     def __init__(self, config: PolicyConfig) -> None:
         """Raises:
@@ -171,7 +170,7 @@ class Objective(ABC):
         )
 
     def rule(self, normalizer: ScoreNormalizer) -> RewardRule:
-        """How scores become rewards."""
+        """The rule from scores to rewards."""
         score = self._config.score
         return RewardRule(normalizer, self.kl.coef, score.missing_stop, score.missing_stop_penalty)
 
@@ -190,20 +189,20 @@ class Objective(ABC):
         )  # fmt: skip
 
     def advantages(self, reward_BR: Tensor, mask_BR: Tensor, *, value_BR: Tensor | None) -> Advantages:
-        """What `STAGE.advantage` makes of rewards: see `make_experience`."""
+        """The estimator named by `STAGE.advantage`, for `make_experience`."""
         rewarded = Rewarded(reward_BR, mask_BR, self._config.group_size, value_BR)
         found = self._advantage(rewarded, self._config)
         return found if isinstance(found, Advantages) else Advantages(found, None)
 
     def try_functions(self, device: torch.device) -> None:
-        """Call functions of the user's before anything trains, as a step does: on answers to two made-up
+        """Call the user's own functions before anything trains, as a step would, on answers to two made-up
         prompts.
 
         Args:
             device: where losses are computed.
 
         Raises:
-            ConfigError: one raises, or returns something that cannot be used.
+            ConfigError: a function raises, or returns something unusable.
         """
         if not (isinstance(self._advantage, OwnEstimator) or isinstance(self.loss, OwnLoss)):
             return
@@ -221,7 +220,7 @@ class Objective(ABC):
             raise self.loss.error(f"returned {found.loss.item()} for made-up answers.")
 
     def rollout_metrics(self, experience: Experience) -> dict[str, float]:
-        """Its own metrics of a scored rollout."""
+        """Metrics of a scored rollout that only this algorithm has."""
         return {}
 
     @abstractmethod
@@ -236,19 +235,19 @@ class Objective(ABC):
             num_episodes: of the whole optimizer step, over all ranks.
 
         Returns:
-            The loss; and those of `figures` that the policy has, as sums over tokens.
+            The loss; and the policy's part of `figures`, as sums over tokens.
         """
 
     def critic_loss(
         self, value_BR: Tensor, part: Experience, *, total_tokens: int
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The critic's loss on a micro-batch, and its `figures`; called if there is a critic."""
+        """The critic's loss on a micro-batch, and its part of `figures`. Called only with a critic."""
         raise NotImplementedError
 
     def token_loss(
         self, logp_BR: Tensor, part: Experience, mask_BR: Tensor, total_tokens: int, weight_B: Tensor | None
     ) -> PolicyLoss:
-        """What `STAGE.policy_loss` makes of a micro-batch. Arguments: see `clipped_policy_loss`."""
+        """The loss named by `STAGE.policy_loss`. Arguments: see `clipped_policy_loss`."""
         device = logp_BR.device
         found = self.loss(
             logp_BR, part.logp_BR.to(device), part.advantage_BR.to(device), mask_BR,
@@ -271,7 +270,7 @@ class PpoObjective(Objective):
     def policy_loss(
         self, logp_BR: Tensor, part: Experience, *, total_tokens: int, num_episodes: int
     ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
-        """The mean over tokens."""
+        """The policy loss, as a mean over tokens."""
         mask_BR = part.mask_BR.to(logp_BR.device)
         return self.token_loss(logp_BR, part, mask_BR, total_tokens, None), {}
 
@@ -302,7 +301,7 @@ class GroupObjective(Objective):
         self.figures = ("kl_loss",) if self.kl_in_loss else ()
 
     def rule(self, normalizer: ScoreNormalizer) -> RewardRule:
-        """Long answers may lose something; the KL penalty may be in the loss instead."""
+        """The rule, with a penalty for long answers, and without the KL if the loss has it."""
         config, overlong = self.config, None
         if config.overlong.buffer is not None:
             longest = config.max_new_tokens
@@ -311,7 +310,7 @@ class GroupObjective(Objective):
         return replace(rule, kl_coef=0.0) if self.kl_in_loss else rule
 
     def rollout_metrics(self, experience: Experience) -> dict[str, float]:
-        """Whether the groups teach anything, by their raw scores."""
+        """Spread of the raw scores within groups: a group without spread teaches nothing."""
         if self.config.samples_per_prompt == 1:
             return {}
         size, score_B = self.config.samples_per_prompt, experience.score_B.double()
@@ -326,26 +325,26 @@ class GroupObjective(Objective):
     def policy_loss(
         self, logp_BR: Tensor, part: Experience, *, total_tokens: int, num_episodes: int
     ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
-        """The loss, with the KL to the reference where it is paid in the loss."""
+        """The policy loss, plus the KL to the reference with `kl.place=loss`."""
         device, mask_BR = logp_BR.device, part.mask_BR.to(logp_BR.device)
         weight_B = self.weights(mask_BR, total_tokens, num_episodes)
         found = self.token_loss(logp_BR, part, mask_BR, total_tokens, weight_B)
         if not self.kl_in_loss:
             return found, {}
-        scored_BR = mask_BR & ~part.score_B.isnan().to(device)[:, None]  # of others nothing is learned
+        scored_BR = mask_BR & ~part.score_B.isnan().to(device)[:, None]  # no score, nothing to learn
         reference_BR = part.reference_logp_BR.to(device)
         kl = kl_loss(logp_BR, reference_BR, scored_BR, total_tokens=total_tokens, weight_B=weight_B)
         return found._replace(loss=found.loss + self.kl.coef * kl), {"kl_loss": kl.detach() * total_tokens}
 
     def weights(self, mask_BR: Tensor, total_tokens: int, num_episodes: int) -> Tensor | None:
-        """What `grpo.loss_mean` makes of a loss."""
+        """Factor of each sequence's loss for `grpo.loss_mean`."""
         return loss_weights(
             mask_BR.sum(1), self.config.loss_mean, total_tokens=total_tokens, num_episodes=num_episodes,
             longest=self.config.max_new_tokens,
         )  # fmt: skip
 
     def try_functions(self, device: torch.device) -> None:
-        """And a loss heeds its weights."""
+        """Also checks that a loss of the user's own uses `weight_B`."""
         super().try_functions(device)
         if not isinstance(self.loss, OwnLoss) or self.config.loss_mean == "token":
             return

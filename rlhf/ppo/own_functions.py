@@ -1,5 +1,5 @@
-"""Functions of the user's in the places of ours, `python:MODULE:FUNCTION`. What they raise, and what they
-return in place of what they should, is told in the user's own keys.
+"""The user's own advantage estimators and losses, `python:MODULE:FUNCTION`. What they raise, and wrong
+return values, become errors that name the user's key.
 
 Dimensions: B episodes, R response tokens (padded).
 """
@@ -33,14 +33,14 @@ class OwnFunction:
             )
 
     def error(self, did: str, fix: str = "Fix it.") -> ConfigError:
-        """What it did wrong."""
+        """The error to raise, with what the function did."""
         return ConfigError(Complaint(self.setting, f"it {did}", fix))
 
     def called(self, *arguments: Any, **named: Any) -> Any:
-        """What it returns.
+        """Call the function.
 
         Raises:
-            ConfigError: it raised.
+            ConfigError: the function raised.
         """
         function: Callable[..., Any] = self._function
         try:
@@ -119,7 +119,7 @@ class OwnLoss(OwnFunction):
 
 
 def _described(value: object, *, has_gradient: bool) -> str:
-    """What it is, in an error. `has_gradient`: as is wanted."""
+    """A value in words, for an error. `has_gradient`: whether it has the gradient that it should."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     return f"a tensor of {tuple(value.shape)}{'' if has_gradient else ' without a gradient'}"

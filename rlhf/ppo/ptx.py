@@ -1,4 +1,4 @@
-"""The pretraining mix: a language-model loss on other data beside the policy loss (PPO-ptx)."""
+"""The pretraining mix: a language-model loss on other data, added to the policy loss (PPO-ptx)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class PretrainingMix:
     """Draws rows and computes their weighted loss (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
 
     def __init__(self, config: PtxConfig, answers: Answers, seed: int) -> None:
-        """`answers` are what is mixed in, cut at the tokens that the policy can read."""
+        """`answers`: the rows to mix in, cut to the policy's context."""
         self._config, self._answers = config, answers
         self._random = random.Random(seed)
 
     def draw(self) -> Answers:
-        """The next few rows; the same on every rank."""
+        """The rows of the next optimizer step; the same on every rank."""
         places = range(len(self._answers))
         return self._answers.pick(self._random.sample(places, min(self._config.rows, len(places))))
 
     def accumulate(self, engine: Engine, compute: Compute, micro_batch_tokens: int) -> None:
-        """Add the gradients of the next few rows, over all ranks."""
+        """Add the gradients of the next rows, over all ranks."""
         drawn = self.draw()
         total_tokens, lengths = int(drawn.learned.sum()), drawn.lengths.tolist()
         for group, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
@@ -44,10 +44,10 @@ class PretrainingMix:
         return self._config.coef * next_token_loss(logp_N, mask_N, total_tokens=total_tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which rows come next."""
+        """The state of the draw."""
         return {"random": self._random.getstate()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the rows that come next."""
+        """Continue the draw."""
         version, numbers, gauss = state["random"]
         self._random.setstate((version, tuple(numbers), gauss))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class PolicyStage(PolicyConfig, Stage):
-    """A stage that learns from the scores of what it samples."""
+    """A stage that samples responses and learns from their scores."""
 
     makes: ClassVar[Literal["policy"]] = "policy"
     metrics: ClassVar[Mapping[str, Metric]] = {
@@ -56,23 +56,23 @@ class PolicyStage(PolicyConfig, Stage):
     samples: ClassVar[bool] = True
 
     @property
-    def prompts_said(self) -> str:
-        """Where the prompts come from, in the user's own keys."""
+    def prompts_key(self) -> str:
+        """The key of the prompts' source, as the user writes it."""
         return "ppo.prompts"
 
     @property
-    def instead_of_moments(self) -> str:
-        """What needs no scores of the start, in the user's own keys."""
+    def moments_alternative(self) -> str:
+        """The setting that normalises without scores of the policy's start, as the user writes it."""
         return f"{self.name}.score.normalize=running"
 
     def reads(self) -> Reads:
-        """Prompts, and what normalises the scores."""
+        """The prompts; and `generate`, if its scores' moments normalise the scores."""
         found = reads_of(self)
         needs_moments = self.score.normalize == "sft"
         return found._replace(roles=found.roles or ("ppo",), stages=("generate",) if needs_moments else ())
 
     def unit(self) -> int:
-        """Batches have whole groups."""
+        """Episodes of one group: a batch holds whole groups."""
         return self.group_size
 
     def not_checked(self) -> dict[str, str]:
@@ -83,34 +83,34 @@ class PolicyStage(PolicyConfig, Stage):
         return {"first_kl": f"with {self.name}.peft={method} the policy does not start as its own reference"}
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """Normalisation fits what `generate` measured; there are two halves of the held-out prompts, which
-        leave room for an answer; and these ranks and this device can do what is wanted."""
+        """Checks that the moments of `generate` fit, that ranks and device support the settings, and that
+        there are enough held-out prompts, short enough for an answer."""
         yield from super().complaints(view)
-        yield from self.moments_missing(view.chain)
+        yield from self.missing_moments(view.chain)
         if view.compute is not None:
-            yield from self.impossible(view.compute)
+            yield from self.unsupported(view.compute)
             self.objective().try_functions(view.compute.device)
         if (data := view.data) is None:
             return
         held_out = data.rows("ppo", "held_out")
         if len(held_out) < 2:
             yield Complaint(
-                self.prompts_said,
+                self.prompts_key,
                 f"{len(held_out)} held-out prompt, but at least 2 are needed: one half chooses the weights, "
                 "the other half judges them.",
                 "Give more prompts, or raise prepare.held_out_fraction.",
             )
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
         yield from too_long(
-            view, f"{self.name}.init", self.init, self.prompts_said,
+            view, f"{self.name}.init", self.init, self.prompts_key,
             lambda: itertools.chain(data.rows("ppo", "train"), held_out[: self.evaluate_prompts]),
             beside=virtual + self.max_new_tokens,
             fix=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
             "start from a model with a longer context.",
         )  # fmt: skip
 
-    def impossible(self, compute: Compute) -> Iterator[Complaint]:
-        """What cannot be done on these ranks and this device."""
+    def unsupported(self, compute: Compute) -> Iterator[Complaint]:
+        """Settings that these ranks or this device do not support."""
         name = self.name
         if self.frozen_placement == "sharded" and compute.zero == "none":
             yield Complaint(
@@ -136,8 +136,8 @@ class PolicyStage(PolicyConfig, Stage):
                 f"Use {name}.frozen_placement=replicated.",
             )
 
-    def moments_missing(self, chain: Mapping[str, Stage]) -> Iterator[Complaint]:
-        """Moments that scores are normalised with are those of other scores than it sees."""
+    def missing_moments(self, chain: Mapping[str, Stage]) -> Iterator[Complaint]:
+        """Complaints where `generate` measured other scores than those that are to be normalised."""
         if self.score.normalize != "sft":
             return
         wanted = {"policy": self.init} | {
@@ -153,7 +153,7 @@ class PolicyStage(PolicyConfig, Stage):
                     f"generate.{name}={measured[name]}",
                     f"{self.name}.score.normalize=sft takes the score's mean and deviation from `generate`, "
                     f"{wanted_there}",
-                    f"{fix} {self.instead_of_moments}.",
+                    f"{fix} {self.moments_alternative}.",
                 )
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
@@ -166,13 +166,13 @@ class PolicyStage(PolicyConfig, Stage):
 
     @abstractmethod
     def objective(self) -> Objective:
-        """What it learns from a rollout."""
+        """How advantages and losses are made of a rollout."""
 
     def trainer(self, job: Job) -> PolicyTrainer:
-        """The steps with their models, before the first one."""
+        """The trainer with its models, before the first step."""
         from rlhf.ppo.models import load_models
-        from rlhf.ppo.trainer import TIMES_THE_BOUND, PolicyTrainer
+        from rlhf.ppo.trainer import MISMATCH_LIMIT_FACTOR, PolicyTrainer
 
         bound = self.gates.get("engine_mismatch")
-        limit = math.inf if bound is None or bound.max is None else TIMES_THE_BOUND * bound.max
+        limit = math.inf if bound is None or bound.max is None else MISMATCH_LIMIT_FACTOR * bound.max
         return PolicyTrainer(self, self.objective(), load_models(self, job), job, mismatch_limit=limit)

@@ -35,13 +35,13 @@ from rlhf.rl.group import group_spread, neighbours
 from rlhf.rl.rollout import Experience, Rollout, minibatches
 from rlhf.tracking.timer import StepTimer
 
-BY = {"whole": "whole", "layers": "layer by layer"}
-TIMES_THE_BOUND = 10
-"""`engine_mismatch` ends the run at so many times its gate's bound."""
+GATHERED = {"whole": "whole", "layers": "layer by layer"}
+MISMATCH_LIMIT_FACTOR = 10
+"""`engine_mismatch` above this factor times its gate's bound ends the run."""
 
 
 class BadStepError(Exception):
-    """Nothing may be learned from the step: something in it is not finite."""
+    """The step has a value that is not finite, so nothing may be learned from it."""
 
 
 class ForwardPass(NamedTuple):
@@ -70,9 +70,9 @@ class PolicyTrainer:
         self.sampling = torch.Generator().manual_seed(job.seed)
         self.shuffling = torch.Generator().manual_seed(job.seed)
         self.prompts: Sequence[PromptRow] = []
-        """What it learns from."""
+        """Prompts to learn from."""
         self.held_out: Sequence[PromptRow] = []
-        """What it is evaluated on."""
+        """Prompts to evaluate on."""
         self.evaluations = Evaluations(
             Evaluation,
             lambda: self.evaluate(self.held_out),
@@ -81,12 +81,12 @@ class PolicyTrainer:
         )
         self.rows: Sequence[PromptRow] = []
         self.texts: list[str] = []
-        """What was asked last in the current step, and the responses."""
+        """Prompts and responses of the current step's last rollout, for the log of a bad step."""
         self.history: list[dict[str, float]] = []
         """The metrics of all steps."""
 
     def train(self, prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> dict[str, float]:
-        """Take the steps that are left.
+        """Take the remaining steps.
 
         Returns:
             The stage's summary metrics.
@@ -111,17 +111,20 @@ class PolicyTrainer:
 
     @property
     def advice(self) -> str:
-        """What to do against bad steps."""
+        """The fix that the error about too many bad steps gives."""
         config, name = self.config, self.job.stage
         named = {"advantage": config.advantage, "policy_loss": config.policy_loss}
         own = [f"{name}.{key}={value}" for key, value in named.items() if value.startswith("python:")]
         return f"Fix {' or '.join([f'{name}.reward={config.reward}', *own])}, or lower {name}.optim.lr"
 
     def step(self, rows: Sequence[PromptRow]) -> dict[str, float]:
-        """Sample, score, learn. Values that are not finite are counted, and nothing is learned from them.
+        """Sample, score, learn. A step with a value that is not finite is counted, and teaches nothing.
 
         Args:
             rows: the prompt of each episode.
+
+        Returns:
+            The step's metrics.
 
         Raises:
             HaltError: the KL passed max_kl, or the engine samples from another policy.
@@ -153,8 +156,8 @@ class PolicyTrainer:
         return metrics
 
     def sample(self, rows: Sequence[PromptRow]) -> Answered:
-        """One response to each row by the current policy, with its score. Groups whose answers all have the
-        same score are replaced by answers to other prompts, as often as `max_resamples` says.
+        """One response of the current policy to each row, with its score. A group of equal scores teaches
+        nothing, so up to `max_resamples` times it is replaced by answers to another prompt.
 
         Raises:
             BadStepError: a score is infinite, or no response of the whole batch has one.
@@ -200,16 +203,17 @@ class PolicyTrainer:
         return Answered(rows, texts, rollout, *found)
 
     def other_prompts(self, count: int, attempt: int) -> list[PromptRow]:
-        """Prompts for groups that are replaced: a draw that depends on seed, step and attempt alone, so that
-        a resumed run draws the same."""
+        """Prompts for the groups that are replaced. The draw depends on seed, step and attempt alone, so a
+        resumed run draws the same."""
         position = f"{self.job.seed} {self.compute.position['step']} {attempt}"
         return random.Random(position).choices(self.prompts, k=count)
 
     def score(self, rollout: Rollout) -> tuple[Scored, ForwardPass | None]:
-        """What reference, policy and critic say of a rollout, by the current weights.
+        """Log-probabilities of policy and reference, and the critic's values, under the current weights.
 
-        If the rollout is one minibatch and fits into one forward pass, `learn` uses this pass as its first:
-        it is returned with its graph.
+        Returns:
+            The scores. And the forward pass with its graph, if the rollout is one minibatch that fits into
+            one pass: `learn` then starts from this pass.
         """
         config, model = self.config, self.engine.model
         with self.phases("reference"):
@@ -245,17 +249,17 @@ class PolicyTrainer:
         }
 
     def check_limits(self, metrics: Mapping[str, float]) -> None:
-        """Raise if nothing may be learned from the rollout at all.
+        """Stop the run if its limits are passed.
 
         Raises:
-            HaltError: why.
+            HaltError: with the limit.
         """
         config, name = self.config, self.job.stage
         if metrics.get("engine_mismatch", 0.0) > self.mismatch_limit:
             raise HaltError(
                 "the responses are not sampled from the policy that learns: their log-probabilities are "
                 f"{metrics['engine_mismatch']:.3g} nats per token off, more than "
-                f"{self.mismatch_limit:.3g}, {TIMES_THE_BOUND} times {name}.gates.engine_mismatch.max. "
+                f"{self.mismatch_limit:.3g}, {MISMATCH_LIMIT_FACTOR} times {name}.gates.engine_mismatch.max. "
                 "Use another generation=, or precision=fp32"
             )
         if config.max_kl is not None and metrics["kl"] > config.max_kl:
@@ -267,14 +271,14 @@ class PolicyTrainer:
     def learn(
         self, experience: Experience, graph: ForwardPass | None, *, critic_only: bool
     ) -> dict[str, float]:
-        """All epochs of minibatches over one rollout, one optimizer step each.
+        """Train on one rollout: all epochs, one optimizer step per minibatch.
 
         Args:
             graph: what `score` returned for this rollout.
 
         Returns:
-            Metrics. `first_ratio_deviation` compares the scoring pass with the first minibatch's,
-            which has the same weights. It is 0 by construction if both are the same pass.
+            Metrics. `first_ratio_deviation` compares the scoring pass with the first minibatch's pass, before
+            any update. It is 0 by construction if both are the same pass.
 
         Raises:
             BadStepError: no minibatch had a finite gradient, so no optimizer step was taken.
@@ -318,10 +322,10 @@ class PolicyTrainer:
         critic_only: bool,
         graph: ForwardPass | None = None,
     ) -> float:
-        """Add up one optimizer step's gradients over token-budget micro-batches of all ranks.
+        """Add up the gradients of one optimizer step, over the micro-batches of all ranks.
 
         Args:
-            graph: the forward pass over the minibatch, if there is one already.
+            graph: the forward pass over the minibatch, if `score` already made it.
 
         Returns:
             The mean |ratio - 1| over the minibatch's tokens: 0 before the first update, up to rounding.
@@ -370,7 +374,7 @@ class PolicyTrainer:
         return float(self.compute.global_sum(torch.tensor([deviation], dtype=torch.float64))) / total_tokens
 
     def evaluate(self, rows: Sequence[PromptRow]) -> Evaluation:
-        """Measure the policy on held-out prompts, log it, and keep its answers."""
+        """Measure the policy on held-out prompts, log the metrics and save its answers."""
         config, done = self.config, self.learner.done
         result, answers, of_parts = evaluate_policy(
             self.policy,
@@ -392,7 +396,7 @@ class PolicyTrainer:
         self.job.log({f"held_out_{name}": value for name, value in measured.items()}, done)
         for answer in answers[:8]:
             self.job.sample(step=done, prompt=answer["prompt"], response=answer["response"])
-        self.job.checkpoints.keep(kept_answers(done), partial(write_answers, step=done, answers=answers))
+        self.job.checkpoints.keep(answers_file(done), partial(write_answers, step=done, answers=answers))
         return result
 
     def summary(self) -> dict[str, float]:
@@ -413,8 +417,8 @@ class PolicyTrainer:
             "first_kl": done[0]["kl_k3"],
             # Python's max drops a NaN, which must fail the gate
             "engine_mismatch": float(torch.tensor(mismatches, dtype=torch.float64).max()),
-            **self.of_critic(done),
-            **self.of_groups(done),
+            **self.critic_metrics(done),
+            **self.group_metrics(done),
             **mean(found.best.kl_B).metrics("kl"),
             "held_out_score_before": found.first.score,
             "held_out_score": found.best.score,
@@ -428,14 +432,14 @@ class PolicyTrainer:
             "episodes": config.steps * config.batch_episodes,
         }
 
-    def of_critic(self, done: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Its summary metrics, if there is one."""
+    def critic_metrics(self, done: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Summary metrics of the critic, if there is one."""
         if not self.objective.has_critic:
             return {}
         return self.explained_variance(done).metrics("explained_variance")
 
-    def of_groups(self, done: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        """Summary metrics of groups, if there are any."""
+    def group_metrics(self, done: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Summary metrics of the groups, if there are any."""
         found = {}
         if all("groups_without_spread" in metrics for metrics in done):
             found["groups_without_spread"] = sum(each["groups_without_spread"] for each in done) / len(done)
@@ -444,22 +448,25 @@ class PolicyTrainer:
         return found
 
     def explained_variance(self, done: Sequence[Mapping[str, float]]) -> Sampled:
-        """The mean over the last quarter of the steps; steps are independent samples."""
+        """Its mean over the last quarter of the steps, with the interval of independent steps."""
         late = done[-max(1, len(done) // 4) :]
         value = sum(metrics["explained_variance"] for metrics in late) / len(late)
         half = math.hypot(*(metrics["explained_variance_error"] for metrics in late)) / len(late)
         return Sampled(value, value - half, value + half, len(late) * self.config.batch_episodes)
 
     def publish(self) -> dict[str, float]:
-        """Put the best policy and the answers of all evaluations into the artifact. Gives metrics of the
-        policy."""
+        """Write the best policy and the answers of all evaluations into the artifact.
+
+        Returns:
+            The published policy's metrics.
+        """
         self.publish_answers()
         return self.learner.publish()
 
     def publish_answers(self) -> None:
-        """Put the answers of all evaluations into the artifact."""
+        """Write the answers of all evaluations into the artifact."""
         steps = sorted({*range(0, self.config.steps, self.config.evaluate_every), self.config.steps})
-        kept = {step: self.job.checkpoints.kept(kept_answers(step)) for step in steps}
+        kept = {step: self.job.checkpoints.kept(answers_file(step)) for step in steps}
         if lost := [step for step, path in kept.items() if path is None]:
             self.learner.warn(
                 f"the answers to held-out prompts of steps {lost} were kept, and are damaged or gone."
@@ -469,12 +476,12 @@ class PolicyTrainer:
                 file.writelines(path.read_bytes() for path in kept.values() if path is not None)
 
     def answers_as_json(self) -> list[dict[str, Any]]:
-        """The prompts of the current step, and the responses as far as there are some."""
+        """The prompts of the current step with their responses; null where there is none yet."""
         texts = [*self.texts, *[None] * (len(self.rows) - len(self.texts))]
         return [{"prompt": row.prompt, "response": text} for row, text in zip(self.rows, texts, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes beside weights and optimizer."""
+        """Everything that changes during training, except weights and optimizer."""
         return {
             "history": [*self.history],
             "kl": self.kl.state_dict(), "normalizer": self.normalizer.state_dict(),
@@ -493,9 +500,9 @@ class PolicyTrainer:
             self.mix.load_state_dict(state["mix"])
         if state["local_sampling"] != self.job.local_sampling:
             self.learner.warn(
-                f"weights are gathered for sampling {BY[self.job.local_sampling]} from here on, and were "
-                f"{BY[state['local_sampling']]} until step {self.learner.done}: answers may differ by "
-                "rounding."
+                f"weights are gathered for sampling {GATHERED[self.job.local_sampling]} from here on, and "
+                f"were {GATHERED[state['local_sampling']]} until step {self.learner.done}: answers may "
+                "differ by rounding."
             )
 
 
@@ -509,12 +516,12 @@ class Answered(NamedTuple):
     parts: dict[str, Tensor]
     """Of several rewards, each one's scores."""
     usage: dict[str, float]
-    """What the rewards counted, such as a judge's tokens."""
+    """Counts by the rewards, such as a judge's tokens."""
     resampled: int = 0
-    """Groups that were replaced."""
+    """Number of groups that were replaced."""
 
     def replaced(self, indices: Sequence[int], others: Answered, groups: int) -> Answered:
-        """With the others at these indices, in order."""
+        """A copy with the rows at `indices` replaced by the rows of `others`, in order."""
         order = torch.arange(len(self.rows))
         order[indices] = torch.arange(len(others.rows)) + len(self.rows)
         rows, texts = [*self.rows, *others.rows], self.texts + others.texts
@@ -530,22 +537,22 @@ class Answered(NamedTuple):
 
 
 def brief(metrics: Mapping[str, float]) -> str:
-    """What is shown of a step where there is no panel."""
+    """One line about a step, for terminals without the panel."""
     return f"score {metrics['score']:+.2f} kl {metrics['kl']:.2f}" if "score" in metrics else "skipped"
 
 
-def kept_answers(step: int) -> str:
-    """The name of the file that the checkpointer keeps of an evaluation."""
+def answers_file(step: int) -> str:
+    """Name of the checkpointer's file with the answers of the evaluation after a step."""
     return f"{step}.{HELD_OUT_ANSWERS}"
 
 
 def repeated(rows: Sequence[PromptRow], times: int) -> list[PromptRow]:
-    """Each row so many times, side by side."""
+    """Each row `times` times, one copy next to the other."""
     return [row for row in rows for _ in range(times)]
 
 
 def prompt_batches(rows: Sequence[PromptRow], size: int, num_batches: int, seed: int) -> Batches[PromptRow]:
-    """Batches of prompts. Each pass over all prompts shuffles them anew."""
+    """Batches of prompts. They are shuffled anew for each pass over all prompts."""
     random_order, order = random.Random(seed), array("i")
     while len(order) < size * num_batches:
         order.extend(random_order.sample(range(len(rows)), len(rows)))
