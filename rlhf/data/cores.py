@@ -17,45 +17,46 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from rlhf.config import ConfigError
+from rlhf.distributed.compute import portable
 from rlhf.distributed.signals import STOPPING, uninterrupted
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
-FEW = 4
-"""So many pieces are not worth another process."""
+MIN_PIECES = 4
+"""With fewer pieces no worker is started."""
 
 LOOK_SECONDS = 0.1
 """Longest time from a signal until it stops the wait for a result."""
 
-GARBAGE = 100_000
-"""New objects after which a worker looks for garbage among them."""
+GARBAGE_THRESHOLD = 100_000
+"""New objects after which a worker's garbage collector runs."""
 STOP = signal.SIGALRM
-"""What a worker's second thread sends to its first one."""
+"""The signal from a worker's second thread to its first one."""
 
 _function: Callable[[Any], Any]
 _stopped: Connection
 _is_working = False
-"""Of a worker. In `_stopped` there is something to read when the parent wants no more results."""
+"""State of a worker process. `_stopped` becomes readable when the parent wants no more results."""
 
 
 def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
-    """function(piece) of each piece, in their order. Results do not depend on the number of cores.
+    """function(piece) for each piece, in order. Results do not depend on the number of cores.
 
-    Pieces and results travel between processes; the function does not, so it may hold anything. Only a few
-    pieces are taken ahead of the results, so that they need not fit into memory together.
+    Pieces and results are pickled; the function is not, so it may hold anything. Only a few pieces are taken
+    ahead of the results, so they need not fit into memory together.
 
     Raises:
-        ConfigError: a process was killed.
-        Exception: what the function raised.
+        ConfigError: a worker was killed.
+        Exception: the function's own error; a RuntimeError with its text if it cannot be pickled.
     """
     pieces, num_cores = iter(pieces), len(os.sched_getaffinity(0))
-    first = list(islice(pieces, FEW))
-    if len(first) < FEW or num_cores == 1:
+    first = list(islice(pieces, MIN_PIECES))
+    if len(first) < MIN_PIECES or num_cores == 1:
         yield from map(function, chain(first, pieces))
         return
     stopped, stop = Pipe(duplex=False)
-    # Forked, as roles, tokenizers and functions of the user's are objects that need not pickle.
+    # Forked: roles, tokenizers and functions of the user need not pickle.
     with (
         stopped,
         stop,
@@ -76,12 +77,13 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
                 f"more, or let fewer than {num_cores} cores work (`taskset -c 0-3 python -m rlhf ...`)."
             ) from None
         finally:
-            stop.send_bytes(b"stop")  # they all see it, as nobody reads it
+            stop.send_bytes(b"stop")  # never read, so every worker sees it
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _result(future: Future[Result]) -> Result:
-    """A signal raises between two looks: within one it could leave a lock that the pool's thread needs."""
+    """Wait for a result. A signal raises between two short waits: within one it could keep a lock that the
+    pool's thread needs."""
     while True:
         with uninterrupted():
             if wait([future], LOOK_SECONDS).done:
@@ -92,17 +94,17 @@ def _begin(function: Callable[[Any], Any], stopped: Connection) -> None:
     """In a worker, before its first piece."""
     global _function, _stopped
     _function, _stopped = function, stopped
-    gc.freeze()  # to look for garbage in what the parent had would take a tenth of the time
-    gc.set_threshold(GARBAGE)
+    gc.freeze()  # the parent's objects would be searched again and again
+    gc.set_threshold(GARBAGE_THRESHOLD)
     signal.set_wakeup_fd(-1)
     for signum in STOPPING:
-        signal.signal(signum, signal.SIG_IGN)  # what stops the run reaches the parent too, which stops us
+        signal.signal(signum, signal.SIG_IGN)  # the parent gets it too, and stops us
     signal.signal(STOP, _give_up)
     threading.Thread(target=_hear_parent, args=(threading.get_ident(),), daemon=True).start()
 
 
 def _hear_parent(worker: int) -> None:
-    """Wait until the parent wants no more results, or is killed, which leaves nobody who would end us."""
+    """Wait until the parent wants no more results, or is killed: then this worker ends itself."""
     parent = parent_process()
     assert parent is not None
     if parent.sentinel in connection.wait([parent.sentinel, _stopped]):
@@ -113,7 +115,7 @@ def _hear_parent(worker: int) -> None:
 
 
 def _give_up(signum: int, frame: FrameType | None) -> None:
-    """Stop the piece, but not a result that is on its way: half of one would keep the parent waiting."""
+    """Interrupt the function, but never the sending of a result: the parent would wait for its other half."""
     if _is_working:
         raise KeyboardInterrupt
 
@@ -125,5 +127,7 @@ def _call(piece: Any) -> Any:
         if _stopped.poll():  # it came between two pieces
             raise KeyboardInterrupt
         return _function(piece)
+    except Exception as error:  # sent to the parent, which raises it
+        raise portable(error) from None
     finally:
         _is_working = False

@@ -22,7 +22,7 @@ from rlhf.config import ConfigError
 from rlhf.data.answers import Answers
 from rlhf.data.arrow import ArrowWriter, mapped, picked
 from rlhf.data.chat_template import Encoded, exchange_ids, prompt_ids
-from rlhf.data.cores import FEW, on_all_cores
+from rlhf.data.cores import MIN_PIECES, on_all_cores
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow, SftRow
 from rlhf.data.tokens import TokenIds, TokenWriter, batch_of, write_tokens
@@ -39,8 +39,8 @@ def test_pieces_keep_their_order_and_stay_here_if_they_are_few() -> None:
     def worked(piece: int) -> tuple[int, int]:
         return piece * piece, os.getpid()
 
-    few = [*on_all_cores(worked, range(FEW - 1))]
-    assert few == [(piece * piece, os.getpid()) for piece in range(FEW - 1)]
+    few = [*on_all_cores(worked, range(MIN_PIECES - 1))]
+    assert few == [(piece * piece, os.getpid()) for piece in range(MIN_PIECES - 1)]
     squares, workers = zip(*on_all_cores(worked, range(100)), strict=True)
     assert squares == tuple(piece * piece for piece in range(100))
     assert len(os.sched_getaffinity(0)) == 1 or os.getpid() not in workers
@@ -53,6 +53,22 @@ def test_an_error_of_a_worker_is_raised_here() -> None:
         return piece
 
     with pytest.raises(ConfigError, match="the fortieth"):
+        list(on_all_cores(refuse, range(100)))
+
+
+class TwoPartError(Exception):
+    """It cannot be unpickled: pickle calls it with the one argument of `args`."""
+
+    def __init__(self, place: str, fault: str) -> None:
+        super().__init__(f"{place}: {fault}")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one core has no workers")
+def test_an_error_that_cannot_be_unpickled_keeps_its_text() -> None:
+    def refuse(piece: int) -> None:
+        raise TwoPartError(f"row {piece}", "no answer")
+
+    with pytest.raises(RuntimeError, match=r"^TwoPartError: row 0: no answer$"):
         list(on_all_cores(refuse, range(100)))
 
 

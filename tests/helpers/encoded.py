@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from helpers.jobs import user
 from rlhf.data.answers import Answers
 from rlhf.data.chat_template import encode
-from rlhf.data.cores import FEW
+from rlhf.data.cores import MIN_PIECES
 from rlhf.data.schema import Message, PairRow, Row, SftRow
 from rlhf.data.tokens import ROWS_AT_ONCE, TokenIds, write_tokens
 from rlhf.supervised.pairs import Pairs
 
 Sequences = list[tuple[int, list[int], list[list[int]]]]
 """Row, ids and spans of each."""
-MANY = FEW * ROWS_AT_ONCE + 7
+MANY = MIN_PIECES * ROWS_AT_ONCE + 7
 """Rows that several processes share, where there are several cores."""
 TALK = [
     *user("How high is it?"), Message(role="assistant", content="8848 m."), *user("In feet?"),
