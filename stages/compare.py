@@ -35,7 +35,7 @@ from rlhf.compare.artifacts import (
     training_seconds,
     tuned_artifact,
 )
-from rlhf.compare.context_budget import ContextBudget, Sizes, measured
+from rlhf.compare.context_budget import ContextBudget, Sizes, measure_sizes
 from rlhf.compare.cost import cost_of, model_bytes
 from rlhf.compare.dataset import CORPUS, QUESTIONS, Library, find_library, find_questions
 from rlhf.compare.prompts import FewShotConfig, PromptMethod, Question, RetrievalConfig, RetrieverName
@@ -139,7 +139,7 @@ class CompareStage(Stage):
         data, base = view.prepared
         questions, _, library = self.material(data)
         room = ContextBudget(base.load_tokenizer(), base.context_length, self.max_new_tokens)
-        self._sizes = measured(room, questions, library, {*self.ways()}, self.few_shot, self.retrieval)
+        self._sizes = measure_sizes(room, questions, library, {*self.ways()}, self.few_shot, self.retrieval)
 
     def reads(self) -> Reads:
         """The tuned models. Examples and passages are training rows; no training row may ask a question."""
@@ -225,7 +225,7 @@ class CompareStage(Stage):
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Ask everybody everything, score the answers, count what they cost."""
-        from rlhf.compare.figures import break_evens, described, win_rate
+        from rlhf.compare.figures import break_evens, contender_metrics, win_rate
 
         questions, num_leaks, library = self.material(job.data)
         if num_leaks:
@@ -239,7 +239,7 @@ class CompareStage(Stage):
         metrics: dict[str, float] = {"questions": len(questions), "leaks": num_leaks}
         first = next(iter(answers.values()))
         for name, said in answers.items():
-            found = described(said, self.price_per_hour)
+            found = contender_metrics(said, self.price_per_hour)
             if said is not first:
                 found |= win_rate(said, first)
             metrics |= {f"{metric}/{name}": value for metric, value in found.items()}
@@ -300,11 +300,11 @@ class CompareStage(Stage):
 
     def score(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Put every answer beside its reference, and before the reward."""
-        from rlhf.compare.figures import put_beside_references
+        from rlhf.compare.figures import score_by_reference
         from rlhf.rewards.combined import usable_scores
 
         for said in answers.values():
-            put_beside_references(said, questions)
+            score_by_reference(said, questions)
         if self.reward is None:
             return
         reward = job.reward(self.reward, self.micro_batch_tokens)

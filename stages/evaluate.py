@@ -300,7 +300,7 @@ class EvaluateStage(Stage):
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Let every policy answer, score the answers, and compare them."""
-        from rlhf.evaluation.answers import agreement, figures
+        from rlhf.evaluation.answers import agreement, policy_metrics
 
         rows = self.rows(job.data)
         answers = self.ask(job, rows)
@@ -308,7 +308,7 @@ class EvaluateStage(Stage):
         self.gold_over_steps(job, answers)
         metrics: dict[str, float] = {"prompts": len(rows)}
         for name in answers:
-            found = figures(name, answers, self.start)
+            found = policy_metrics(name, answers, self.start)
             metrics |= {f"{metric}/{name}": value for metric, value in found.items()}
             if name == self.subject:
                 metrics |= {

@@ -274,7 +274,7 @@ class GenerateStage(MakesRows):
         found = usable_scores(reward, rows, texts, f"{self.name}.reward={self.reward}")
         each = compute.collect_taken({compute.rank: tolerance.raised}, compute.world_size)
         raised = [line for lines in each for line in lines]
-        if len(raised) > tolerance.most:
+        if len(raised) > tolerance.max_raised:
             raise FunctionRaisedError(
                 f"The reward raised for {len(raised)} answers of {len(texts)}, the first one: {raised[0]}"
             )

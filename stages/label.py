@@ -38,8 +38,8 @@ from rlhf.digests import DirectoryDigest, digest_of
 from rlhf.label.draw import Draw, DrawConfig
 from rlhf.label.pairs import Pair, pair_id, pairs_of_answers, pairs_of_file, rows_in
 from rlhf.label.server_config import ServerConfig
-from rlhf.label.snapshot import MACHINE, Snapshot, imported
-from rlhf.label.votes import Choice, Given, VotesFile, votes_in
+from rlhf.label.snapshot import MACHINE_MARK, Snapshot, imported
+from rlhf.label.votes import Choice, ExternalVote, VotesFile, votes_in
 from rlhf.pipeline.abilities import MakesRows, Records
 from rlhf.pipeline.fields import UNKEYED, Memory, Reads, Score, reads_of
 from rlhf.pipeline.graph import scoring_stages
@@ -253,7 +253,7 @@ class LabelStage(MakesRows, Records):
         decides = digest_of(
             [self.model_dump(mode="json", include={"reward", "tie_gap"}), {**external}, models]
         )
-        return f"{self.annotator}{MACHINE}{redacted(str(self.reward))} ({decides[:8]})"
+        return f"{self.annotator}{MACHINE_MARK}{redacted(str(self.reward))} ({decides[:8]})"
 
     def predicted(self, job: Job, pairs: list[Pair]) -> tuple[list[Pair], dict[str, float]]:
         """The pairs with what `label.reward` says of their gap, and what it counted. Without a reward, as
@@ -315,7 +315,7 @@ class LabelStage(MakesRows, Records):
         )
         return metrics | {"recorded": found.digest}
 
-    def judged(self, machine: str, draw: Draw, snapshot: Snapshot) -> Iterator[Given]:
+    def judged(self, machine: str, draw: Draw, snapshot: Snapshot) -> Iterator[ExternalVote]:
         """The votes that are still wanted, by the predicted gaps."""
         known = {vote.pair.id for vote in snapshot.all}
         wanted = self.votes - len(snapshot.counted)
@@ -329,7 +329,7 @@ class LabelStage(MakesRows, Records):
                 choice = "first" if pair.predicted > 0 else "second"
                 choice = "tie" if abs(pair.predicted) <= self.tie_gap else choice
                 wanted -= 1
-            yield Given(machine, pair, choice, draw.purpose[pair.id])
+            yield ExternalVote(machine, pair, choice, draw.purpose[pair.id])
 
     def ask(self, job: Job, file: VotesFile, draw: Draw) -> None:
         """Serve the page until there are enough votes, or Ctrl-C."""

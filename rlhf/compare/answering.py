@@ -1,4 +1,4 @@
-"""One way of asking a policy: how its prompts are made, what that takes beforehand, and what it answers."""
+"""Asks a policy with one prompt method: builds the prompts, measures the setup, and collects the answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.compare.prompts import (
     Question,
     RetrievalConfig,
     few_shot_prompt,
-    fitted,
+    fit_prompt,
     retrieval_prompt,
 )
 from rlhf.compare.retrieval import Index
@@ -31,16 +31,16 @@ from rlhf.rl.rollout import Rollout
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """How questions become prompts."""
+    """Makes prompts from questions."""
 
     find: Callable[[str], Sequence[Any]]
-    """The question's text -> examples or passages, the best first."""
+    """Question text -> examples or passages, the best first."""
     prompt: Callable[[Question, Sequence[Any]], list[Message]]
-    """Those, put around the question."""
+    """(question, examples or passages) -> the conversation."""
     setup_seconds: float
-    """To index what is searched."""
+    """Seconds to build the search index."""
     num_bytes: int
-    """Of the texts that prompts are made of, and of what searches them."""
+    """Bytes of the prompts' source texts and of their search index."""
 
 
 def make_prompt_builder(
@@ -51,9 +51,9 @@ def make_prompt_builder(
     make_index: Callable[[Sequence[str]], Index],
     seed: int,
 ) -> PromptBuilder:
-    """Index what the method searches; the library has examples if it is few_shot."""
+    """Build the prompt builder of a method, with its search index. few_shot needs examples in the library."""
     if method == "zero_shot":
-        return PromptBuilder(lambda text: (), lambda question, found: question.prompt, 0.0, 0)
+        return PromptBuilder(lambda text: (), lambda question, items: question.prompt, 0.0, 0)
     start = time.perf_counter()
     if method == "retrieval":
         index = make_index(library.passages)
@@ -72,8 +72,8 @@ def make_prompt_builder(
     others = random.Random(seed).sample(range(len(examples)), len(examples))
 
     def nearest(text: str) -> list[SftRow]:
-        found = index.search(text, few_shot.examples)
-        places = [*found, *(place for place in others if place not in found)]
+        nearest_places = index.search(text, few_shot.examples)
+        places = [*nearest_places, *(place for place in others if place not in nearest_places)]
         return [examples[place] for place in places[: few_shot.examples]]
 
     return PromptBuilder(
@@ -90,19 +90,19 @@ def _num_bytes(prompt: Sequence[Message], completion: str) -> int:
 
 @dataclass
 class Answers:
-    """What one contender was asked and said, one entry a question."""
+    """One contender's prompts and answers, one entry per question."""
 
     asked: list[list[Message]]
     rollout: Rollout
     texts: list[str]
     seconds_B: Tensor
-    """fp64, from the question to the last token: search, prompt and sampling."""
+    """Seconds from the question to the last token, fp64: search, prompt and sampling."""
     num_cut: list[int]
-    """Examples or passages left out, because they did not fit the context."""
+    """Number of examples or passages that were left out because they did not fit the context."""
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """fp64 [B] by the quality's name."""
+    """Name of the quality -> scores, fp64 [B]."""
     figures: dict[str, float] = field(default_factory=dict)
-    """What was measured while the model was in memory, as metrics."""
+    """Metrics measured while the model was in memory."""
 
     def row(self, index: int) -> dict[str, Any]:
         """One answer as plain values."""
@@ -118,7 +118,7 @@ class Answers:
 
 def answer_one_by_one(
     policy: PolicyModel,
-    asking: PromptBuilder,
+    builder: PromptBuilder,
     questions: Sequence[Question],
     *,
     max_new_tokens: int,
@@ -126,35 +126,37 @@ def answer_one_by_one(
     seed: int,
     on_answer: Callable[[], None],
 ) -> Answers:
-    """One answer a question, each alone and timed, as a user waits for it.
+    """One answer per question, each sampled alone and timed, as a user waits for it.
 
-    The first question is asked once before the clock runs, since a first call sets up caches and threads.
+    The first question is asked once before timing starts, because the first call sets up caches and threads.
 
     Raises:
         ConfigError: a question does not fit the context.
     """
     generator = torch.Generator().manual_seed(seed)
-    room = ContextBudget(policy.tokenizer, policy.context_length, max_new_tokens)
+    budget = ContextBudget(policy.tokenizer, policy.context_length, max_new_tokens)
 
     def answer(question: Question) -> tuple[list[Message], int, Rollout, str]:
-        room.check(question, asking.prompt(question, ()))  # a tuned model may have less than the base model
-        build = partial(asking.prompt, question)
-        asked, num_cut = fitted(build, asking.find(question.text), room.length, room.beside_answer(question))
+        budget.check(question, builder.prompt(question, ()))  # a tuned model's context may be shorter
+        build = partial(builder.prompt, question)
+        asked, num_cut = fit_prompt(
+            build, builder.find(question.text), budget.length, budget.max_prompt_tokens(question)
+        )
         rollout, texts = policy.sample(
             [asked], max_new_tokens=max_new_tokens, temperature=temperature, generator=generator, batch_rows=1
         )
         return asked, num_cut, rollout, texts[0]
 
-    found, seconds = [], []
+    answered, seconds = [], []
     with policy.ready():
         answer(questions[0])
         generator.manual_seed(seed)
         for question in questions:
-            policy.hand_over()  # vLLM lets go of the weights after each call, which a server would not
+            policy.hand_over()  # untimed: vLLM drops the weights after each call, a server would not
             start = time.perf_counter()
-            found.append(answer(question))
+            answered.append(answer(question))
             seconds.append(time.perf_counter() - start)
             on_answer()
-    asked, num_cut, rollouts, texts = zip(*found, strict=True)
+    asked, num_cut, rollouts, texts = zip(*answered, strict=True)
     seconds_B = torch.tensor(seconds, dtype=torch.float64)
     return Answers(list(asked), Rollout.concatenate(list(rollouts)), list(texts), seconds_B, list(num_cut))

@@ -1,4 +1,4 @@
-"""Tuned models from the store, and what it took to make them."""
+"""Tuned models from the store, and the time it took to train them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ NAMES = (
 
 
 def is_of_this_run(name: str) -> bool:
-    """Whether `compare.artifacts` names a stage of this run; a directory has a slash."""
+    """Whether a name in `compare.artifacts` is a stage of this run. Directories contain a slash."""
     return "/" not in name
 
 
 def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
-    """The artifact in a directory of a store, or behind a run's link to one, read where it will be loaded;
-    or a plain `save_pretrained` directory from elsewhere, of which nothing is known but its files.
+    """The artifact in a directory of a store, or behind a run's link to it; or the path of a plain
+    `save_pretrained` directory, which has no manifest.
+
+    Args:
+        read: whether to read all files of an artifact and verify their digests.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: the directory is neither.
     """
-    path, found = Path(directory).expanduser().resolve(), None
+    path, artifact = Path(directory).expanduser().resolve(), None
     if (path / "manifest.json").is_file():
         store = Store(path.parents[1])
-        found = store.find(path.parent.name, path.name)
-        if found is not None and read:
-            store.verify(found, read=True)
+        artifact = store.find(path.parent.name, path.name)
+        if artifact is not None and read:
+            store.verify(artifact, read=True)
     elif (path / "config.json").is_file():
         check_weights(path, f"compare.artifacts={directory}")
         if not any(path.glob("*.safetensors")):
@@ -45,19 +48,19 @@ def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
                 "Save it again with save_pretrained."
             )
         return path
-    if found is None:
+    if artifact is None:
         raise ConfigError(
             f"compare.artifacts: {directory}: no finished artifact there, and no plain model (config.json, "
             f"*.safetensors). {NAMES}"
         )
-    return found
+    return artifact
 
 
 def check_policy(directory: str, tuned: Artifact | Path, chain: Mapping[str, Stage]) -> None:
-    """Refuse an artifact of a stage that makes no policy, as far as this run has such a stage.
+    """Refuse an artifact of a stage that makes no policy. Artifacts of stages that this run lacks pass.
 
     Raises:
-        ConfigError: with what can be named.
+        ConfigError: with the names that are allowed.
     """
     stage = None if isinstance(tuned, Path) else chain.get(tuned.manifest.stage)
     if stage is not None and stage.makes != "policy":
@@ -67,56 +70,56 @@ def check_policy(directory: str, tuned: Artifact | Path, chain: Mapping[str, Sta
 
 
 def content_of(tuned: Artifact | Path, digest: DirectoryDigest) -> str:
-    """Digest of what it holds; a plain directory's is taken by `digest`."""
+    """Digest of the model's files. `digest` computes it for a plain directory."""
     return digest(tuned) if isinstance(tuned, Path) else content_digest(tuned)
 
 
 def path_of(tuned: Artifact | Path) -> Path:
-    """Its directory."""
+    """The model's directory."""
     return tuned if isinstance(tuned, Path) else tuned.path
 
 
 def label(name: str) -> str:
-    """What the tables call an artifact: RUN/STAGE for a run's link, else the last two names of its path."""
+    """The artifact's name in tables: RUN/STAGE for a run's link, else the last two parts of its path."""
     parts = [part for part in Path(name).parts if part != "artifacts"]
     return "/".join(parts[-2:])
 
 
 def lineage(artifact: Artifact) -> Iterator[Artifact]:
-    """The artifact and all that it was made from, each once; they lie in the same store.
+    """The artifact and all artifacts it was made from, each once. All are in the same store.
 
     Raises:
-        ConfigError: one of them is not there any more.
+        ConfigError: one of them is no longer there.
     """
     store = Store(artifact.path.resolve().parents[1])
     waiting, seen = [artifact], {(artifact.manifest.stage, artifact.key)}
     while waiting:
-        here = waiting.pop()
-        yield here
-        for stage, key in here.manifest.recipe.get("inputs", {}).items():
+        child = waiting.pop()
+        yield child
+        for stage, key in child.manifest.recipe.get("inputs", {}).items():
             if (stage, key) in seen:
                 continue
             seen.add((stage, key))
-            found = store.find(stage, key)
-            if found is None:
+            source = store.find(stage, key)
+            if source is None:
                 raise ConfigError(
-                    f"compare.artifacts: {here.path} was made from {stage}/{key}, which is no longer in the "
+                    f"compare.artifacts: {child.path} was made from {stage}/{key}, which is no longer in the "
                     f"store {store.root}, so the cost of its training is unknown. Run {stage} again, or "
                     "leave the artifact out."
                 )
-            waiting.append(found)
+            waiting.append(source)
 
 
 def training_seconds(tuned: Artifact | Path) -> float | None:
-    """Wall time of all stages in the artifact's lineage, from their manifests; preparing data aside.
-    None of a plain directory, which does not tell."""
+    """Wall time of all stages in the artifact's lineage, from their manifests, without data preparation. None
+    for a plain directory, which has no manifest."""
     if isinstance(tuned, Path):
         return None
     return sum(each.manifest.seconds for each in lineage(tuned))
 
 
 def contender(model: str | None, method: PromptMethod) -> str:
-    """A model asked in one way, in metrics and tables: `few_shot`, `sft`, `sft+retrieval`."""
+    """Name of a model with a prompt method in metrics and tables: `few_shot`, `sft`, `sft+retrieval`."""
     if model is None:
         return method
     return label(model) if method == "zero_shot" else f"{label(model)}+{method}"

@@ -1,4 +1,4 @@
-"""What fits a model's context, and how long questions, examples and passages are in its tokens."""
+"""What fits into a model's context, and the token lengths of questions, examples and passages."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 MEASURED_ROWS = 1000
-"""Examples and passages whose tokens are counted, evenly spread over all."""
+"""Approximate size of the even sample of examples, and of passages, whose tokens are counted."""
 
 
 @dataclass(frozen=True)
 class ContextBudget:
-    """What a model's context has room for."""
+    """Splits a model's context between prompt and answer."""
 
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     max_new_tokens: int
 
     def length(self, messages: Sequence[Message]) -> int:
-        """Tokens of a conversation that waits for an answer."""
+        """Tokens of a conversation before its answer."""
         return len(prompt_ids(self.tokenizer, messages))
 
     def reference_length(self, question: Question) -> int:
-        """Tokens of the reference with its end of turn, half of the context at most; 0 without one."""
+        """Tokens of the reference with its end of turn, at most half of the context; 0 if none."""
         if question.reference is None:
             return 0
         ids, given = exchange_ids(self.tokenizer, question.prompt, question.reference)
         return min(len(ids) - given, self.context_length // 2)
 
-    def beside_answer(self, question: Question) -> int:
-        """Tokens that a prompt may have: the sampled answer follows it, and the reference does."""
+    def max_prompt_tokens(self, question: Question) -> int:
+        """Most tokens of a prompt, so that the sampled answer and the reference fit after it."""
         return self.context_length - max(self.max_new_tokens, self.reference_length(question))
 
     def check(self, question: Question, prompt: Sequence[Message]) -> int:
-        """Tokens of the prompt that has nothing around the question.
+        """Tokens of a prompt that holds only the question.
 
         Raises:
-            ConfigError: it does not fit.
+            ConfigError: the prompt does not fit.
         """
-        length, room = self.length(prompt), self.beside_answer(question)
-        if length > room:
+        length, limit = self.length(prompt), self.max_prompt_tokens(question)
+        if length > limit:
             raise ConfigError(
                 f"{QUESTIONS}: {question.where}: the question has {length} tokens; the model's "
-                f"context of {self.context_length} leaves {room} beside its answer. Shorten it, or lower "
+                f"context of {self.context_length} leaves {limit} for a prompt. Shorten it, or lower "
                 f"compare.max_new_tokens={self.max_new_tokens}."
             )
         return length
@@ -72,16 +72,16 @@ class ContextBudget:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long everything is that prompts are made of."""
+    """Token lengths of all parts of prompts."""
 
     questions: dict[PromptMethod, LengthStats]
-    """With nothing around them but the method's template."""
+    """Method -> lengths of the questions in its template, without examples or passages."""
     references: LengthStats
     examples: LengthStats
     passages: LengthStats
 
     def asked(self, method: PromptMethod, few_shot: FewShotConfig, retrieval: RetrievalConfig) -> LengthStats:
-        """Questions with all that a method would put before them, if it fitted."""
+        """Lengths of full prompts: questions with all examples or passages, as if they always fitted."""
         question = self.questions[method]
         before = {
             "zero_shot": [],
@@ -91,18 +91,18 @@ class Sizes:
         return joined(question, *before[method])._replace(rows=question.rows)
 
 
-def measured(
-    room: ContextBudget,
+def measure_sizes(
+    budget: ContextBudget,
     questions: Sequence[Question],
     library: Library,
     methods: Collection[PromptMethod],
     few_shot: FewShotConfig,
     retrieval: RetrievalConfig,
 ) -> Sizes:
-    """Count the tokens of all of them.
+    """Count the tokens of all parts of prompts.
 
     Raises:
-        ConfigError: a question does not fit the context, even with nothing around it.
+        ConfigError: a question does not fit the context, even alone.
     """
 
     def bare(method: PromptMethod, question: Question) -> Sequence[Message]:
@@ -111,26 +111,27 @@ def measured(
         return retrieval_prompt(question, (), retrieval)
 
     asked = {
-        method: lengths_of([room.check(question, bare(method, question)) for question in questions])
+        method: lengths_of([budget.check(question, bare(method, question)) for question in questions])
         for method in methods
     }
     examples = [
-        len(exchange_ids(room.tokenizer, row.prompt, row.completion)[0]) for row in _some(library.examples)
+        len(exchange_ids(budget.tokenizer, row.prompt, row.completion)[0])
+        for row in _sample(library.examples)
     ]
     passages = [
-        len(room.tokenizer(fill(retrieval.passage_template, passage=text))["input_ids"])
-        for text in _some(library.passages)
+        len(budget.tokenizer(fill(retrieval.passage_template, passage=text))["input_ids"])
+        for text in _sample(library.passages)
     ]
-    references = [room.reference_length(question) for question in questions]
+    references = [budget.reference_length(question) for question in questions]
     return Sizes(asked, lengths_of(references), lengths_of(examples), lengths_of(passages))
 
 
 def lengths_of(tokens: Sequence[int]) -> LengthStats:
-    """Of rows with so many tokens."""
+    """Length statistics from each row's tokens."""
     if not tokens:
         return LengthStats(0, 0.0, 0.0, 0)
     return LengthStats(len(tokens), fmean(tokens), pstdev(tokens), max(tokens))
 
 
-def _some(rows: Sequence[Item]) -> Sequence[Item]:
+def _sample(rows: Sequence[Item]) -> Sequence[Item]:
     return rows[:: max(1, len(rows) // MEASURED_ROWS)]

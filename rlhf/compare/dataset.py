@@ -1,4 +1,4 @@
-"""The questions, the worked examples and the passages, as rows of their sources."""
+"""Reads the questions, worked examples and passages from their sources."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 class Texts(Sequence[str], Generic[AnyRow]):
-    """A text of each row, made when it is asked for. So the texts of rows in a file need no memory."""
+    """One text per row, made on access. So the texts of rows in a file need no memory."""
 
     def __init__(self, rows: Sequence[AnyRow], text: Callable[[AnyRow], str]) -> None:
         self._rows, self._text = rows, text
@@ -44,33 +44,35 @@ class Texts(Sequence[str], Generic[AnyRow]):
 
 
 class Library(NamedTuple):
-    """What prompts are made of. Rows of sft.data stay in their file, those of a corpus are in memory."""
+    """Examples and passages for prompts. Rows of sft.data stay in their file; a corpus is in memory."""
 
     examples: Sequence[SftRow]
-    """Training rows of one user message and its answer."""
+    """Training rows with one user message and its answer."""
     passages: Sequence[str]
 
 
-class Found(NamedTuple):
+class FoundQuestions(NamedTuple):
     """The questions to ask."""
 
     questions: list[Question]
     num_leaks: int
-    """Questions left out, because a training row asks the same."""
+    """Number of questions left out because a training row asks the same."""
 
 
-def find_questions(source: SourceConfig | None, data: PreparedData, most: int | None) -> Found:
-    """The source's rows, with their answers where the first row has one; or sft.data's held-out rows.
+def find_questions(
+    source: SourceConfig | None, data: PreparedData, max_questions: int | None
+) -> FoundQuestions:
+    """The source's rows, with answers if the first row has one; without a source, sft.data's held-out rows.
 
     Args:
-        most: so many, the first ones; None for all.
+        max_questions: take the first ones only; None for all.
 
     Raises:
-        ConfigError: a row is none of that, or none is left.
+        ConfigError: a row has another format, or no question is left.
     """
     if source is None:
         usable = (row for row in data.rows("sft", "held_out") if row.prompt and not row.uses_tools)
-        texts = ((row.prompt, text_of(row.completion)) for row in islice(usable, most))
+        texts = ((row.prompt, text_of(row.completion)) for row in islice(usable, max_questions))
         held_out = [
             Question("sft.data, held out", prompt, text, {"completion": text}) for prompt, text in texts
         ]
@@ -79,19 +81,19 @@ def find_questions(source: SourceConfig | None, data: PreparedData, most: int | 
                 "compare.questions=null uses the held-out rows of sft.data, and these are plain text. "
                 "Set compare.questions to rows with prompt and completion."
             )
-        return Found(held_out, 0)
+        return FoundQuestions(held_out, 0)
     asked = [*_read_questions(source)]
     identities = [prompt_identity(PromptRow(question.prompt)) for question in asked]
     training = (row for role in training_roles(data.roles) for row in data.rows(role, "train"))
     leaks = {*identities}.intersection(map(prompt_identity, training))
-    found = [question for question, each in zip(asked, identities, strict=True) if each not in leaks]
-    num_leaks = len(asked) - len(found)
-    if not found:
+    questions = [question for question, each in zip(asked, identities, strict=True) if each not in leaks]
+    num_leaks = len(asked) - len(questions)
+    if not questions:
         raise ConfigError(
             f"compare.questions={source}: each of its {num_leaks} questions is also in a training row. "
             "Give questions that no stage trains on."
         )
-    return Found(found[:most], num_leaks)
+    return FoundQuestions(questions[:max_questions], num_leaks)
 
 
 def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
@@ -125,7 +127,7 @@ def _read_questions(source: SourceConfig) -> Iterator[Question]:
 
 
 def _has_answers(source: SourceConfig) -> bool:
-    """Whether the first row has one; the others shall be like it."""
+    """Whether the first row has an answer. The other rows must be like it."""
     _, raw = next(source.rows(QUESTIONS))
     try:
         if not isinstance(raw, RowError):
@@ -136,12 +138,12 @@ def _has_answers(source: SourceConfig) -> bool:
 
 
 def _read(source: SourceConfig, key: str, role: str) -> list[tuple[str, Row, Raw]]:
-    found: list[tuple[str, Row, Raw]] = []
+    rows: list[tuple[str, Row, Raw]] = []
     for where, raw in source.rows(key):
         try:
             if isinstance(raw, RowError):
                 raise raw
-            found.append((where, ROLES[role].parse(raw), raw))
+            rows.append((where, ROLES[role].parse(raw), raw))
         except RowError as error:
             raise ConfigError(f"{key}: {where}: {error} Fix the row.") from None
-    return limited(found, source.limit, lambda each: prompt_identity(each[1]))
+    return limited(rows, source.limit, lambda each: prompt_identity(each[1]))

@@ -1,4 +1,4 @@
-"""How good an answer is, beside the answer that a person gave."""
+"""Quality of an answer, compared with a reference answer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def plain(text: str) -> str:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 where both say the same words, else 0."""
+    """1 if both have the same words in the same order, else 0."""
     return float(plain(answer) == plain(reference))
 
 
 def answer_found(answer: str, reference: str) -> float:
-    """1 where the answer holds the reference as whole words, whatever else it says; else 0.
+    """1 if the answer contains the reference as whole words, else 0.
 
     Source: Mallen et al. 2023 (arXiv:2212.10511), section 3. A reference without words is never found.
     """
@@ -38,7 +38,7 @@ def rouge_l(answer: str, reference: str) -> float:
     """
     from rapidfuzz.distance import LCSseq
 
-    said, wanted = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
-    if not said or not wanted:
+    answer_words, reference_words = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    if not answer_words or not reference_words:
         return 0.0
-    return 2 * LCSseq.similarity(said, wanted) / (len(said) + len(wanted))
+    return 2 * LCSseq.similarity(answer_words, reference_words) / (len(answer_words) + len(reference_words))

@@ -1,4 +1,4 @@
-"""What a model is asked: the question alone, behind worked examples, or behind passages that were found."""
+"""Prompts: the question alone, after worked examples, or after retrieved passages."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PromptMethod = Literal["zero_shot", "few_shot", "retrieval"]
 RetrieverName = Literal["bm25", "embeddings"]
 
 
-def _naming(*places: str) -> AfterValidator:
+def _with_placeholders(*names: str) -> AfterValidator:
     def check(template: str) -> str:
-        missing = [place for place in places if f"{{{place}}}" not in template]
+        missing = [name for name in names if f"{{{name}}}" not in template]
         if missing:
             raise ValueError(f"the template must hold {{{missing[0]}}}")
         return template
@@ -32,29 +32,29 @@ class FewShotConfig(Strict):
     examples: PositiveInt
     """Number of examples before each question."""
     choice: Literal["nearest", "random"]
-    """nearest: found by compare.retriever for each question, and others by the seed where it finds too few;
-    random: the same for all, by the seed."""
-    template: Annotated[str, _naming("question")]
-    """The text of the examples' turns and of the last one."""
+    """nearest: compare.retriever finds them for each question; if it finds too few, the seed draws the rest.
+    random: the seed draws the same ones for all questions."""
+    template: Annotated[str, _with_placeholders("question")]
+    """The text of each user turn, in the examples and in the question."""
 
 
 class RetrievalConfig(Strict):
-    """`compare.retrieval.*`: passages in front of the question."""
+    """`compare.retrieval.*`: passages before the question."""
 
     passages: PositiveInt
     """Number of passages before the question."""
-    passage_template: Annotated[str, _naming("passage")]
-    """One passage; they follow each other, the best first."""
-    template: Annotated[str, _naming("passages", "question")]
+    passage_template: Annotated[str, _with_placeholders("passage")]
+    """The text of one passage. The passages are joined, the best first."""
+    template: Annotated[str, _with_placeholders("passages", "question")]
     """The text of the question's turn."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation that waits for an answer, and the answer that a person gave."""
+    """A conversation that waits for an answer, and its reference answer, if there is one."""
 
     where: str
-    """Such as `questions.jsonl line 4`."""
+    """Place of the row, such as `questions.jsonl line 4`."""
     prompt: list[Message]
     reference: str | None
     columns: dict[str, Any] = field(default_factory=dict)
@@ -62,18 +62,18 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The last thing that the user says."""
+        """The last message of the user."""
         return self.prompt[-1]["content"]
 
 
 def fill(template: str, **texts: str) -> str:
-    """Put texts where the template names them; braces in the texts, or any others, mean nothing."""
+    """Fill in the template's placeholders. All other braces stay, also those in the texts."""
     names = "|".join(texts)
     return re.sub(rf"\{{({names})\}}", lambda match: texts[match[1]], template)
 
 
 def few_shot_prompt(question: Question, examples: Sequence[SftRow], config: FewShotConfig) -> list[Message]:
-    """The examples as turns, the best last: nearest to the question; a system message stays in front."""
+    """The examples as turns, the best one last, next to the question. A system message stays first."""
     system = [message for message in question.prompt[:1] if message["role"] == "system"]
     turns: list[Message] = []
     for example in reversed(examples):
@@ -95,23 +95,23 @@ def retrieval_prompt(question: Question, passages: Sequence[str], config: Retrie
     return [*question.prompt[:-1], Message(role="user", content=content)]
 
 
-def fitted(
+def fit_prompt(
     prompt: Callable[[Sequence[Any]], list[Message]],
     items: Sequence[Any],
     length: Callable[[list[Message]], int],
-    room: int,
+    max_tokens: int,
 ) -> tuple[list[Message], int]:
-    """The prompt with as many examples or passages as fit; the least good go first, whole.
+    """The prompt with as many examples or passages as fit. The worst ones are left out, never cut.
 
     Args:
-        prompt: examples or passages, the best first -> the conversation; with none it is the question alone.
-        length: a conversation's tokens.
-        room: tokens that it may have.
+        prompt: examples or passages, the best first -> the conversation. Without items: the question alone.
+        length: a conversation -> its tokens.
+        max_tokens: most tokens of the conversation.
 
     Returns:
-        The prompt, and how many were left out.
+        The prompt, and the number of items left out.
     """
-    kept = len(items)
-    while kept > 0 and length(prompt(items[:kept])) > room:
-        kept -= 1
-    return prompt(items[:kept]), len(items) - kept
+    count = len(items)
+    while count > 0 and length(prompt(items[:count])) > max_tokens:
+        count -= 1
+    return prompt(items[:count]), len(items) - count

@@ -1,4 +1,4 @@
-"""Finding the texts that belong to a question: by their words (BM25), or by what a model makes of them.
+"""Finds the texts that fit a question: by their words (BM25), or by a model's embeddings.
 
 Dimensions: B texts, H hidden size.
 """
@@ -20,8 +20,8 @@ from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 
-TEXTS_AT_ONCE = 1000
-"""That are read and split into words together."""
+TEXTS_PER_CHUNK = 1000
+"""Texts that are read and split into words at once."""
 
 
 @dataclass(frozen=True)
@@ -29,46 +29,45 @@ class Index:
     """Texts that can be searched."""
 
     texts: Sequence[str]
-    """They may lie in a file: a search does not read them."""
+    """They may be in a file: a search does not read them."""
     search: Callable[[str, int], list[int]]
-    """(query, how many) -> places of the best texts, the best first; fewer where fewer have anything to do
-    with the query."""
+    """(query, count) -> indices of the best texts, the best first. Fewer if fewer texts match the query."""
     index_bytes: int
-    """What the search itself holds, without the texts."""
+    """Bytes of the search index, without the texts."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the texts (UTF-8) and of what searches them."""
+        """Bytes of the texts (UTF-8) and of their search index."""
         return self.index_bytes + sum(len(text.encode()) for text in self.texts)
 
 
 def make_index(
     name: RetrieverName, texts: Sequence[str], policy: PolicyModel, micro_batch_tokens: int
 ) -> Index:
-    """Index texts with `compare.retriever`; embeddings are those of the policy that answers."""
+    """Index texts with `compare.retriever`. Embeddings come from the policy that answers."""
     return bm25_index(texts) if name == "bm25" else embedding_index(texts, policy, micro_batch_tokens)
 
 
 def bm25_index(texts: Sequence[str]) -> Index:
-    """By the words that a text shares with the query, rare ones counting more; English stop words do not.
+    """Search by the words that a text shares with the query. Rare words weigh more, stop words nothing.
 
-    While it is made, the words of all texts are in memory; afterwards how much each word tells of each text.
+    While it is built, the words of all texts are in memory; afterwards one weight per word and text.
 
     Source: Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework: BM25 and Beyond", in the
     variant of Lucene; Lu 2024 (arXiv:2407.03618) for the library.
 
     Raises:
-        ConfigError: there are no words to search.
+        ConfigError: the texts have no words except stop words.
     """
     import bm25s
 
-    def words(some: Sequence[str]) -> list[list[str]]:
-        found: list[list[str]] = bm25s.tokenize(
-            list(some), stopwords="en", return_ids=False, show_progress=False
+    def words(chunk: Sequence[str]) -> list[list[str]]:
+        tokens: list[list[str]] = bm25s.tokenize(
+            list(chunk), stopwords="en", return_ids=False, show_progress=False
         )
-        return found
+        return tokens
 
-    split = [each for some in chunks(texts, TEXTS_AT_ONCE) for each in words(some)]
+    split = [text_words for chunk in chunks(texts, TEXTS_PER_CHUNK) for text_words in words(chunk)]
     if not any(split):
         raise ConfigError(
             f"compare.retriever=bm25: the {len(texts)} texts to search have only English stop words. "
@@ -78,18 +77,18 @@ def bm25_index(texts: Sequence[str]) -> Index:
     ranking.index(split, show_progress=False)
 
     def search(query: str, count: int) -> list[int]:
-        found, scores = ranking.retrieve(words([query]), k=min(count, len(texts)), show_progress=False)
-        return [int(place) for place, score in zip(found[0], scores[0], strict=True) if score > 0]
+        places, scores = ranking.retrieve(words([query]), k=min(count, len(texts)), show_progress=False)
+        return [int(place) for place, score in zip(places[0], scores[0], strict=True) if score > 0]
 
-    held = sum(ranking.scores[part].nbytes for part in ("data", "indices", "indptr"))
+    weights = sum(ranking.scores[part].nbytes for part in ("data", "indices", "indptr"))
     vocabulary = sum(len(word.encode()) for word in ranking.vocab_dict)
-    return Index(texts, search, held + vocabulary)
+    return Index(texts, search, weights + vocabulary)
 
 
 def embedding_index(texts: Sequence[str], policy: PolicyModel, micro_batch_tokens: int) -> Index:
-    """By the cosine between mean final hidden states, without another model. Texts are cut at the context.
+    """Search by the cosine between mean final hidden states of the policy. Texts are cut at its context.
 
-    While it is made, the token ids of all texts are in memory; afterwards a vector of each text.
+    While it is built, the token ids of all texts are in memory; afterwards one vector per text.
     """
     embedding_BH = embeddings(texts, policy, micro_batch_tokens)
 
@@ -102,14 +101,14 @@ def embedding_index(texts: Sequence[str], policy: PolicyModel, micro_batch_token
 
 @torch.no_grad()
 def embeddings(texts: Sequence[str], policy: PolicyModel, micro_batch_tokens: int) -> Tensor:
-    """fp32 [B, H] on the CPU, each of length 1: the mean over a text's tokens of the final hidden states."""
+    """Unit vectors, fp32 [B, H] on the CPU: the mean of the final hidden states over a text's tokens."""
     encoded = [continuation_ids(policy.tokenizer, "", text) for text in texts]
     rows = [torch.tensor([*first, *rest][: policy.context_length]) for first, rest in encoded]
-    found = torch.empty(len(rows), policy.model.config.get_text_config().hidden_size)
+    embedding_BH = torch.empty(len(rows), policy.model.config.get_text_config().hidden_size)
     for group in token_budget_batches([len(row) for row in rows], micro_batch_tokens):
         packed = Packed([rows[index] for index in group], policy.model.device)
         for index, hidden in zip(
             group, hidden_states(policy.model, packed).split(packed.lengths), strict=True
         ):
-            found[index] = hidden.float().mean(0).cpu()
-    return functional.normalize(found, dim=-1)
+            embedding_BH[index] = hidden.float().mean(0).cpu()
+    return functional.normalize(embedding_BH, dim=-1)

@@ -1,6 +1,6 @@
-"""What a policy answered, and what follows from it: by itself, and beside another policy's answers.
+"""A policy's answers, and their metrics: alone, and compared with another policy's answers.
 
-Dimensions: B rows, R response tokens (padded). Metrics are named without the policy.
+Dimensions: B rows, R response tokens (padded). Metric names here do not contain the policy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rlhf.rl.statistics import distinct_n
 
 @dataclass
 class Answers:
-    """One policy's answers, their scores, and what the policy knows. Tensors have one entry per row."""
+    """One policy's answers, their scores, and its losses on other texts. Tensors have one entry per row."""
 
     rollout: Rollout
     texts: list[str]
@@ -41,11 +41,11 @@ class Answers:
     vocabulary: dict[str, int]
     """The tokenizer's vocabulary."""
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """By "score" (the learned reward), "gold" and "judge"."""
+    """"score" (the learned reward), "gold" or "judge" -> scores."""
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Of a score that is made of several rewards: each one's, by its name."""
+    """For a score of several rewards: name of the score -> name of the reward -> its scores."""
     figures: dict[str, float] = field(default_factory=dict)
-    """Metrics that were measured while the model was in memory."""
+    """Metrics measured while the model was in memory."""
 
     def row(self, index: int) -> dict[str, Any]:
         """One answer as JSON values."""
@@ -58,110 +58,115 @@ class Answers:
 
 
 def rounded(score: float) -> float | None:
-    """As JSON; None for no score."""
+    """The score as a JSON value; None for no score."""
     return None if math.isnan(score) else round(score, 4)
 
 
-def figures(name: str, answers: Mapping[str, Answers], start: str) -> dict[str, float]:
-    """All of one policy: by itself, against what PPO started from, and against the base model, where these
-    answered too.
+def policy_metrics(name: str, answers: Mapping[str, Answers], start: str) -> dict[str, float]:
+    """All metrics of one policy: alone, against PPO's start, and against the base model, if they answered.
 
     Args:
-        start: what PPO started from, by its name among the policies.
+        name: the policy.
+        answers: policy -> its answers.
+        start: the policy from which PPO started.
     """
-    said = answers[name]
-    found = described(said)
+    own = answers[name]
+    metrics = own_metrics(own)
     if name != start and start in answers:
-        found |= gains(said, answers[start])
+        metrics |= over_start(own, answers[start])
     if "base" in answers:
-        found |= task_gain(said, answers["base"]) | forgetting(said.retained, answers["base"].retained)
+        metrics |= task_gain(own, answers["base"]) | forgetting(own.retained, answers["base"].retained)
         if name != "base":
-            found |= over_base(said, answers["base"])
-    return found
+            metrics |= over_base(own, answers["base"])
+    return metrics
 
 
-def described(said: Answers) -> dict[str, float]:
-    """Scores, lengths and variety of the answers, and what the policy knows."""
-    ids = [response.tolist() for response in said.rollout.response_ids]
+def own_metrics(own: Answers) -> dict[str, float]:
+    """Scores, lengths and diversity of the answers, and the losses on other texts."""
+    ids = [response.tolist() for response in own.rollout.response_ids]
     metrics = {
-        "length_mean": float(said.rollout.response_lengths.double().mean()),
-        "stop_rate": float(said.rollout.stopped.double().mean()),
+        "length_mean": float(own.rollout.response_lengths.double().mean()),
+        "stop_rate": float(own.rollout.stopped.double().mean()),
         "distinct_1": distinct_n(ids, 1),
         "distinct_2": distinct_n(ids, 2),
     }
-    for kind, score_B in said.scores.items():
+    for kind, score_B in own.scores.items():
         metrics[f"{kind}_unscored"] = int(score_B.isnan().sum())
-        named = {"": score_B} | {f"/{name}": part_B for name, part_B in said.parts.get(kind, {}).items()}
+        named = {"": score_B} | {f"/{name}": part_B for name, part_B in own.parts.get(kind, {}).items()}
         for name, each_B in named.items():
             moments = moments_of(each_B)
             metrics[f"{kind}_mean{name}"] = moments.mean
             metrics[f"{kind}_deviation{name}"] = moments.deviation
-    if len(said.task_nats_B):
-        metrics["task_loss"] = ratio(said.task_nats_B, said.task_tokens_B).value
-    return metrics | said.retained.metrics() | said.figures
+    if len(own.task_nats_B):
+        metrics["task_loss"] = ratio(own.task_nats_B, own.task_tokens_B).value
+    return metrics | own.retained.metrics() | own.figures
 
 
-def gains(said: Answers, start: Answers) -> dict[str, float]:
-    """Against the answers of what PPO started from, prompt by prompt: their length, how many more end by
-    themselves, the word that they took up, and the scores where both have one. The gold score decides who
-    wins where there is one, else the judge's."""
-    length_B, other_length_B = said.rollout.response_lengths, start.rollout.response_lengths
+def over_start(own: Answers, start: Answers) -> dict[str, float]:
+    """Comparison with the answers of PPO's start, prompt by prompt: length, share that ends by itself, the
+    gained word, and the scores where both have one. The win rate uses the gold score, else the judge's, else
+    the learned one."""
+    length_B, other_length_B = own.rollout.response_lengths, start.rollout.response_lengths
     metrics: dict[str, float] = ratio(length_B, other_length_B).metrics("length_ratio")
-    ended_B, other_ended_B = said.rollout.stopped.double(), start.rollout.stopped.double()
+    ended_B, other_ended_B = own.rollout.stopped.double(), start.rollout.stopped.double()
     metrics |= difference(ended_B - other_ended_B).metrics("stop_rate_change")
-    metrics |= gained_word(said.texts, start.texts)[1].metrics("word_gain")
-    won = {}
-    for kind, score_B in said.scores.items():
+    metrics |= gained_word(own.texts, start.texts)[1].metrics("word_gain")
+    rates = {}
+    for kind, score_B in own.scores.items():
         own_B, other_B = both_scored(score_B, start.scores[kind])
-        won[kind] = share(wins(own_B, other_B))
+        rates[kind] = share(wins(own_B, other_B))
         metrics |= mean(own_B.double() - other_B.double()).metrics(f"{kind}_gain")
-    if "score" in won:
-        metrics |= won["score"].metrics("win_rate_learned")
-    if won:
-        metrics |= next(won[kind] for kind in ("gold", "judge", "score") if kind in won).metrics("win_rate")
+    if "score" in rates:
+        metrics |= rates["score"].metrics("win_rate_learned")
+    if rates:
+        metrics |= next(rates[kind] for kind in ("gold", "judge", "score") if kind in rates).metrics(
+            "win_rate"
+        )
     return metrics
 
 
-def over_base(said: Answers, base: Answers) -> dict[str, float]:
-    """How much higher the scores are than those of the untuned model's answers, prompt by prompt."""
+def over_base(own: Answers, base: Answers) -> dict[str, float]:
+    """Scores minus those of the untuned model's answers, prompt by prompt."""
     metrics: dict[str, float] = {}
-    for kind, score_B in said.scores.items():
+    for kind, score_B in own.scores.items():
         own_B, base_B = both_scored(score_B, base.scores[kind])
         metrics |= mean(own_B.double() - base_B.double()).metrics(f"{kind}_over_base")
     return metrics
 
 
-def agreement(said: Sequence[Answers]) -> dict[str, float]:
-    """How much learned and gold score agree on the answers, each policy's by themselves: that both rise from
-    one policy to the next does not count. Nothing where one of them is not known."""
-    if not all({"score", "gold"} <= {*each.scores} for each in said):
+def agreement(policies: Sequence[Answers]) -> dict[str, float]:
+    """Correlation of learned and gold score within each policy's answers: a rise of both from one policy to
+    the next does not count. Empty if one of the scores is missing."""
+    if not all({"score", "gold"} <= {*each.scores} for each in policies):
         return {}
     score_BP, gold_BP = (
-        torch.stack([each.scores[kind].double() - each.scores[kind].double().nanmean() for each in said], -1)
+        torch.stack(
+            [each.scores[kind].double() - each.scores[kind].double().nanmean() for each in policies], -1
+        )
         for kind in ("score", "gold")
     )
     return correlation(score_BP, gold_BP).metrics("gold_correlation")
 
 
-def task_gain(said: Answers, base: Answers) -> dict[str, float]:
-    """Nats a token that the loss on the held-out answers is below the base model's; nothing without such
-    answers. Those that one of both reads less of do not count."""
+def task_gain(own: Answers, base: Answers) -> dict[str, float]:
+    """The base model's loss on the held-out answers minus the policy's, in nats per token. Empty without such
+    answers. Answers of which one model reads less than the other are left out."""
     if not len(base.task_nats_B):
         return {}
-    alike_B = (base.task_tokens_B > 0) & (said.task_tokens_B > 0)
-    if said.vocabulary == base.vocabulary:
-        alike_B &= said.task_tokens_B == base.task_tokens_B
-    gain_B = base.task_nats_B - said.task_nats_B
-    return ratio(gain_B[alike_B], base.task_tokens_B[alike_B]).metrics("task_gain")
+    comparable_B = (base.task_tokens_B > 0) & (own.task_tokens_B > 0)
+    if own.vocabulary == base.vocabulary:
+        comparable_B &= own.task_tokens_B == base.task_tokens_B
+    gain_B = base.task_nats_B - own.task_nats_B
+    return ratio(gain_B[comparable_B], base.task_tokens_B[comparable_B]).metrics("task_gain")
 
 
 def divergence(
-    said: Answers, reference: PolicyModel, temperature: float, micro_batch_tokens: int
+    own: Answers, reference: PolicyModel, temperature: float, micro_batch_tokens: int
 ) -> dict[str, float]:
-    """KL from the reference in nats per sequence, by the policy's own answers; nothing of a policy with other
-    tokens, such as a base model beside evaluate.init=DIRECTORY."""
-    if said.vocabulary != reference.tokenizer.get_vocab():
+    """KL from the reference in nats per sequence, estimated on the policy's own answers. Empty for a policy
+    with another vocabulary, such as a base model next to evaluate.init=DIRECTORY."""
+    if own.vocabulary != reference.tokenizer.get_vocab():
         return {}
-    logp_BR = reference.log_probabilities(said.rollout, temperature, micro_batch_tokens)
-    kl_BR = kl_k1(said.logp_BR, logp_BR, said.rollout.mask_BR)
-    return {"kl": float(kl_BR.sum(dtype=torch.float64)) / len(said.texts)}
+    logp_BR = reference.log_probabilities(own.rollout, temperature, micro_batch_tokens)
+    kl_BR = kl_k1(own.logp_BR, logp_BR, own.rollout.mask_BR)
+    return {"kl": float(kl_BR.sum(dtype=torch.float64)) / len(own.texts)}

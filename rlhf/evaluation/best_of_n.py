@@ -1,5 +1,5 @@
-"""Of several answers of one policy to a prompt, the one that a reward likes best: a policy that needs no
-training, only time when it answers.
+"""Best-of-n: of several answers to a prompt, take the one with the highest reward. It needs no training, but
+more time per answer.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from rlhf.rl.rollout import Rollout
 def best_answers(
     reward: Reward, rows: Sequence[PromptRow], rollout: Rollout, texts: Sequence[str], *, of: int, key: str
 ) -> Tensor:
-    """Which answers to take: their indices, long [B].
+    """Indices of the best answer to each prompt, long [B].
 
     Args:
         rows: B prompts.
-        rollout: `of` answers to each, neighbours.
-        of: a prompt's answers. Those without a score come last, and of equal ones the first is taken.
-        key: of the reward, for complaints.
+        rollout: `of` answers per prompt, next to each other.
+        of: number of answers per prompt. Answers without a score come last; of equal ones the first is taken.
+        key: the reward's config key, for error messages.
 
     Raises:
         ConfigError: a score is infinite, or no answer has one.
@@ -36,8 +36,8 @@ def best_answers(
 
 
 def kl_bound(of: int) -> float:
-    """At most how far it is from the policy that answers, in nats a sequence: log n - (n - 1) / n.
+    """Largest KL from the sampling policy, in nats per sequence: log n - (n - 1) / n.
 
-    Source: Beirami et al. 2024, arXiv:2401.01879, theorem 3.1. It is less where answers share a score.
+    Source: Beirami et al. 2024, arXiv:2401.01879, theorem 3.1. The KL is lower if answers have equal scores.
     """
     return math.log(of) - (of - 1) / of

@@ -1,6 +1,7 @@
-"""The answers to held-out prompts of each evaluation in a policy's training, and what the gold score says of
-them: learned score and gold score part where a policy learns what the reward likes by mistake (Gao et al.
-2022, arXiv:2210.10760).
+"""Answers to held-out prompts from each evaluation during a policy's training, and their gold scores.
+
+Learned score and gold score diverge when a policy exploits errors of the reward (Gao et al. 2022,
+arXiv:2210.10760).
 
 Dimensions: B held-out prompts.
 """
@@ -24,10 +25,10 @@ from rlhf.rewards.combined import scored
 from rlhf.rewards.reward import Reward, RewardError, with_token_ids
 
 FILE = "held_out_answers.jsonl"
-"""In the artifact of a policy that learned from scores: a line for each answer, evaluation by evaluation."""
-CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
-"""Halves of the held-out prompts. The first chooses among several policies, the second judges the chosen one:
-on the prompts that chose it, the luckiest looks better than it is."""
+"""File in the artifact of a policy that learned from scores: one line per answer, ordered by evaluation."""
+SELECTION_HALF, TEST_HALF = slice(0, None, 2), slice(1, None, 2)
+"""Halves of the held-out prompts. One selects a policy, the other measures it: on the prompts that selected
+it, a policy looks better than it is."""
 
 
 class AtStep(NamedTuple):
@@ -35,12 +36,12 @@ class AtStep(NamedTuple):
 
     step: int
     kl_B: Tensor
-    """Nats a sequence, from the reference."""
+    """KL from the reference, in nats per sequence."""
     gold_B: Tensor
-    """NaN for no score."""
+    """Gold scores; NaN for no score."""
 
     def row(self) -> dict[str, Any]:
-        """As JSON values, each a mean; null where nothing has a score."""
+        """Means as JSON values; null if no answer has a score."""
         gold = mean(finite(self.gold_B))
         means = {
             "kl": float(self.kl_B.mean()),
@@ -56,35 +57,37 @@ class AtStep(NamedTuple):
 
 
 def finite(score_B: Tensor) -> Tensor:
-    """Without what is no score."""
+    """The finite scores, as fp64."""
     return score_B[score_B.isfinite()].double()
 
 
 def gold_over_steps(path: Path, gold: Reward, needed: Iterable[str]) -> list[AtStep]:
-    """Let the gold reward score the answers of each evaluation.
+    """Score the answers of each evaluation with the gold reward.
 
     Args:
-        path: a `FILE`.
-        needed: columns of the prompts that the reward cannot do without.
+        path: the path of a `FILE`.
+        needed: columns of the prompts that the reward requires.
 
     Raises:
-        RewardError: it cannot score them.
+        RewardError: the reward cannot score them, or a column is missing.
     """
-    found = []
-    for step, answers in groupby(_lines(path), key=lambda answer: answer["step"]):
-        said = list(answers)
-        prompts = [PromptRow(**{each.name: line[each.name] for each in fields(PromptRow)}) for line in said]
+    steps = []
+    for step, group in groupby(_lines(path), key=lambda answer: answer["step"]):
+        answers = list(group)
+        prompts = [
+            PromptRow(**{each.name: answer[each.name] for each in fields(PromptRow)}) for answer in answers
+        ]
         for name in needed:
             if not any(name in row.columns for row in prompts):
                 raise RewardError(f"no prompt has the column {name}.")
-        rows = with_token_ids(prompts, [torch.tensor(each["token_ids"]) for each in said])
-        gold_B = scored(gold, rows, [each["response"] for each in said]).score_B
-        found.append(AtStep(step, torch.tensor([each["kl"] for each in said]), gold_B))
-    return found
+        rows = with_token_ids(prompts, [torch.tensor(each["token_ids"]) for each in answers])
+        gold_B = scored(gold, rows, [each["response"] for each in answers]).score_B
+        steps.append(AtStep(step, torch.tensor([each["kl"] for each in answers]), gold_B))
+    return steps
 
 
 def write_answers(path: Path, step: int, answers: Iterable[Mapping[str, Any]]) -> None:
-    """Write those of one evaluation."""
+    """Write the answers of one evaluation."""
     lines = (json.dumps({"step": step, **answer}, ensure_ascii=False) + "\n" for answer in answers)
     path.write_text("".join(lines), encoding="utf-8")
 
@@ -94,21 +97,21 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def lost_since_peak(found: Sequence[AtStep], kept: int) -> dict[str, float]:
-    """How much lower the gold score of the kept weights is than that of the step where it was highest, on
-    prompts that did not choose this step.
+def lost_since_peak(steps: Sequence[AtStep], published: int) -> dict[str, float]:
+    """Gold score of the best step minus that of the published step, on prompts that did not select the best
+    step.
 
     Args:
-        kept: the step whose weights are published.
+        published: the step whose weights are published.
 
     Returns:
-        `gold_peak_step` and `gold_lost`; nothing where a half has no score, or `kept` is not among the steps.
+        `gold_peak_step` and `gold_lost`; empty if a half has no score, or `published` is not among the steps.
     """
-    chosen = {at.step: finite(at.gold_B[CHOICE]) for at in found}
-    chosen = {step: gold_B for step, gold_B in chosen.items() if len(gold_B)}
-    steps = {at.step: at for at in found}
-    if kept not in steps or not chosen:
+    scores = {at.step: finite(at.gold_B[SELECTION_HALF]) for at in steps}
+    scores = {step: gold_B for step, gold_B in scores.items() if len(gold_B)}
+    by_step = {at.step: at for at in steps}
+    if published not in by_step or not scores:
         return {}
-    peak = max(chosen, key=lambda step: float(chosen[step].mean()))
-    lost_B = finite(steps[peak].gold_B[JUDGED].double() - steps[kept].gold_B[JUDGED].double())
+    peak = max(scores, key=lambda step: float(scores[step].mean()))
+    lost_B = finite(by_step[peak].gold_B[TEST_HALF].double() - by_step[published].gold_B[TEST_HALF].double())
     return {"gold_peak_step": peak, **mean(lost_B).metrics("gold_lost")} if len(lost_B) else {}

@@ -1,7 +1,7 @@
-"""Means, shares and ratios over a sample of rows, each with its 95% interval.
+"""Means, shares and ratios over a sample of rows, each with its 95% confidence interval.
 
-Dimensions: B rows, drawn independently of each other: prompts, pairs, questions, texts. If two models are
-compared, a row's value is their difference on that row. So the difficulty of rows cancels out.
+Dimensions: B rows (prompts, pairs, questions, texts), drawn independently. To compare two models, use their
+difference on each row as its value: then the difficulty of the rows cancels out.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 from rlhf.evaluation.sampled import Sampled
 
 LEVEL = 0.95
-"""Of an interval: the share of samples whose interval holds the true figure."""
+"""Confidence level: the share of samples whose interval holds the true value."""
 CONSTANT = 1e-6
-"""A smaller deviation is rounding."""
-NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
+"""Smallest standard deviation that is more than rounding."""
+NORMAL_QUANTILE = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 def share(value_B: Tensor) -> Sampled:
     """The mean of values from 0 to 1, such as wins (a tie is 0.5).
 
-    The interval never shrinks to a point, even if all rows agree. With values between 0 and 1 it is a
-    little too wide: their variance is at most that of zeros and ones with the same mean.
+    The interval never shrinks to a point, even if all rows agree. For values between 0 and 1 it is a little
+    too wide, because their variance is at most that of zeros and ones with the same mean.
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.
     """
     rows = len(value_B)
     if not rows:
         return nothing()
-    p, square = float(value_B.double().mean()), NORMAL**2 / rows
+    p, square = float(value_B.double().mean()), NORMAL_QUANTILE**2 / rows
     centre = (p + square / 2) / (1 + square)
     half = math.sqrt(p * (1 - p) * square + square**2 / 4) / (1 + square)
     return Sampled(p, min(p, centre - half), max(p, centre + half), rows)
@@ -40,7 +40,8 @@ def share(value_B: Tensor) -> Sampled:
 def difference(value_B: Tensor) -> Sampled:
     """The mean of values from -1 to 1: how often one model is right where another is not, minus the reverse.
 
-    As with `share`, the interval stays wide if all rows agree: two rows are added, one for each model.
+    As with `share`, the interval does not shrink to a point if all rows agree: two rows are added, one in
+    favour of each model.
     Source: Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions
     based on paired data", Journal of Educational and Behavioral Statistics 37(4).
     """
@@ -49,13 +50,13 @@ def difference(value_B: Tensor) -> Sampled:
         return nothing()
     value_B = value_B.double()
     wider = torch.cat([value_B, torch.tensor([-1.0, 1.0], dtype=torch.float64)])
-    half = NORMAL * float(wider.std(correction=0)) / math.sqrt(len(wider))
+    half = NORMAL_QUANTILE * float(wider.std(correction=0)) / math.sqrt(len(wider))
     mean, centre = float(value_B.mean()), float(wider.mean())
     return Sampled(mean, max(-1.0, centre - half), min(1.0, centre + half), rows)
 
 
 def mean(value_B: Tensor) -> Sampled:
-    """The mean of values of any size, such as scores or differences of scores.
+    """The mean of unbounded values, such as scores or differences of scores.
 
     Source: Student 1908, "The probable error of a mean", Biometrika 6.
     """
@@ -65,8 +66,8 @@ def mean(value_B: Tensor) -> Sampled:
 def ratio(part_B: Tensor, whole_B: Tensor) -> Sampled:
     """The sum of the parts over the sum of the wholes, such as nats per token of texts of different lengths.
 
-    A row's distance from the ratio takes the place of its distance from the mean. With a single row nothing
-    is known of how much rows differ: the interval is infinite.
+    The interval uses each row's distance from the ratio instead of its distance from the mean. With a single
+    row the interval is infinite, because nothing is known about the spread of rows.
     Source: Cochran 1977, "Sampling Techniques", 3rd edition, section 2.11.
     """
     rows = len(part_B)
@@ -82,11 +83,11 @@ def ratio(part_B: Tensor, whole_B: Tensor) -> Sampled:
 
 
 def correlation(x_BN: Tensor, y_BN: Tensor) -> Sampled:
-    """Pearson's, of N pairs of values in each of B rows. Pairs with a NaN are left out. No rows where one
-    side hardly varies.
+    """Pearson's correlation of N pairs of values in each of B rows. Pairs with a NaN are left out. The result
+    is that of no rows if one side is nearly constant.
 
-    The interval is made on Fisher's scale, from each pair's influence on the figure, summed by rows. It is a
-    little too narrow with few: of 12 rows, 91% of the intervals held the truth.
+    The interval is computed on Fisher's scale, from each pair's influence on the figure, summed per row. It
+    is a little too narrow for few rows: with 12 rows, 91% of the intervals hold the true value.
     Sources: Fisher 1921, "On the probable error of a coefficient of correlation", Metron 1; Devlin,
     Gnanadesikan and Kettenring 1975, "Robust estimation and outlier detection with correlation coefficients",
     Biometrika 62.
@@ -116,19 +117,19 @@ def correlation(x_BN: Tensor, y_BN: Tensor) -> Sampled:
 
 
 def nothing() -> Sampled:
-    """The result for no rows."""
+    """The result for no rows: NaN, with an infinite interval."""
     return Sampled(math.nan, -math.inf, math.inf, 0)
 
 
 def student(freedom: int) -> float:
-    """How many standard errors a 95% interval reaches to either side; off by 0.8% at 2 degrees of freedom, by
-    less than 0.2% from 3 on.
+    """Half width of a 95% interval in standard errors (Student's t). The error is 0.8% at 2 degrees of
+    freedom, and below 0.2% from 3 on.
 
     Source: Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", 26.7.5.
     """
     if freedom == 1:
         return math.tan(math.pi * LEVEL / 2)
-    x = NORMAL
+    x = NORMAL_QUANTILE
     terms: tuple[float, ...] = (
         x,
         (x**3 + x) / 4,

@@ -1,4 +1,4 @@
-"""A policy on tasks of EleutherAI's harness: github.com/EleutherAI/lm-evaluation-harness."""
+"""Evaluates a policy on tasks of EleutherAI's harness: github.com/EleutherAI/lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rlhf.digests import directory_digest
 if TYPE_CHECKING:
     from rlhf.generation.policy_model import PolicyModel
 
-ROWS = 16
-"""Rows of a forward pass: the harness keeps all their logits."""
+BATCH_ROWS = 16
+"""Rows per forward pass. Small, because the harness keeps the logits of all of them."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Harness:
     folder: Path | None
     """Folder of task files; None for the harness's own tasks, whose data it downloads."""
     limit: int | None
-    """Most questions per task."""
+    """Largest number of questions per task; None for all."""
 
     def check(self) -> None:
-        """Find the package and the tasks.
+        """Check that the package and the tasks exist.
 
         Raises:
             ConfigError: the package or a task is missing.
@@ -51,12 +51,12 @@ class Harness:
             raise ConfigError(f"evaluate.lm_eval: there is no task {unknown[0]} {where}. Known{near}.")
 
     def digest(self) -> str:
-        """Digest of the harness's version and the folder's content, which decide the figures."""
+        """The harness's version, and a digest of the folder: together they determine the figures."""
         version = importlib.metadata.version("lm_eval")
         return version if self.folder is None else f"{version} {directory_digest(self.folder)}"
 
     def fetch(self) -> None:
-        """Download the tasks' data, if they are not there.
+        """Download the tasks' data, if they are not on this machine.
 
         Raises:
             ConfigError: the data cannot be downloaded.
@@ -71,12 +71,12 @@ class Harness:
             ) from None
 
     def measure(self, policy: PolicyModel) -> dict[str, float]:
-        """`lm_eval/TASK/METRIC` of all tasks and groups, as the harness defines them; without a template."""
+        """`lm_eval/TASK/METRIC` of all tasks and groups, as the harness defines them; no chat template."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        found: Any = simple_evaluate(
-            HFLM(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=ROWS),
+        results: Any = simple_evaluate(
+            HFLM(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=BATCH_ROWS),
             tasks=list(self.tasks),
             task_manager=self._manager(),
             limit=self.limit,
@@ -84,11 +84,11 @@ class Harness:
             log_samples=False,
         )
         metrics = {}
-        for task, figures in found["results"].items():
+        for task, figures in results["results"].items():
             for name, value in figures.items():
-                metric, comma, chosen_by = name.partition(",")
+                metric, comma, filter_name = name.partition(",")
                 if comma and not metric.endswith("_stderr"):
-                    metric = metric if chosen_by == "none" else name
+                    metric = metric if filter_name == "none" else name
                     metrics[f"lm_eval/{task}/{metric}"] = float(value)
         return metrics
 

@@ -23,27 +23,27 @@ class Retained(NamedTuple):
     """One policy's results, row by row. Tensors are empty if there are no such rows."""
 
     sources: list[str]
-    """The set that each text is from."""
+    """The name of each text's set."""
     nats_B: Tensor
     """Negative log-likelihood of each text, in nats."""
     tokens_B: Tensor
     """Tokens of each text."""
     right_B: Tensor
-    """1 for a question whose right answer is the likeliest one per character, else 0."""
+    """1 for a question whose right answer has the highest log-likelihood per character, else 0."""
 
     def metrics(self) -> dict[str, float]:
-        """`question_accuracy`; `perplexity` of all texts, and where they are from several sets
-        `text_loss_SET` of each, in nats per token."""
-        known: dict[str, float] = {}
+        """`question_accuracy`, and `perplexity` of all texts. For several sets of texts also `text_loss_SET`
+        of each set, in nats per token."""
+        metrics: dict[str, float] = {}
         if len(self.nats_B):
-            known |= exponential(ratio(self.nats_B, self.tokens_B)).metrics("perplexity")
+            metrics |= exponential(ratio(self.nats_B, self.tokens_B)).metrics("perplexity")
             names = dict.fromkeys(self.sources)
             for name in names if len(names) > 1 else ():
                 of_set_B = torch.tensor([source == name for source in self.sources])
-                known[f"text_loss_{name}"] = ratio(self.nats_B[of_set_B], self.tokens_B[of_set_B]).value
+                metrics[f"text_loss_{name}"] = ratio(self.nats_B[of_set_B], self.tokens_B[of_set_B]).value
         if len(self.right_B):
-            known |= share(self.right_B).metrics("question_accuracy")
-        return known
+            metrics |= share(self.right_B).metrics("question_accuracy")
+        return metrics
 
 
 def retention(
@@ -60,29 +60,29 @@ def retention(
     return Retained([row.source for row in texts], nats_B, tokens_B, right_B)
 
 
-def forgetting(known: Retained, base: Retained) -> dict[str, float]:
+def forgetting(retained: Retained, base: Retained) -> dict[str, float]:
     """A policy compared with the base model, row by row.
 
     `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats per token.
     """
     changes: dict[str, float] = {}
     if len(base.nats_B):
-        loss = ratio(known.nats_B - base.nats_B, base.tokens_B)
+        loss = ratio(retained.nats_B - base.nats_B, base.tokens_B)
         changes |= loss.metrics("retention_loss")
         changes |= exponential(loss).metrics("retention_perplexity_ratio")
     if len(base.right_B):
-        changes |= difference(known.right_B - base.right_B).metrics("question_accuracy_change")
+        changes |= difference(retained.right_B - base.right_B).metrics("question_accuracy_change")
     return changes
 
 
 def exponential(logarithm: Sampled) -> Sampled:
-    """A figure and its interval from their logarithms."""
+    """The exponential of a figure and its interval."""
     value, low, high = torch.tensor(logarithm[:3], dtype=torch.float64).exp().tolist()
     return Sampled(value, low, high, logarithm.rows)
 
 
 def right_answers(policy: PolicyModel, rows: Sequence[QuestionRow], micro_batch_tokens: int) -> Tensor:
-    """fp64 [B]: 1 for a question whose right answer is the likeliest one per character."""
+    """fp64 [B]: 1 for a question whose right answer has the highest log-likelihood per character, else 0."""
     choices = [(f"Question: {row.question}\nAnswer:", f" {choice}") for row in rows for choice in row.choices]
     logp_BR, _ = continuation_logp(policy, choices, micro_batch_tokens)
     logps = logp_BR.sum(-1, dtype=torch.float64).split([len(row.choices) for row in rows])
@@ -93,12 +93,13 @@ def right_answers(policy: PolicyModel, rows: Sequence[QuestionRow], micro_batch_
 
 
 def likeliest_choice(logp_B: Tensor, choices: Sequence[str]) -> int:
-    """The choice with the highest log-likelihood per character, so that long answers have no disadvantage.
+    """Index of the choice with the highest log-likelihood per character, so that long choices have no
+    disadvantage.
 
     Source: `acc_norm` of EleutherAI's lm-evaluation-harness.
 
     Args:
-        logp_B: nats, of each whole choice.
+        logp_B: log-likelihood of each full choice, in nats.
     """
     return int((logp_B / torch.tensor([float(len(choice)) for choice in choices])).argmax())
 
@@ -106,7 +107,11 @@ def likeliest_choice(logp_B: Tensor, choices: Sequence[str]) -> int:
 def continuation_logp(
     policy: PolicyModel, texts: Sequence[tuple[str, str]], micro_batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Nats of every token of each (context, continuation), fp32 [B, R], 0 on padding; and the mask."""
+    """Log-probabilities of the continuation tokens in nats, fp32 [B, R], 0 on padding; and the mask.
+
+    Args:
+        texts: pairs of context and continuation.
+    """
     encoded = [continuation_ids(policy.tokenizer, context, continuation) for context, continuation in texts]
     continuations = Responses(
         prompt_ids=[torch.tensor(context) for context, _ in encoded],

@@ -10,13 +10,13 @@ from torch import Tensor
 from rlhf.evaluation.intervals import difference, share
 from rlhf.evaluation.win_rate import wins
 
-WIDE_GAP = 0.5
-"""Gold-score units: pairs that differ by at least this much are easy to rank."""
+MIN_WIDE_GAP = 0.5
+"""Smallest gap, in gold-score units, of a pair that counts as easy to rank."""
 CALIBRATION_BINS = 10
 
 
 class Ranking(NamedTuple):
-    """Both sides of every pair."""
+    """Scores and lengths of both sides of every pair."""
 
     chosen_B: Tensor
     """Learned score, logits."""
@@ -25,26 +25,26 @@ class Ranking(NamedTuple):
     """Response tokens."""
     rejected_length_B: Tensor
     gold_gap_B: Tensor
-    """Gold score of chosen minus rejected; NaN where unknown."""
+    """Gold score of chosen minus gold score of rejected; NaN where unknown."""
 
 
 def over_baseline(right_B: Tensor, rule_B: Tensor) -> dict[str, float]:
-    """Comparison with rules that read no word: a rule, its opposite, and chance.
+    """Comparison with baselines that read no word: a rule, its opposite, and chance.
 
-    accuracy_over_baseline is the accuracy above that of the best of them, row by row: how often the model is
-    right where the rule is not, minus the reverse. The rule is chosen on the same rows, so the figure is
-    rather too low than too high.
+    accuracy_over_baseline is the model's accuracy minus that of the best baseline, row by row: how often the
+    model is right where the baseline is not, minus the reverse. The baseline is chosen on the same rows, so
+    the figure is too low rather than too high.
 
     Args:
-        right_B: whether the model is right; a tie is 0.5.
-        rule_B: whether the rule is, such as "the longer answer wins".
+        right_B: whether the model is right; 0.5 for a tie.
+        rule_B: whether the rule is right, such as "the longer answer wins"; 0.5 for a tie.
     """
-    share_of_rule = float(rule_B.mean())
-    rules = {share_of_rule: rule_B, 1 - share_of_rule: 1 - rule_B, 0.5: torch.full_like(rule_B, 0.5)}
-    baseline = max(rules)
+    rule_accuracy = float(rule_B.mean())
+    baselines = {rule_accuracy: rule_B, 1 - rule_accuracy: 1 - rule_B, 0.5: torch.full_like(rule_B, 0.5)}
+    baseline = max(baselines)
     return {
         "baseline_accuracy": baseline,
-        **difference(right_B - rules[baseline]).metrics("accuracy_over_baseline"),
+        **difference(right_B - baselines[baseline]).metrics("accuracy_over_baseline"),
     }
 
 
@@ -66,7 +66,7 @@ def rank_quality(ranking: Ranking) -> dict[str, float]:
         "score_deviation": float(scores.std(correction=0)),
         "held_out_pairs": float(len(chosen)),
     }
-    wide = ranking.gold_gap_B >= WIDE_GAP  # NaN is never
+    wide = ranking.gold_gap_B >= MIN_WIDE_GAP  # false for NaN
     if bool(wide.any()):
         metrics["accuracy_wide_gap"] = float(right_B[wide].mean())
         metrics["wide_gap_pairs"] = float(wide.sum())
@@ -74,24 +74,23 @@ def rank_quality(ranking: Ranking) -> dict[str, float]:
 
 
 class CalibrationBin(NamedTuple):
-    """The pairs of which the model is about equally sure."""
+    """Pairs with about the same confidence of the model."""
 
     confidence: float
-    """Mean of how sure it is, 0.5 to 1."""
+    """Mean confidence, 0.5 to 1."""
     accuracy: float
-    """How often it is right; a tie is half right."""
+    """Share of pairs where the model is right; a tie counts half."""
     pairs: int
 
 
 def calibration(chosen_B: Tensor, rejected_B: Tensor) -> list[CalibrationBin]:
-    """How often "this side wins" is right, by how sure the model is of it; bins without pairs are left out.
+    """Accuracy of "this side wins" per confidence bin. Bins without pairs are left out.
 
-    Each pair's confidence is max(p, 1 - p) with p = sigmoid(chosen - rejected), and pairs are binned by it in
-    bins of one width.
+    A pair's confidence is max(p, 1 - p) with p = sigmoid(chosen - rejected). The bins have equal widths.
     """
     probability_B = torch.sigmoid(chosen_B - rejected_B).double()
     confidence_B = torch.maximum(probability_B, 1 - probability_B)
-    correct_B = ((chosen_B - rejected_B).sign().double() + 1) / 2  # a tie is half right
+    correct_B = ((chosen_B - rejected_B).sign().double() + 1) / 2  # a tie counts half
     bin_B = ((confidence_B - 0.5) / 0.5 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
     return [
         CalibrationBin(float(confidence_B[in_B].mean()), float(correct_B[in_B].mean()), int(in_B.sum()))
@@ -101,9 +100,9 @@ def calibration(chosen_B: Tensor, rejected_B: Tensor) -> list[CalibrationBin]:
 
 
 def calibration_error(chosen_B: Tensor, rejected_B: Tensor) -> float:
-    """Expected calibration error of "this side wins": 0 is calibrated, 1 is sure and always wrong.
+    """Expected calibration error of "this side wins": 0 is calibrated, 1 is fully confident and always wrong.
 
-    The gaps between mean confidence and accuracy are averaged with the bins' sizes (Guo et al. 2017,
+    The mean gap between confidence and accuracy, weighted by the bins' sizes (Guo et al. 2017,
     arXiv:1706.04599, eq. 3).
     """
     bins = calibration(chosen_B, rejected_B)
@@ -111,7 +110,7 @@ def calibration_error(chosen_B: Tensor, rejected_B: Tensor) -> float:
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's, 0 when either side is constant."""
+    """Pearson's correlation; 0 if either side is constant."""
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     norm = x.norm() * y.norm()
     return float((x @ y) / norm) if norm > 0 else 0.0

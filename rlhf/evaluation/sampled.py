@@ -1,6 +1,7 @@
-"""A figure that was measured on a sample of rows, as a value and as plain metrics.
+"""A figure measured on a sample of rows, as a value and as plain metrics.
 
-It needs no torch, because checks of the config import it. rlhf/evaluation/intervals.py makes such figures.
+This module does not import torch, because config checks import it. rlhf/evaluation/intervals.py computes such
+figures.
 """
 
 from __future__ import annotations
@@ -18,29 +19,32 @@ class Sampled(NamedTuple):
     rows: int
 
     def metrics(self, name: str) -> dict[str, float]:
-        """As plain figures: NAME, NAME_low, NAME_high and NAME_rows; of A/B they are A_low/B and so on."""
-        return {beside(name, end): float(value) for end, value in zip(ENDS, self, strict=True)}
+        """As plain metrics: NAME, NAME_low, NAME_high and NAME_rows; for A/B: A/B, A_low/B and so on."""
+        return {
+            add_suffix(name, suffix): float(value)
+            for suffix, value in zip(INTERVAL_SUFFIXES, self, strict=True)
+        }
 
     @classmethod
     def found(cls, name: str, metrics: Mapping[str, float]) -> Sampled | None:
-        """Read what `metrics` wrote; None for a figure without an interval."""
-        names = [beside(name, end) for end in ENDS]
+        """Read the figure from plain metrics; None if it has no interval there."""
+        names = [add_suffix(name, suffix) for suffix in INTERVAL_SUFFIXES]
         if not all(each in metrics for each in names):
             return None
         value, low, high, rows = (metrics[each] for each in names)
         return cls(value, low, high, int(rows))
 
 
-ENDS = ("", "_low", "_high", "_rows")
+INTERVAL_SUFFIXES = ("", "_low", "_high", "_rows")
 
 
-def beside(name: str, end: str) -> str:
-    """The name of a figure's interval: what is behind the first / names a model, and stays behind."""
+def add_suffix(name: str, suffix: str) -> str:
+    """The metric's name with a suffix before the first slash. After the slash is the name of a model."""
     metric, slash, model = name.partition("/")
-    return f"{metric}{end}/{model}" if slash else f"{name}{end}"
+    return f"{metric}{suffix}/{model}" if slash else f"{name}{suffix}"
 
 
-def parts_of(metric: str, metrics: Iterable[str]) -> list[str]:
-    """The rewards, where there are several, of which each has a figure of its own: METRIC/REWARD/POLICY."""
-    ours = (name.removeprefix(f"{metric}/") for name in metrics if name.startswith(f"{metric}/"))
-    return [*dict.fromkeys(part for part in (name.rpartition("/")[0] for name in ours) if part)]
+def reward_parts(metric: str, metrics: Iterable[str]) -> list[str]:
+    """Names of the rewards that have their own figures, METRIC/REWARD/POLICY. Empty for a single reward."""
+    rest = (name.removeprefix(f"{metric}/") for name in metrics if name.startswith(f"{metric}/"))
+    return [*dict.fromkeys(part for part in (name.rpartition("/")[0] for name in rest) if part)]

@@ -1,4 +1,4 @@
-"""Who wins. Dimensions: B prompts or pairs, each answered once by both sides."""
+"""Wins between two sets of answers. Dimensions: B prompts or pairs, each answered once by both sides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def both_scored(score_B: Tensor, other_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores of the rows where both sides have one."""
+    """Scores of both sides, in the rows where both have one."""
     both_B = ~(score_B.isnan() | other_B.isnan())
     return score_B[both_B], other_B[both_B]
 

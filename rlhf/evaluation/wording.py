@@ -1,4 +1,4 @@
-"""The word that a policy took up: a sign that its reward pays for a word, and not for what is said.
+"""The word that a policy gained: a sign that its reward pays for a word instead of the content.
 
 Dimensions: B rows.
 """
@@ -18,10 +18,10 @@ WORD = re.compile(r"\w+")
 
 
 def gained_word(texts: Sequence[str], before: Sequence[str]) -> tuple[str, Sampled]:
-    """The word that is in more answers than before, by most answers; and how many more, as a share of all.
+    """The word whose share of answers rose most, and the rise.
 
-    Case does not count. In a script without spaces a word is all that stands between two marks, so little is
-    seen there. Empty where no word is in more answers.
+    Case is ignored. In a script without spaces, all text between two punctuation marks is one word, so little
+    is detected there. The word is empty if no word is in more answers.
 
     Args:
         texts: B answers.

@@ -1,1 +1,1 @@
-"""What `stage=label` needs: pairs to judge, the file of votes, which pair is next, the page, the snapshot."""
+"""Parts of `stage=label`: pairs to judge, the file of votes, the order of pairs, the page, the snapshot."""

@@ -1,8 +1,8 @@
-"""How far annotators agree, beyond chance. NLTK computes both coefficients (`nltk.metrics.agreement`).
+"""Agreement of annotators beyond chance. NLTK computes both coefficients (`nltk.metrics.agreement`).
 
-Ours is what it lacks: the ordinal difference; the mean of kappas where not everybody judged everything; None
-where a coefficient has no meaning (NLTK says 1, or raises an error). The package `krippendorff` has the
-ordinal difference, but its licence is the GPL.
+This module adds what NLTK lacks: the ordinal difference; the mean kappa if annotators judged different items;
+and None where a coefficient is undefined (NLTK returns 1, or raises an error). The package `krippendorff` has
+the ordinal difference, but its licence is the GPL.
 
 Sources: Krippendorff 2011, "Computing Krippendorff's alpha-reliability" (repository.upenn.edu/asc_papers/43);
 Cohen 1960, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20(1).
@@ -24,12 +24,12 @@ Difference = Callable[[Value, Value, Mapping[Value, float], Sequence[Value]], fl
 
 
 def nominal(one: Value, other: Value, totals: Mapping[Value, float], order: Sequence[Value]) -> float:
-    """Any two different values differ by 1."""
+    """1 for two different values, else 0."""
     return float(one != other)
 
 
 def ordinal(one: Value, other: Value, totals: Mapping[Value, float], order: Sequence[Value]) -> float:
-    """Two values differ by how many values lie between them in their order, squared."""
+    """Squared number of given values from one to the other in order, both ends counted half; 0 if equal."""
     low, high = sorted((order.index(one), order.index(other)))
     between = sum(totals.get(each, 0.0) for each in order[low : high + 1])
     return float(between - (totals.get(one, 0.0) + totals.get(other, 0.0)) / 2) ** 2 if low != high else 0.0
@@ -41,13 +41,11 @@ def krippendorff_alpha(
     """Krippendorff's alpha: 1 for perfect agreement, 0 for chance, below 0 for less than that.
 
     Args:
-        units: for each thing that was judged, what each of its judges said. A unit with one judge counts for
-            nothing.
+        units: one per judged item: the values that its judges gave. A unit with one value is ignored.
         order: the values, from the lowest to the highest. Only `ordinal` needs their order.
 
     Returns:
-        None if no unit has two judges, or if all of them said the same one value, so that chance has no
-        meaning.
+        None if no unit has two values, or if all values are the same: then chance agreement is undefined.
     """
     judged = [unit for unit in units if len(unit) > 1]
     totals = Counter(value for unit in judged for value in unit)
@@ -60,10 +58,10 @@ def cohen_kappa(judged: Iterable[tuple[Value, Value]]) -> float | None:
     """Cohen's kappa of two judges: (agreement - chance) / (1 - chance).
 
     Args:
-        judged: for each thing that both judged, what each of them said.
+        judged: one per item that both judged: the two values.
 
     Returns:
-        None if there is nothing that both judged, or if both always said the same one value.
+        None if no item was judged by both, or if all values are the same.
     """
     rows = [*judged]
     if len({value for row in rows for value in row}) < 2:
@@ -72,15 +70,17 @@ def cohen_kappa(judged: Iterable[tuple[Value, Value]]) -> float | None:
 
 
 def mean_kappa(judged: Mapping[str, Mapping[str, Value]]) -> float | None:
-    """Cohen's kappa of every two judges, each weighted by the number of things that both judged.
+    """Mean of Cohen's kappa over all pairs of judges, weighted by the number of items that both judged.
 
     Args:
-        judged: thing -> judge -> what they said.
+        judged: item -> judge -> value.
     """
-    judges = sorted({judge for said in judged.values() for judge in said})
+    judges = sorted({judge for values in judged.values() for judge in values})
     total, weight = 0.0, 0
     for one, other in combinations(judges, 2):
-        both = [(said[one], said[other]) for said in judged.values() if one in said and other in said]
+        both = [
+            (values[one], values[other]) for values in judged.values() if one in values and other in values
+        ]
         kappa = cohen_kappa(both)
         if kappa is not None:
             total, weight = total + kappa * len(both), weight + len(both)
@@ -88,8 +88,8 @@ def mean_kappa(judged: Mapping[str, Mapping[str, Value]]) -> float | None:
 
 
 def _task(units: Iterable[Sequence[Value]], difference: Callable[[Value, Value], float]) -> AnnotationTask:
-    """What each judge said of each unit, as NLTK takes it."""
+    """The values in NLTK's format."""
     from nltk.metrics.agreement import AnnotationTask
 
-    said = [(judge, number, value) for number, unit in enumerate(units) for judge, value in enumerate(unit)]
-    return AnnotationTask(said, difference)
+    rows = [(judge, number, value) for number, unit in enumerate(units) for judge, value in enumerate(unit)]
+    return AnnotationTask(rows, difference)

@@ -1,4 +1,4 @@
-"""A connection to the labelling page that nobody can hold open for nothing, and short complaints."""
+"""Connections to the labelling page, limited in time and number; and complaints in one line."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_SECONDS = 10.0
-"""Time for a request to come whole, but for its body."""
-MOST_CONNECTIONS = 300
-"""Open at a time. A process may open about 1000 files, and a run has others."""
-AGAIN_SECONDS = 60.0
-"""Time in which a complaint is not said again."""
+"""Time in which a request must arrive, without its body."""
+MAX_CONNECTIONS = 300
+"""Most open connections. A process may open about 1000 files, and a run needs others."""
+REPEAT_SECONDS = 60.0
+"""Time during which the same complaint is not repeated."""
 
 
 class Connection(H11Protocol):
-    """Of HTTP. It ends where no request comes, and where there are too many: those that have waited longest
-    end first, so that somebody new is heard."""
+    """An HTTP connection. It closes if no request arrives in time. If there are too many connections, the one
+    that has been idle longest closes, so that a new client is served."""
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the base
-        """Wait for a request."""
+        """Wait for a request, and close the longest idle connection if there are too many."""
         super().connection_made(transport)
         self._wait()
-        there = [each for each in self.connections if not each.transport.is_closing()]
-        if len(there) > MOST_CONNECTIONS:
-            waiting = [each for each in there if isinstance(each, Connection) and each._timer is not None]
-            min(waiting, key=lambda each: each._timer.when() if each._timer else 0.0).transport.close()
+        open_now = [each for each in self.connections if not each.transport.is_closing()]
+        if len(open_now) > MAX_CONNECTIONS:
+            idle = [each for each in open_now if isinstance(each, Connection) and each._timer is not None]
+            min(idle, key=lambda each: each._timer.when() if each._timer else 0.0).transport.close()
 
     def data_received(self, data: bytes) -> None:
-        """A part of a request, or more."""
+        """Handle received bytes: a part of a request, or several requests."""
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._wait()
@@ -43,7 +43,7 @@ class Connection(H11Protocol):
             self._end_wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It ended."""
+        """Stop the timer of a closed connection."""
         super().connection_lost(exc)
         self._end_wait()
 
@@ -57,30 +57,32 @@ class Connection(H11Protocol):
             self._timer = None
 
 
-class OneLine(logging.Handler):
-    """Says a complaint in one line, without a traceback, and the same one not again for a while."""
+class OneLineHandler(logging.Handler):
+    """Reports a complaint in one line, without a traceback, and does not repeat it for some time."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         super().__init__(logging.WARNING)
         self.say = say
-        self.said: dict[str, float] = {}
+        self.reported: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One of uvicorn's or asyncio's."""
+        """Report a record of uvicorn or asyncio."""
         error: Any = record.exc_info[1] if record.exc_info else None
-        what = record.getMessage().strip().partition("\n")[0]
-        text = f"{what}: {type(error).__name__}: {error}" if error is not None else what
+        message = record.getMessage().strip().partition("\n")[0]
+        text = f"{message}: {type(error).__name__}: {error}" if error is not None else message
         now = time.monotonic()
-        if now - self.said.get(text, -AGAIN_SECONDS) >= AGAIN_SECONDS:
-            self.said = {name: then for name, then in self.said.items() if now - then < AGAIN_SECONDS}
-            self.said[text] = now
+        if now - self.reported.get(text, -REPEAT_SECONDS) >= REPEAT_SECONDS:
+            self.reported = {
+                name: then for name, then in self.reported.items() if now - then < REPEAT_SECONDS
+            }
+            self.reported[text] = now
             self.say(text)
 
 
 @contextmanager
 def one_line_complaints(say: Callable[[str], object]) -> Iterator[None]:
-    """While open, uvicorn's and asyncio's complaints are said in one line each."""
-    handler, loggers = OneLine(say), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    """While open, report each complaint of uvicorn and asyncio in one line."""
+    handler, loggers = OneLineHandler(say), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
     before = [logger.propagate for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)

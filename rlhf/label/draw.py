@@ -1,12 +1,13 @@
-"""Which pair comes next.
+"""Chooses the next pair to show.
 
-A share of the pairs is drawn at random, by their digests: they alone tell how far annotators agree and how
-often the reward model is right, because they stand for all pairs. A share of these is shown to several
-people. The other pairs are chosen by the gap that a reward predicts between the answers: one with a large gap
-(Melikidze et al. 2026, arXiv:2603.09692), then one with a moderate gap (Shen et al. 2025, arXiv:2502.04354).
-Without predictions every pair is random. Now and then an annotator sees a pair of theirs again, swapped.
+A share of the pairs is drawn at random, by their digests. Only these measure agreement and the accuracy of
+the reward model, because they represent all pairs. A share of them is shown to several people. The other
+pairs are chosen by the gap that a reward predicts between the answers: alternately one with a large gap
+(Melikidze et al. 2026, arXiv:2603.09692) and one with a moderate gap (Shen et al. 2025, arXiv:2502.04354).
+Without predictions every pair is random. Sometimes an annotator sees one of their own pairs again, with the
+answers swapped.
 
-Nothing is remembered but what is in the file of votes: a server that is killed goes on as it would have.
+The file of votes holds the only state, so a server that is killed and restarted continues unchanged.
 """
 
 from __future__ import annotations
@@ -23,32 +24,32 @@ from rlhf.digests import digest_of
 from rlhf.label.pairs import Pair, Side
 from rlhf.label.votes import Purpose, Vote
 
-LARGE = 1 / 3
-"""The share of pairs whose predicted gap counts as large; as many are moderate. The rest come last."""
-CHECK_AFTER = 5
-"""An annotator sees a pair again after so many other votes at the earliest."""
+LARGE_GAP_SHARE = 1 / 3
+"""Share of pairs whose predicted gap counts as large. An equal share is moderate; the rest come last."""
+MIN_VOTES_BEFORE_CHECK = 5
+"""Fewest other votes of an annotator before they see a pair again."""
 
 
 class DrawConfig(Strict):
     """`label.draw.*`: which pair comes next."""
 
     random_share: float = Field(ge=0, le=1)
-    """Share of the pairs that are drawn at random. They alone tell agreement and the reward model's accuracy
-    against people. Without predicted gaps all pairs are random."""
+    """Share of the pairs that are drawn at random. Only these measure agreement, and the reward model's
+    accuracy against people. Without predicted gaps all pairs are random."""
     overlap_share: float = Field(ge=0, le=1)
     """Share of the random pairs that several people see."""
     overlap_people: PositiveInt
-    """How many people see such a pair."""
+    """Number of people who see such a pair."""
     check_share: float = Field(ge=0, le=0.5)
     """Share of the pages that show an annotator a pair of theirs again, with the answers swapped."""
 
 
 class Draw:
-    """The pairs of one stage in the order in which they are asked."""
+    """The pairs of one stage, and the order in which they are shown."""
 
     def __init__(self, pairs: Sequence[Pair], config: DrawConfig, seed: int, people: int) -> None:
         """Args:
-        people: how many annotators there are: no pair waits for more.
+        people: number of annotators; no pair needs more votes than that.
         """
         self.config, self.seed = config, seed
         self.pairs = {pair.id: pair for pair in pairs}
@@ -70,11 +71,11 @@ class Draw:
         self.chosen = _by_gap([pair for pair in by_chance if pair.id not in is_random])
 
     def chance(self, *about: object) -> float:
-        """A number in [0, 1) that follows from the seed and what it is about."""
+        """A pseudo-random number in [0, 1), determined by the seed and `about`."""
         return int(digest_of([self.seed, *about])[:13], 16) / 16**13
 
     def left(self, annotator: str, pair: Pair) -> Side:
-        """Which answer an annotator sees on the left the first time."""
+        """The answer that an annotator sees on the left, the first time."""
         return "first" if self.chance("left", annotator, pair.id) < 0.5 else "second"
 
     def next(
@@ -83,17 +84,17 @@ class Draw:
         """The next pair for an annotator.
 
         Args:
-            votes: all that count, in their order.
+            votes: all votes that count, in their order.
             elsewhere: other annotator -> the pair on their page.
 
         Returns:
-            The pair, its left answer, and why it is shown; None if none is left for them.
+            The pair, its left answer, and why it is shown; None if no pair is left for them.
         """
         votes = [vote for vote in votes if vote.pair.id in self.pairs]
         own = [vote for vote in votes if vote.annotator == annotator]
         seen = {vote.pair.id for vote in own}
-        said = Counter(vote.pair.id for vote in votes if vote.purpose != "check" and vote.choice != "skip")
-        said.update(elsewhere.values())
+        counts = Counter(vote.pair.id for vote in votes if vote.purpose != "check" and vote.choice != "skip")
+        counts.update(elsewhere.values())
         turn = len(own)
         if self.chance("check", annotator, turn) < self.config.check_share:
             again = self._again(own)
@@ -102,16 +103,16 @@ class Draw:
         queues = [self.random, self.chosen]
         if self.chance("queue", annotator, turn) >= self.config.random_share:
             queues.reverse()
-        if turn % 2 == 0:  # every other page, so that pairs which others began are finished
-            begun = [pair for pair in self.random if 0 < said[pair.id] < self.wanted[pair.id]]
+        if turn % 2 == 0:  # every other page: finish the pairs that others have voted on
+            begun = [pair for pair in self.random if 0 < counts[pair.id] < self.wanted[pair.id]]
             queues.insert(0, begun)
         for pair in chain.from_iterable(queues):
-            if pair.id not in seen and said[pair.id] < self.wanted[pair.id]:
+            if pair.id not in seen and counts[pair.id] < self.wanted[pair.id]:
                 return pair, self.left(annotator, pair), self.purpose[pair.id]
         return None
 
     def in_order(self) -> Iterator[Pair]:
-        """Every pair once: the order for a single annotator who skips none."""
+        """All pairs, each once, in the order for a single annotator who skips none."""
         queues = [iter(self.random), iter(self.chosen)]
         for turn in range(len(self.pairs)):
             one = 0 if self.chance("queue", "", turn) < self.config.random_share else 1
@@ -120,23 +121,23 @@ class Draw:
             yield pair
 
     def _again(self, own: Sequence[Vote]) -> tuple[Pair, Side, Purpose] | None:
-        """The oldest pair that an annotator judged, long enough ago and once only, swapped."""
+        """The oldest pair that an annotator judged once, long enough ago, with its answers swapped."""
         times = Counter(vote.pair.id for vote in own)
-        for vote in own[: max(0, len(own) - CHECK_AFTER)]:
+        for vote in own[: max(0, len(own) - MIN_VOTES_BEFORE_CHECK)]:
             if times[vote.pair.id] == 1 and vote.choice in ("first", "second"):
                 return self.pairs[vote.pair.id], "second" if vote.left == "first" else "first", "check"
         return None
 
-    def is_open(self, annotators: Iterable[str], votes: Sequence[Vote]) -> bool:
-        """Whether there is a pair left for one of the annotators."""
+    def has_pair_left(self, annotators: Iterable[str], votes: Sequence[Vote]) -> bool:
+        """Whether at least one annotator has a pair left."""
         return any(self.next(each, votes, {}) is not None for each in annotators)
 
 
 def _by_gap(pairs: Sequence[Pair]) -> list[Pair]:
-    """A large gap, a moderate one, and so on; the small ones and those without a prediction last."""
+    """Pairs with large and moderate gaps in turn; then small gaps; pairs without a prediction last."""
     known = [pair for pair in pairs if pair.predicted is not None and not math.isnan(pair.predicted)]
     known.sort(key=lambda pair: -abs(pair.predicted or 0.0))
-    cut = math.ceil(LARGE * len(known))
+    cut = math.ceil(LARGE_GAP_SHARE * len(known))
     large, moderate, small = known[:cut], known[cut : 2 * cut], known[2 * cut :]
     mixed = [pair for both in zip_longest(large, moderate) for pair in both if pair is not None]
     rest = {pair.id for pair in known}

@@ -18,18 +18,18 @@ Side = Literal["first", "second"]
 
 
 class Pair(NamedTuple):
-    """Two answers to one prompt. Which is `first` follows from the texts alone and says nothing of them."""
+    """Two answers to one prompt. The one that sorts first is `first`, whatever its quality or origin."""
 
     id: str
-    """Digest of the prompt and both answers: the same pair has the same one, wherever it comes from."""
+    """Digest of the prompt and both answers. Equal pairs have equal ids, whatever their source."""
     prompt: list[Message]
     first: str
     second: str
     first_by: str = ""
-    """The stage that made the answer; empty if it is not known. Annotators never see it."""
+    """The stage that generated the answer; empty if unknown. Annotators never see it."""
     second_by: str = ""
     predicted: float | None = None
-    """How much better a reward finds the first answer, in its units; negative where the second is better."""
+    """Reward of the first answer minus reward of the second; None if unknown."""
 
 
 class Answer(NamedTuple):
@@ -64,9 +64,9 @@ def pairs_of_answers(answers: Mapping[str, Path], per_prompt: int) -> list[Pair]
     """Pairs of the answers that `generate` stages gave to the same prompts.
 
     Args:
-        answers: stage -> its responses.jsonl. Of one stage two answers to a prompt make a pair; of two
-            stages an answer of each.
-        per_prompt: take at most so many, by their digests.
+        answers: stage -> its responses.jsonl. For one stage, two answers to a prompt make a pair; for two
+            stages, one answer of each.
+        per_prompt: most pairs per prompt, chosen by their digests.
     """
     prompts: dict[str, list[Message]] = {}
     given: dict[str, dict[str, dict[str, Answer]]] = {}
@@ -78,7 +78,7 @@ def pairs_of_answers(answers: Mapping[str, Path], per_prompt: int) -> list[Pair]
             prompts[key] = row["prompt"]
             answer = Answer(row["response"], stage, row.get("score"))
             given.setdefault(key, {}).setdefault(stage, {}).setdefault(answer.text, answer)
-    found: list[Pair] = []
+    all_pairs: list[Pair] = []
     for key, by_stage in given.items():
         sides = [[*each.values()] for each in by_stage.values()]
         if len(answers) > 1 and len(sides) < len(answers):
@@ -88,38 +88,38 @@ def pairs_of_answers(answers: Mapping[str, Path], per_prompt: int) -> list[Pair]
             pair.id: pair
             for pair in (pair_of(prompts[key], *each) for each in both if each[0].text != each[1].text)
         }
-        found += [pairs[each] for each in sorted(pairs)[:per_prompt]]
-    return found
+        all_pairs += [pairs[each] for each in sorted(pairs)[:per_prompt]]
+    return all_pairs
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
-    """The rows of an artifact's .jsonl file. An answer may hold what `str.splitlines` takes for the end of a
-    line, such as U+2028."""
+    """The rows of an artifact's .jsonl file. Not read by `str.splitlines`, which would also split an answer
+    at characters such as U+2028."""
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 def pairs_of_file(source: SourceConfig, key: str) -> list[Pair]:
-    """Pairs of a file: rows with prompt, first and second; or with prompt, chosen and rejected, in which
-    case nobody is told which was which.
+    """Pairs of a file: rows with prompt, first and second; or with prompt, chosen and rejected. Annotators
+    are not told which answer was chosen.
 
     Raises:
-        ConfigError: a row is no pair, in the user's own keys.
+        ConfigError: a row is not a pair. The message names the user's own keys.
     """
-    found: dict[str, Pair] = {}
+    pairs: dict[str, Pair] = {}
     for where, raw in rows_of(source, key):
         sides = ("first", "second") if "first" in raw else ("chosen", "rejected")
         pair = _read(where, raw, sides, key)
         if pair is not None:
-            found.setdefault(pair.id, pair)
-    return [*found.values()]
+            pairs.setdefault(pair.id, pair)
+    return [*pairs.values()]
 
 
 def rows_of(source: SourceConfig, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each row of a file with its place.
+    """Place and content of each row of a file.
 
     Raises:
-        ConfigError: a line that is none.
+        ConfigError: a line cannot be read as a row.
     """
     for where, raw in source.rows(key):
         if isinstance(raw, RowError):
@@ -128,7 +128,7 @@ def rows_of(source: SourceConfig, key: str) -> Iterator[tuple[str, Mapping[str, 
 
 
 def _read(where: str, raw: Mapping[str, Any], sides: Sequence[str], key: str) -> Pair | None:
-    """The pair of a row; None where both answers are the same."""
+    """The pair of a row; None if both answers are the same."""
     lacking = [name for name in sides if raw.get(name) is None]
     if lacking:
         raise ConfigError(
@@ -147,10 +147,10 @@ def _read(where: str, raw: Mapping[str, Any], sides: Sequence[str], key: str) ->
 
 
 def pair_and_better(where: str, raw: Mapping[str, Any], key: str) -> tuple[Pair, Side] | None:
-    """The pair of a preference row, and its better side; None where both answers are the same.
+    """The pair of a preference row, and its better side; None if both answers are the same.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the row is not a preference row.
     """
     pair = _read(where, raw, ("chosen", "rejected"), key)
     if pair is None:
@@ -160,11 +160,11 @@ def pair_and_better(where: str, raw: Mapping[str, Any], key: str) -> tuple[Pair,
 
 
 def pair_as_named(where: str, raw: Mapping[str, Any], key: str) -> tuple[Pair, bool] | None:
-    """The pair of a row with first and second, and whether our first answer is the row's; None where both
-    answers are the same.
+    """The pair of a row with first and second, and whether the pair's first answer is also the row's; None if
+    both answers are the same.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the row is not such a row.
     """
     pair = _read(where, raw, ("first", "second"), key)
     if pair is None:

@@ -1,9 +1,9 @@
-"""The page of `stage=label`. Everything that a model or an annotator wrote is untrusted: Jinja2 escapes it,
-and the content security policy lets nothing run that is not a file of this package.
+"""The page of `stage=label`. All text from models and annotators is untrusted: Jinja2 escapes it, and the
+content security policy allows only scripts that are files of this package.
 
-An annotator's link opens a page with a button; its form sets the cookie. The link itself must not: a browser
-that follows a link from another site would not send a SameSite=Strict cookie on the redirect that follows,
-and programs that look at links in chats must not use them up.
+An annotator's link opens a page with a button, whose form sets the cookie. The link itself must not set it: a
+browser that follows a link from another site does not send a SameSite=Strict cookie on the redirect, and
+programs that preview links in chats must not use them up.
 """
 
 from __future__ import annotations
@@ -30,58 +30,58 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.config import STAGE, Complaint, ConfigError
 from rlhf.label.connection import Connection, one_line_complaints
-from rlhf.label.desk import BUTTONS, MOST_COMMENT, Desk
+from rlhf.label.desk import BUTTONS, MAX_COMMENT_CHARACTERS, Desk
 from rlhf.label.server_config import ServerConfig
 
 COOKIE = "rlhf_label"
 WEEK_SECONDS = 7 * 24 * 3600
-MOST_BYTES = 64 * 1024
-"""Of a request's body: a comment is the only long thing in it."""
+MAX_BODY_BYTES = 64 * 1024
+"""Largest body of a request. Only its comment is long."""
 BODY_SECONDS = 10.0
-"""Time for it."""
+"""Time in which the body must arrive."""
 BURST, PER_SECOND = 60, 4.0
-"""Requests that one annotator (or one address without a cookie) may make at once, and then."""
+"""Requests of one annotator (or of one address without a cookie): most at once, and refill per second."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",  # not no-referrer, with which forms say `Origin: null`
+    "Referrer-Policy": "same-origin",  # not no-referrer: then forms send `Origin: null`
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-UNDONE = "undone"
-"""A query of the page's address: the last vote was taken back."""
+UNDONE_QUERY = "undone"
+"""Query in the page's address which says that the last vote was undone."""
 FILES = {"label.css": "text/css", "label.js": "text/javascript"}
 
 
 class RateLimit:
-    """A bucket of requests for each who asks: `BURST` of them, refilled at `PER_SECOND`."""
+    """A token bucket per client: it holds `BURST` requests, and refills at `PER_SECOND`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.buckets: dict[str, tuple[float, float]] = {}
 
-    def allows(self, who: str) -> bool:
-        """Take a request from a bucket; False if it is empty."""
+    def allows(self, client: str) -> bool:
+        """Take a request from the client's bucket; False if it is empty."""
         now = self.clock()
-        level, then = self.buckets.get(who, (BURST, now))
+        level, then = self.buckets.get(client, (BURST, now))
         level = min(BURST, level + (now - then) * PER_SECOND)
-        if len(self.buckets) > 10_000:  # strangers' addresses: full buckets need no entry
+        if len(self.buckets) > 10_000:  # many addresses without a cookie: full buckets need no entry
             self.buckets = {
                 name: old for name, old in self.buckets.items() if now - old[1] < BURST / PER_SECOND
             }
-        self.buckets[who] = (level - 1 if level >= 1 else level, now)
+        self.buckets[client] = (level - 1 if level >= 1 else level, now)
         return level >= 1
 
 
 class Guard:
-    """Sets the headers, and refuses what comes too often, from another site, or with too long a body."""
+    """Sets the headers, and refuses requests that are too frequent or come from another site."""
 
     def __init__(self, app: ASGIApp, annotator_of: Callable[[str], str | None], site: str | None) -> None:
         """Args:
-        site: host and port of `server.url`: a proxy may put another name into the Host header.
+        site: host and port of `server.url`. Needed because a proxy may change the Host header.
         """
         self.app, self.annotator_of, self.site, self.limit = app, annotator_of, site, RateLimit()
 
@@ -103,7 +103,7 @@ class Guard:
         await (refusal or self.app)(scope, receive, with_headers)
 
     def refusal(self, request: Request) -> Response | None:
-        """What a request is told that must not come through."""
+        """The response that refuses a request; None if the request is allowed."""
         annotator = self.annotator_of(request.cookies.get(COOKIE, ""))
         if not self.limit.allows(annotator or f"at {request.client.host if request.client else ''}"):
             return PlainTextResponse("Too many requests. Wait a moment.", 429, {"Retry-After": "5"})
@@ -124,9 +124,9 @@ class Page:
         self, desk: Desk, on_vote: Callable[[int], object], log: Callable[[str], object], *, is_secure: bool
     ) -> None:
         """Args:
-        on_vote: hears how many votes more (or fewer) there are.
-        log: hears what whoever runs it should know.
-        is_secure: browsers reach it by https.
+        on_vote: called with the change in the number of votes.
+        log: called with messages for the person who runs the stage.
+        is_secure: whether browsers use https.
         """
         self.desk, self.on_vote, self.log, self.is_secure = desk, on_vote, log, is_secure
         self.done = threading.Event()
@@ -142,8 +142,8 @@ class Page:
         """The application.
 
         Args:
-            hosts: the names under which it may be reached.
-            site: of `Guard`.
+            hosts: allowed host names.
+            site: see `Guard`.
         """
         return Starlette(
             routes=[
@@ -162,17 +162,17 @@ class Page:
         )
 
     def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        """A page."""
+        """Render a page."""
         return HTMLResponse(self.templates.get_template(template).render(**values), status)
 
     def annotator(self, request: Request) -> str | None:
-        """Who asks."""
+        """The annotator who sent the request; None if unknown."""
         token = request.cookies.get(COOKIE)
         found = None if token is None else self.desk.file.annotator_of(token)
         return found if found in self.desk.annotators else None
 
     def stranger(self) -> Response:
-        """What somebody without a cookie is told."""
+        """The page for a client without a valid cookie or link."""
         return self.render(
             "message.html",
             403,
@@ -181,19 +181,19 @@ class Page:
         )
 
     async def not_saved(self, request: Request, error: Exception) -> Response:
-        """What somebody is told whose vote cannot be written."""
+        """The page for an annotator whose vote cannot be written."""
         self.log(f"{self.desk.stage}: a vote is not saved: {self.desk.file.path}: {error}")
         text = f"Not saved: {error}. Free some space on the disk of the votes, then vote again."
         return self.render("message.html", 507, title="Not saved", text=text)
 
     async def form(self, request: Request) -> dict[str, str] | Response:
-        """The fields of a form."""
+        """The fields of a form; a response if the form is refused."""
         body = b""
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
                     body += part
-                    if len(body) > MOST_BYTES:
+                    if len(body) > MAX_BODY_BYTES:
                         return PlainTextResponse("That is too long.", 413)
         except TimeoutError:
             return PlainTextResponse("That took too long.", 408)
@@ -201,17 +201,17 @@ class Page:
             return PlainTextResponse("", 400)
         try:
             fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20)
-        except ValueError:  # more fields
+        except ValueError:  # too many fields
             return PlainTextResponse("That is no form of this page.", 400)
         return {name: values[-1] for name, values in fields.items()}
 
     async def file(self, request: Request) -> Response:
-        """A style sheet or a script. Browsers keep it, as the last page comes when the server ends."""
+        """A style sheet or a script. Browsers cache it, because the server stops after the last page."""
         name = request.url.path.removeprefix("/")
         return Response(self.files[name], 200, {"Cache-Control": "private, max-age=3600"}, FILES[name])
 
     async def link(self, request: Request) -> Response:
-        """What a link opens."""
+        """The page behind an annotator's link."""
         token = request.path_params["token"]
         annotator = self.desk.file.annotator_of(token)
         if annotator not in self.desk.annotators:
@@ -226,22 +226,22 @@ class Page:
         token = fields.get("token", "")
         if self.desk.file.annotator_of(token) not in self.desk.annotators:
             return self.stranger()
-        found = RedirectResponse("/", 303)
-        found.set_cookie(
+        response = RedirectResponse("/", 303)
+        response.set_cookie(
             COOKIE, token, max_age=WEEK_SECONDS, httponly=True, samesite="strict", secure=self.is_secure
         )
-        return found
+        return response
 
     async def pair(self, request: Request) -> Response:
         """The pair that waits for a vote."""
         annotator = self.annotator(request)
         if annotator is None:
             return self.stranger()
-        said = "Your last vote is taken back. Vote again." if UNDONE in request.query_params else ""
-        return self.show(annotator, said)
+        notice = "Your last vote is taken back. Vote again." if UNDONE_QUERY in request.query_params else ""
+        return self.show(annotator, notice)
 
     def show(self, annotator: str, notice: str = "") -> Response:
-        """The pair, or that there is none."""
+        """The page with the annotator's pair, or with the message that no pair is left."""
         shown = None if self.done.is_set() else self.desk.page(annotator)
         progress = self.desk.progress(annotator)
         if shown is None:
@@ -263,11 +263,11 @@ class Page:
             progress=progress,
             notice=notice,
             comment=shown.comment,
-            most_comment=MOST_COMMENT,
+            most_comment=MAX_COMMENT_CHARACTERS,
         )
 
     async def vote(self, request: Request) -> Response:
-        """Take a vote: it is on the disk before the next pair is shown."""
+        """Take a vote. It is on the disk before the next pair is shown."""
         annotator = self.annotator(request)
         if annotator is None:
             return self.stranger()
@@ -282,12 +282,12 @@ class Page:
             return self.show(annotator, "That pair was not on your page any more, so nothing was counted.")
         self.on_vote(self.desk.progress().votes - before)
         if self.desk.is_done():
-            self.done.set()  # the server ends, so the last page is not behind a redirect
+            self.done.set()  # not a redirect: the server stops before it could answer another request
             return self.show(annotator)
         return RedirectResponse("/", 303)
 
     async def undo(self, request: Request) -> Response:
-        """Take the last vote back."""
+        """Undo the annotator's last vote."""
         annotator = self.annotator(request)
         if annotator is None:
             return self.stranger()
@@ -301,7 +301,7 @@ class Page:
         if not self.desk.undo(annotator):
             return self.show(annotator, "There is no vote of yours to take back.")
         self.on_vote(self.desk.progress().votes - before)
-        return RedirectResponse(f"/?{UNDONE}", 303)  # a page that is loaded again takes nothing back
+        return RedirectResponse(f"/?{UNDONE_QUERY}", 303)  # so that reloading the page undoes nothing more
 
 
 def serve(
@@ -311,13 +311,13 @@ def serve(
     on_vote: Callable[[int], object] = lambda count: None,
     stop: threading.Event | None = None,
 ) -> None:
-    """Serve until there are enough votes or no pair is left. Each new annotator's link is logged, once.
+    """Serve until there are enough votes or no pair is left. The link of each new annotator is logged once.
 
     Args:
-        stop: ends it too, once it is set.
+        stop: an event that stops the server.
 
     Raises:
-        ConfigError: the address is not free.
+        ConfigError: the address is in use.
     """
     listener = _listener(config)
     host, port = listener.getsockname()[:2]
@@ -373,7 +373,7 @@ def _listener(config: ServerConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
-        listener.listen(128)  # from here on whoever follows a link waits
+        listener.listen(128)  # from here on clients that follow a link wait
     except OSError as error:
         listener.close()
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Where the page of `stage=label` is served."""
+"""Config of the server of `stage=label`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from rlhf.config import Strict
 
 
 class ServerConfig(Strict):
-    """`label.server.*`: where people find the page."""
+    """`label.server.*`: the address of the page."""
 
     host: str
-    """The address that it listens on. 127.0.0.1: this machine alone. 0.0.0.0: everybody who can reach it."""
+    """Address to listen on. 127.0.0.1: only this machine. 0.0.0.0: every machine that can reach this one."""
     port: int = Field(ge=0, le=65535)
-    """The port; 0 takes a free one, so that links end with the run."""
+    """Port. 0 takes a free one; then the links are valid only until the run ends."""
     url: str | None = Field(pattern=r"^https?://[^/]+$")
-    """How browsers reach it, if not by host and port, such as https://label.example.org in front of a
-    proxy. Links begin with it."""
+    """Address for browsers, if it is not host and port, such as a proxy's https://label.example.org. Links
+    begin with it."""
     new_links: list[str]
-    """Annotators who get a new link, as theirs is lost. The old one then opens nothing."""
+    """Annotators who get a new link, because they lost theirs. The old link is then invalid."""

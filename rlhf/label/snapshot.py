@@ -1,4 +1,4 @@
-"""The votes of one moment as rows and figures."""
+"""A snapshot of the votes, as rows and metrics."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ from rlhf.digests import digest_of
 from rlhf.label.agreement import krippendorff_alpha, mean_kappa, ordinal
 from rlhf.label.draw import Draw
 from rlhf.label.pairs import Pair, pair_and_better, pair_as_named, rows_of
-from rlhf.label.votes import Choice, Given, Vote
+from rlhf.label.votes import Choice, ExternalVote, Vote
 
 CHOICES: tuple[Choice, ...] = ("first", "second", "tie", "both_bad", "skip")
-IN_ORDER = ("second", "even", "first")
-"""From the lowest to the highest: `even` is a tie, or both answers are bad."""
+ORDERED_VERDICTS = ("second", "even", "first")
+"""Verdicts from the lowest to the highest. `even`: a tie, or both answers are bad."""
 
 
 class Snapshot:
-    """What a stage publishes of its votes."""
+    """The votes that a stage publishes."""
 
     def __init__(self, votes: Iterable[Vote], pairs: Collection[str], annotator: str | None) -> None:
         """Args:
-        votes: those of the stage, in their order.
-        pairs: the ids of the pairs that it asks about. Of others only imported votes count.
-        annotator: the one whose votes count; None for those of people (`MACHINE` is in no person's name).
+        votes: the votes of the stage, in their order.
+        pairs: ids of the stage's pairs. For other pairs, only imported votes count.
+        annotator: the only annotator whose votes count; None for all people (no person's name contains
+            `MACHINE_MARK`).
         """
         self.all = [
             vote
             for vote in votes
             if (vote.purpose == "imported" or vote.pair.id in pairs)
-            and (vote.annotator == annotator if annotator else MACHINE not in vote.annotator)
+            and (vote.annotator == annotator if annotator else MACHINE_MARK not in vote.annotator)
         ]
         firsts: dict[tuple[str, str], Vote] = {}
         for vote in self.all:
             if vote.purpose != "check" and vote.choice != "skip":
                 firsts.setdefault((vote.annotator, vote.pair.id), vote)
         self.counted = [*firsts.values()]
-        """Of each annotator and pair one vote, without checks and skips: `label.votes` counts these."""
+        """One vote per annotator and pair, without checks and skips. `label.votes` counts these."""
 
     @property
     def digest(self) -> str:
-        """Of everything that is published of them: a part of the artifact's key."""
+        """Digest of all published votes: a part of the artifact's key."""
         return digest_of([
             [
                 vote.annotator, vote.pair.id, vote.pair.predicted, vote.left, vote.purpose, vote.choice,
@@ -56,16 +57,16 @@ class Snapshot:
         ])  # fmt: skip
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """A preference row for each pair of which one answer has more votes than the other."""
+        """A preference row for each pair in which one answer has more votes than the other."""
         by_pair: dict[str, list[Vote]] = {}
         for vote in self.counted:
             by_pair.setdefault(vote.pair.id, []).append(vote)
         for votes in by_pair.values():
-            said, pair = Counter(vote.choice for vote in votes), votes[0].pair
-            if said["first"] == said["second"]:
+            counts, pair = Counter(vote.choice for vote in votes), votes[0].pair
+            if counts["first"] == counts["second"]:
                 continue
-            better, worse = ("first", "second") if said["first"] > said["second"] else ("second", "first")
-            makers = {
+            better, worse = ("first", "second") if counts["first"] > counts["second"] else ("second", "first")
+            stages = {
                 "chosen_by": getattr(pair, f"{better}_by"), "rejected_by": getattr(pair, f"{worse}_by")
             }  # fmt: skip
             yield {
@@ -75,13 +76,13 @@ class Snapshot:
                 "annotators": [vote.annotator for vote in votes],
                 "times": [_time(vote.at) for vote in votes],
                 "votes": {
-                    "chosen": said[better], "rejected": said[worse], "tie": said["tie"],  # type: ignore[index]
-                    "both_bad": said["both_bad"],
+                    "chosen": counts[better], "rejected": counts[worse], "tie": counts["tie"],  # type: ignore[index]
+                    "both_bad": counts["both_bad"],
                 },
-            } | {name: maker for name, maker in makers.items() if maker}  # fmt: skip
+            } | {name: maker for name, maker in stages.items() if maker}  # fmt: skip
 
     def vote_rows(self) -> Iterator[dict[str, Any]]:
-        """Every vote, as `label.imports` reads it."""
+        """Every vote, in the format of `label.imports`."""
         for vote in self.all:
             pair = vote.pair
             yield {
@@ -92,44 +93,44 @@ class Snapshot:
             }  # fmt: skip
 
     def judged_by_several(self) -> dict[str, dict[str, str]]:
-        """Pair -> annotator -> what they said, of the random pairs that several people judged."""
+        """Pair -> annotator -> verdict, for the random pairs that several people judged."""
         judged: dict[str, dict[str, str]] = {}
         for vote in self.counted:
             if vote.purpose == "random":
-                said = vote.choice if vote.choice in ("first", "second") else "even"
-                judged.setdefault(vote.pair.id, {})[vote.annotator] = said
-        return {pair: said for pair, said in judged.items() if len(said) > 1}
+                verdict = vote.choice if vote.choice in ("first", "second") else "even"
+                judged.setdefault(vote.pair.id, {})[vote.annotator] = verdict
+        return {pair: verdicts for pair, verdicts in judged.items() if len(verdicts) > 1}
 
     def agreement(self) -> dict[str, float]:
-        """Of random pairs that several people judged; without what cannot be told yet."""
+        """Agreement on random pairs that several people judged, without undefined coefficients."""
         several = self.judged_by_several()
-        units = [[*said.values()] for said in several.values()]
-        found = {
-            "alpha": krippendorff_alpha(units, IN_ORDER),
-            "alpha_ordinal": krippendorff_alpha(units, IN_ORDER, ordinal),
+        units = [[*verdicts.values()] for verdicts in several.values()]
+        coefficients = {
+            "alpha": krippendorff_alpha(units, ORDERED_VERDICTS),
+            "alpha_ordinal": krippendorff_alpha(units, ORDERED_VERDICTS, ordinal),
             "kappa": mean_kappa(several),
         }
         return {"overlap_pairs": float(len(several))} | {
-            name: value for name, value in found.items() if value is not None
+            name: value for name, value in coefficients.items() if value is not None
         }
 
     def seconds_per_vote(self) -> float | None:
-        """The median time that a page took."""
+        """Median time per page in seconds; None without times."""
         spent = [vote.at - vote.shown for vote in self.all if vote.at is not None and vote.shown is not None]
         return statistics.median(spent) if spent else None
 
     def metrics(self, draw: Draw) -> dict[str, float]:
-        """Summary metrics. A share of nothing is left out."""
+        """Summary metrics, without shares of zero votes."""
         import torch
 
         from rlhf.evaluation.intervals import difference, share
 
-        said = Counter(vote.choice for vote in self.counted)
-        found = {
+        counts = Counter(vote.choice for vote in self.counted)
+        metrics = {
             "votes": float(len(self.counted)),
             "pairs": float(sum(1 for _ in self.rows())),
-            "ties": float(said["tie"]),
-            "both_bad": float(said["both_bad"]),
+            "ties": float(counts["tie"]),
+            "both_bad": float(counts["both_bad"]),
             "skips": float(sum(vote.choice == "skip" for vote in self.all)),
             "annotators": float(len({vote.annotator for vote in self.counted})),
             "pairs_open": float(self.open_pairs(draw)),
@@ -137,7 +138,7 @@ class Snapshot:
         }
         seconds = self.seconds_per_vote()
         if seconds is not None:
-            found["seconds_per_vote"] = seconds
+            metrics["seconds_per_vote"] = seconds
         clear = [vote for vote in self.counted if vote.choice in ("first", "second")]
         on_page = [vote for vote in clear if vote.shown is not None and vote.purpose != "imported"]
         shares = {
@@ -156,34 +157,34 @@ class Snapshot:
         }
         for name, right in shares.items():
             if right:
-                found |= share(torch.tensor(right, dtype=torch.float64)).metrics(name)
+                metrics |= share(torch.tensor(right, dtype=torch.float64)).metrics(name)
         for stage, wins in self.wins(draw).items():
-            found |= difference(torch.tensor(wins, dtype=torch.float64)).metrics(f"preferred/{stage}")
-        return found
+            metrics |= difference(torch.tensor(wins, dtype=torch.float64)).metrics(f"preferred/{stage}")
+        return metrics
 
     def wins(self, draw: Draw) -> dict[str, list[float]]:
-        """Stage that answered -> for each prompt, how often its answers won less how often they lost, of the
-        votes on pairs of two stages. Pairs that were chosen by their predicted gap do not count, since they
-        do not stand for all."""
+        """Stage that answered -> for each prompt, share of votes that its answers won minus share that they
+        lost, in pairs of two stages. Pairs chosen by their predicted gap do not count, because they do not
+        represent all pairs."""
         by_prompt: dict[str, list[float]] = {}
-        makers: set[str] = set()
+        stages: set[str] = set()
         for vote in self.counted:
             pair = draw.pairs.get(vote.pair.id)
             if pair is None or vote.purpose == "chosen" or pair.first_by == pair.second_by:
                 continue
             won = {"first": 1.0, "second": -1.0}.get(vote.choice, 0.0)
-            makers |= {pair.first_by, pair.second_by}
+            stages |= {pair.first_by, pair.second_by}
             by_prompt.setdefault(digest_of(pair.prompt), []).append(
                 won if pair.first_by < pair.second_by else -won
             )
         means = [statistics.mean(each) for each in by_prompt.values()]
         return {
             stage: [sign * mean for mean in means]
-            for stage, sign in zip(sorted(makers), (1, -1), strict=False)
+            for stage, sign in zip(sorted(stages), (1, -1), strict=False)
         }
 
     def checks(self) -> Iterator[bool]:
-        """For each pair that was shown to somebody again: whether they said the same."""
+        """For each pair that an annotator saw again: whether the vote was the same."""
         before = {(vote.annotator, vote.pair.id): vote.choice for vote in self.counted}
         for vote in self.all:
             first = before.get((vote.annotator, vote.pair.id))
@@ -191,45 +192,45 @@ class Snapshot:
                 yield vote.choice == first
 
     def open_pairs(self, draw: Draw) -> int:
-        """How many pairs still want a vote."""
+        """Number of pairs that still need a vote."""
         return sum(wanted > 0 for wanted in self._open(draw))
 
     def open_votes(self, draw: Draw) -> int:
-        """How many votes all pairs still want."""
+        """Number of votes that all pairs together still need."""
         return sum(self._open(draw))
 
     def _open(self, draw: Draw) -> list[int]:
-        said = Counter(vote.pair.id for vote in self.counted)
-        return [max(0, wanted - said[pair]) for pair, wanted in draw.wanted.items()]
+        counts = Counter(vote.pair.id for vote in self.counted)
+        return [max(0, wanted - counts[pair]) for pair, wanted in draw.wanted.items()]
 
 
-MACHINE = ":"
-"""In the name of every annotator that is no person."""
-OF_MACHINE = re.compile(r"(?:rule|reward_model|judge):.+ \([0-9a-f]{8}\)")
-"""Such an annotator's name: see `stages/label.py`."""
+MACHINE_MARK = ":"
+"""Part of the name of every annotator that is a machine, and of no person's name."""
+MACHINE_NAME = re.compile(r"(?:rule|reward_model|judge):.+ \([0-9a-f]{8}\)")
+"""Name of a machine annotator: see `stages/label.py`."""
 
 
-def imported(sources: Iterable[SourceConfig], key: str) -> Iterator[Given]:
-    """The votes in files of somebody else's tool: rows with prompt, first, second and choice (first, second,
-    tie, both_bad or skip); or preference rows. `annotator`, `time` and `comment` are read where they are.
+def imported(sources: Iterable[SourceConfig], key: str) -> Iterator[ExternalVote]:
+    """Votes in files of other tools: rows with prompt, first, second and choice (first, second, tie, both_bad
+    or skip); or preference rows. The columns `annotator`, `time` and `comment` are optional.
 
     Raises:
-        ConfigError: a row that is none.
+        ConfigError: a row is not a vote.
     """
     for source in sources:
         for where, raw in rows_of(source, key):
-            found = _vote_of(where, raw, key)
-            if found is not None:
-                pair, choice = found
+            vote = _vote_of(where, raw, key)
+            if vote is not None:
+                pair, choice = vote
                 by = str(raw.get("annotator") or source.name)
-                if OF_MACHINE.fullmatch(by):
+                if MACHINE_NAME.fullmatch(by):
                     raise ConfigError(
                         f"{key}: {where}: annotator={by}: no person, but a machine's vote. Leave such rows "
                         "out, or let the machine judge: label.annotator, label.reward."
                     )
-                by = by.replace(MACHINE, "-")
+                by = by.replace(MACHINE_MARK, "-")
                 at = _seconds(raw.get("time"), where, key)
-                yield Given(by, pair, choice, "imported", str(raw.get("comment") or ""), at)
+                yield ExternalVote(by, pair, choice, "imported", str(raw.get("comment") or ""), at)
 
 
 def _vote_of(where: str, raw: Mapping[str, Any], key: str) -> tuple[Pair, Choice] | None:
@@ -238,16 +239,16 @@ def _vote_of(where: str, raw: Mapping[str, Any], key: str) -> tuple[Pair, Choice
     choice = raw["choice"]
     if choice not in CHOICES:
         raise ConfigError(f"{key}: {where}: choice={choice!r}. It must be one of {', '.join(CHOICES)}.")
-    found = pair_as_named(where, raw, key)
-    if found is None:
+    named = pair_as_named(where, raw, key)
+    if named is None:
         return None
-    pair, as_here = found
+    pair, is_same_order = named
     swapped: dict[Choice, Choice] = {"first": "second", "second": "first"}
-    return pair, choice if as_here else swapped.get(choice, choice)
+    return pair, choice if is_same_order else swapped.get(choice, choice)
 
 
 def _seconds(value: Any, where: str, key: str) -> float | None:
-    """Seconds since 1970, from a number or an ISO 8601 time."""
+    """Seconds since 1970, from a number or an ISO 8601 time; None if empty."""
     if value is None or value == "":
         return None
     try:

@@ -1,7 +1,7 @@
-"""The file of votes: SQLite, named and kept by the user, outside the store. Nothing in it is ever changed.
+"""The file of votes: SQLite, named and owned by the user, outside the store. Votes are only added.
 
-A vote is on the disk when `cast` returns: write-ahead log, `synchronous=FULL`. So a process that is killed at
-any moment loses none. To take a vote back is a row of its own.
+A vote is on the disk when `cast` returns (write-ahead log, `synchronous=FULL`). So a process that is killed
+at any moment loses no vote. An undo adds a row of its own.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rlhf.label.pairs import Pair, Side
 
 Choice = Literal["first", "second", "tie", "both_bad", "skip"]
 Purpose = Literal["random", "chosen", "check", "imported"]
-"""Why a pair was shown: drawn at random; chosen by its predicted gap; once more, to see whether the annotator
-says the same; or a vote from elsewhere."""
+"""Why a pair was shown: drawn at random; chosen by its predicted gap; as a check of whether the annotator
+repeats the vote; or not at all, for a vote imported from another tool."""
 
 APPLICATION, VERSION = 0x524C4846, 1
-"""What the file says of itself, so that no other SQLite file is taken for one: `RLHF`, and the schema's."""
+"""SQLite's application id (`RLHF`), which tells the file from other SQLite files; and its schema version."""
 BUSY_SECONDS = 30.0
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION};
@@ -62,11 +62,11 @@ class Shown(NamedTuple):
     """The answer on the left."""
     purpose: Purpose
     comment: str = ""
-    """Of the vote on it that was taken back."""
+    """Comment of the undone vote on this pair."""
 
 
 class Vote(NamedTuple):
-    """What somebody said of a pair, and did not take back."""
+    """An annotator's vote on a pair, not undone."""
 
     id: int
     annotator: str
@@ -76,9 +76,9 @@ class Vote(NamedTuple):
     choice: Choice
     comment: str
     shown: float | None
-    """When the pair was shown, in seconds since 1970; None if that is not known."""
+    """When the pair was shown, in seconds since 1970; None if unknown."""
     at: float | None
-    """When the vote was cast."""
+    """When the vote was cast, in seconds since 1970; None if unknown."""
 
 
 _VOTES = """
@@ -89,8 +89,8 @@ WHERE stage = ? AND votes.id NOT IN (SELECT vote FROM undone) ORDER BY votes.id
 """
 
 
-class Given(NamedTuple):
-    """A vote that no page asked for."""
+class ExternalVote(NamedTuple):
+    """A vote that was not cast on the page: imported, or by a machine."""
 
     annotator: str
     pair: Pair
@@ -104,13 +104,13 @@ class VotesFile:
     """An open file of votes. Use it from one thread at a time."""
 
     def __init__(self, path: Path, key: str = "label.file") -> None:
-        """Open it, or make it.
+        """Open the file, or create it.
 
         Args:
-            key: the user's key that names it.
+            key: the config key that names the file.
 
         Raises:
-            ConfigError: it is another kind of file, or of a later version, or cannot be written.
+            ConfigError: it is another kind of file, has another version, or cannot be written.
         """
         self.path = path
         try:
@@ -126,13 +126,13 @@ class VotesFile:
                 "earlier stage=label made, on a disk of this machine (SQLite's log does not work on NFS)."
             ) from None
 
-    def _prepare(self, said: str) -> None:
+    def _prepare(self, source: str) -> None:
         run = self._connection.execute
         run("PRAGMA foreign_keys = ON")
         run("PRAGMA synchronous = FULL")
         if run("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
             raise sqlite3.OperationalError("no write-ahead log is possible there")
-        run("BEGIN IMMEDIATE")  # of two that find it empty one makes it
+        run("BEGIN IMMEDIATE")  # two processes may find it empty: only one creates the tables
         application, version = (
             run(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
         )
@@ -142,26 +142,26 @@ class VotesFile:
                 run(statement)
         run("COMMIT")
         if tables and application != APPLICATION:
-            raise ConfigError(f"{said}: an SQLite file with other tables. Name another file.")
+            raise ConfigError(f"{source}: an SQLite file with other tables. Name another file.")
         if tables and version != VERSION:
             raise ConfigError(
-                f"{said}: its schema has version {version}, and this code reads {VERSION}. Use the "
+                f"{source}: its schema has version {version}, and this code reads {VERSION}. Use the "
                 f"version of "
                 "rlhf that made it, or another file."
             )
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         self._connection.close()
 
     def invite(self, annotator: str, *, again: bool = False) -> str | None:
-        """A token for a new annotator. Only its hash is kept.
+        """Create a token for a new annotator. Only its hash is saved.
 
         Args:
-            again: make a new one for an annotator who has one; the old one then opens nothing.
+            again: replace the token of an annotator who has one; the old token is then invalid.
 
         Returns:
-            The token, this once; None if the annotator has one.
+            The token, which cannot be read again; None if the annotator already has one.
         """
         known = self._connection.execute("SELECT 1 FROM annotators WHERE name = ?", (annotator,)).fetchone()
         if known and not again:
@@ -173,14 +173,14 @@ class VotesFile:
         return token
 
     def annotator_of(self, token: str) -> str | None:
-        """Whose token it is. Hashes are compared, so that the time it takes says nothing of a token."""
+        """The annotator with this token, or None. Comparing hashes keeps timing from revealing a token."""
         found = self._connection.execute(
             "SELECT name FROM annotators WHERE token_hash = ?", (_hash_of(token),)
         ).fetchone()
         return None if found is None else str(found[0])
 
     def show(self, stage: str, annotator: str, pair: Pair, left: Side, purpose: Purpose) -> Shown:
-        """Note that a pair is shown now. It takes the place of what the annotator had on the page."""
+        """Record that a pair is shown now. It replaces the pair on the annotator's page."""
         number = self._add_shown(stage, annotator, pair, left, purpose, time.time())
         return Shown(number, pair, left, purpose)
 
@@ -201,7 +201,7 @@ class VotesFile:
         return made.lastrowid
 
     def on_page(self, stage: str, annotator: str) -> Shown | None:
-        """What the annotator was shown last, if there is no vote on it yet."""
+        """The pair that the annotator was shown last, if there is no vote on it yet; else None."""
         found = self._connection.execute(
             "SELECT shown.id, pairs.id, prompt, first, second, first_by, second_by, predicted, left, "
             "purpose, "
@@ -215,7 +215,7 @@ class VotesFile:
         return Shown(found[0], _pair(found[1:8]), found[8], found[9])
 
     def being_judged(self, stage: str, since: float) -> dict[str, str]:
-        """Annotator -> the id of the pair on their page, if it was shown after `since`."""
+        """Annotator -> id of the pair on their page, if it was shown after `since` (seconds since 1970)."""
         rows = self._connection.execute(
             "SELECT annotator, pair FROM shown WHERE id IN (SELECT max(id) FROM shown WHERE stage = ? "
             "GROUP BY annotator) AND id NOT IN (SELECT shown FROM votes) AND at > ?",
@@ -227,10 +227,10 @@ class VotesFile:
         """Write a vote to the disk.
 
         Args:
-            shown: the number of what is on the annotator's page.
+            shown: `Shown.id` of the annotator's page.
 
         Returns:
-            False if that is not on their page (any more): nothing is written.
+            False if that pair is not, or no longer, on their page. Then nothing is written.
         """
         current = self.on_page(stage, annotator)
         if current is None or current.id != shown:
@@ -242,7 +242,7 @@ class VotesFile:
         return made.rowcount == 1
 
     def undo(self, stage: str, annotator: str) -> Shown | None:
-        """Take the annotator's last vote back, and show its pair again.
+        """Undo the annotator's last vote, and show its pair again.
 
         Returns:
             The pair, as it was shown, with the vote's comment; None if there is no vote.
@@ -261,15 +261,15 @@ class VotesFile:
         return shown._replace(comment=vote.comment)
 
     def votes(self, stage: str) -> list[Vote]:
-        """The votes that the stage of this name asked for, in their order, without those taken back."""
+        """The votes of the stage with this name, in their order, without undone ones."""
         rows = self._connection.execute(_VOTES, (stage,)).fetchall()
         return [Vote(row[0], row[1], _pair(row[2:9]), *row[9:]) for row in rows]
 
-    def add(self, stage: str, votes: Iterable[Given]) -> int:
-        """Write votes, all or none; those that are there already are left out.
+    def add(self, stage: str, votes: Iterable[ExternalVote]) -> int:
+        """Write votes, all or none. Votes that are already in the file are left out.
 
         Returns:
-            How many were new.
+            The number of new votes.
         """
         known = {(vote.annotator, vote.pair.id, vote.choice, vote.at) for vote in self.votes(stage)}
         run, count = self._connection.execute, 0
@@ -288,7 +288,7 @@ class VotesFile:
 
 
 def votes_in(path: Path, stage: str) -> list[Vote]:
-    """The votes of a stage in a file, which is not made if there is none."""
+    """The votes of a stage in a file. A missing file is not created."""
     if not path.exists():
         return []
     with closing(VotesFile(path)) as file:
@@ -301,16 +301,16 @@ def _pair(row: tuple[object, ...]) -> Pair:
 
 
 def _hash_of(token: str) -> str:
-    """A token has 24 random bytes, so a plain hash cannot be guessed back."""
+    """Hash of a token. A token has 24 random bytes, so a plain hash cannot be inverted by guessing."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def _statements(script: str) -> list[str]:
-    """The statements of a script: those of a trigger stay together."""
-    found, rest = [], ""
+    """Split a script into its statements. A trigger, with its inner statements, is one."""
+    statements, rest = [], ""
     for line in script.strip().splitlines():
         rest += f"{line}\n"
         if sqlite3.complete_statement(rest):
-            found.append(rest)
+            statements.append(rest)
             rest = ""
-    return found
+    return statements

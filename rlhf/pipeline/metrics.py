@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rlhf.config import ConfigError, did_you_mean
-from rlhf.evaluation.sampled import ENDS
+from rlhf.evaluation.sampled import INTERVAL_SUFFIXES
 
 if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
 
-INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
+INTERVAL = re.compile(rf"({'|'.join(filter(None, INTERVAL_SUFFIXES))})(?=/|$)")
 """The end of a name that tells a figure's interval, or on how many rows it stands."""
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf.config import STAGE, Complaint
 from rlhf.data.schema import PromptRow
 from rlhf.distributed.compute import Compute
-from rlhf.evaluation.held_out import CHOICE, JUDGED
+from rlhf.evaluation.held_out import SELECTION_HALF, TEST_HALF
 from rlhf.evaluation.intervals import mean, ratio
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
@@ -150,12 +150,12 @@ class Evaluation(NamedTuple):
     @property
     def score(self) -> float:
         """Mean of the judged prompts' finite scores."""
-        return mean_score(self.score_B[JUDGED])
+        return mean_score(self.score_B[TEST_HALF])
 
     @property
     def choice_score(self) -> float:
         """Mean of the finite scores of the prompts that choose the weights."""
-        return mean_score(self.score_B[CHOICE])
+        return mean_score(self.score_B[SELECTION_HALF])
 
     @property
     def unscored(self) -> int:
@@ -176,7 +176,7 @@ class Evaluation(NamedTuple):
     def gain_over(self, other: Evaluation) -> Sampled:
         """Mean rise in score on the judged prompts, with its interval. Prompts without both scores are left
         out."""
-        gain_B = self.score_B[JUDGED].double() - other.score_B[JUDGED].double()
+        gain_B = self.score_B[TEST_HALF].double() - other.score_B[TEST_HALF].double()
         return mean(gain_B[gain_B.isfinite()])
 
 
@@ -214,7 +214,7 @@ def evaluate_policy(
     )
     found = scored(reward, with_token_ids(rows, rollout.response_ids), texts)
     score_B = found.score_B
-    for half in (CHOICE, JUDGED):
+    for half in (SELECTION_HALF, TEST_HALF):
         if not bool(score_B[half].isfinite().any()):
             why = f"it gave no finite score for any of {len(score_B[half])} responses to held-out prompts."
             raise RewardError(Complaint(f"{STAGE}.reward", why, "Fix that reward, or use another one."))

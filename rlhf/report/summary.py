@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.disk import naming
-from rlhf.evaluation.sampled import Sampled, parts_of
+from rlhf.evaluation.sampled import Sampled, reward_parts
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
 from rlhf.pipeline.run import GateResult, Run, headed, listed
 from rlhf.printable import printable
@@ -189,7 +189,7 @@ def policy_cells(run: Run) -> Cells:
     }
     compared: dict[str, tuple[str, str]] = {}
     for metric, (words, spec) in COMPARED.items():
-        parts = parts_of(metric, metrics)
+        parts = reward_parts(metric, metrics)
         compared[metric] = (f"{words}, all together" if parts else words, spec)
         compared |= {f"{metric}/{part}": (f"  {part} alone", spec) for part in parts}
     for metric, (words, spec) in (compared | of_harness).items():

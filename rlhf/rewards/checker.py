@@ -1,6 +1,6 @@
-"""Checks that may take forever, in a process that can be stopped: `python -m rlhf.rewards.checker KIND`.
+"""Checks that may never end, in a process that can be stopped: `python -m rlhf.rewards.checker KIND`.
 
-It reads one question a line, a JSON list [what is wanted, the response], and answers true or false.
+It reads one JSON list [wanted, response] per line, and answers each with true or false.
 Responses are parsed, never run.
 """
 
@@ -17,8 +17,8 @@ START_SECONDS = 120.0
 
 
 class Checker:
-    """Asks a process of its own, which is started with the first question, and again after one that took too
-    long."""
+    """Runs checks in a separate process. The first check starts it; after a check that took too long, the
+    next one starts it again."""
 
     def __init__(self, kind: str, seconds: float) -> None:
         """Args:
@@ -28,12 +28,12 @@ class Checker:
         self.kind, self.seconds = kind, seconds
         self._process: subprocess.Popen[str] | None = None
 
-    def check(self, wanted: str, said: str) -> bool:
-        """Whether a response is right; False where that takes too long, or ends the process."""
-        process = self._process = self._process or self._started()
+    def check(self, wanted: str, response: str) -> bool:
+        """Whether a response is right. False if the check takes too long or ends the process."""
+        process = self._process = self._process or self._start()
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps([wanted, said]) + "\n")
+            process.stdin.write(json.dumps([wanted, response]) + "\n")
             process.stdin.flush()
             answer = self._answer(process, self.seconds)
         except BrokenPipeError:
@@ -44,7 +44,7 @@ class Checker:
             self._process = None
         return answer == "true"
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, self.kind],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -58,7 +58,7 @@ class Checker:
 
     @staticmethod
     def _answer(process: subprocess.Popen[str], seconds: float) -> str:
-        """The next line; "" if none comes in time."""
+        """The next line; "" if none comes within `seconds`."""
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], seconds)
         return process.stdout.readline().strip() if ready else ""
@@ -68,10 +68,10 @@ def math_check() -> Callable[[str, str], bool]:
     """Whether a response's result equals the wanted one."""
     from math_verify import parse, verify
 
-    def check(wanted: str, said: str) -> bool:
-        # no time limits of its own: this process is stopped instead
+    def check(wanted: str, response: str) -> bool:
+        # without time limits: the caller stops this process instead
         gold = parse(wanted, parsing_timeout=None) or parse(f"${wanted}$", parsing_timeout=None)
-        return bool(verify(gold, parse(said, parsing_timeout=None), timeout_seconds=None))
+        return bool(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
 
     return check
 
@@ -80,11 +80,11 @@ def schema_check() -> Callable[[str, str], bool]:
     """Whether a response is JSON that follows a schema."""
     import jsonschema
 
-    def check(wanted: str, said: str) -> bool:
+    def check(wanted: str, response: str) -> bool:
         schema = json.loads(wanted)
         validator = jsonschema.validators.validator_for(schema)(schema)
         try:
-            return bool(validator.is_valid(json.loads(said)))
+            return bool(validator.is_valid(json.loads(response)))
         except (ValueError, RecursionError):
             return False
 
@@ -92,7 +92,7 @@ def schema_check() -> Callable[[str, str], bool]:
 
 
 def main(kind: str) -> None:
-    """Answer until the input ends."""
+    """Answer each line until the input ends."""
     check = {"math": math_check, "json_schema": schema_check}[kind]()
     print("ready", flush=True)
     for line in sys.stdin:

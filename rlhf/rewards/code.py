@@ -1,4 +1,4 @@
-"""Identity of a user's code: what was imported, and the versions of installed packages."""
+"""Identity of a user's code: a digest of what was imported, and the versions of installed packages."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.digests import PACKAGES, digest_of, file_digest
 
 INSTALLED = {"site-packages", "dist-packages"}
-"""Folders of installed packages, which have versions. All other code is identified by itself."""
+"""Folders of installed packages, which are identified by version. Other code is identified by its content."""
 
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+DOCSTRING_NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 _imported: dict[str, tuple[ModuleType, dict[str, str]]] = {}
-"""Module -> itself, and `code_on_disk` as it was imported."""
+"""Module name -> the module, and its `code_on_disk` at the import."""
 
 
 def imported_code(source: str) -> dict[str, str]:
-    """Import `python:MODULE:FUNCTION`, and identify the imported code, whatever the files hold later.
+    """Import `python:MODULE:FUNCTION`, and identify the imported code, not later versions of its files.
 
     Returns:
         See `code_on_disk`.
 
     Raises:
-        ConfigError: it cannot be imported, or its files change meanwhile.
+        ConfigError: it cannot be imported, or its files change during the import.
     """
     name = source.split(":")[1]
     try:
@@ -46,7 +46,7 @@ def imported_code(source: str) -> dict[str, str]:
         raise ConfigError(Complaint(source, why, "Fix that line.")) from None
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's module raises, told in one line
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{last.filename}, line {last.lineno}"
         why = f"importing {name} raised {type(error).__name__}: {error} ({place})."
@@ -55,7 +55,7 @@ def imported_code(source: str) -> dict[str, str]:
 
 
 def imported_object(source: str) -> Any:
-    """What `python:MODULE:NAME` names.
+    """The object that `python:MODULE:NAME` names.
 
     Raises:
         ConfigError: it cannot be imported, or there is no such name.
@@ -73,16 +73,16 @@ def import_code(name: str, named_by: str) -> ModuleType:
     """Import a module, and remember its identity.
 
     Args:
-        named_by: what the user wrote, for errors.
+        named_by: what the user wrote, for error messages.
 
     Raises:
         ImportError: it cannot be imported.
-        ConfigError: its files change meanwhile, or it is the script that was started.
+        ConfigError: its files change during the import, or it is the script that was started.
     """
     if name.partition(".")[0] == "__main__":
         why = (
-            "what the script that was started defines has no name by which another process or a later run "
-            "finds the same code."
+            "it is in the script that was started. Another process or a later run cannot find that code by "
+            "a module name."
         )
         raise ConfigError(Complaint(named_by, why, "Move it into a module, MODULE.py, and name that."))
     known = _imported.get(name)
@@ -98,8 +98,8 @@ def import_code(name: str, named_by: str) -> ModuleType:
 
 
 def own_code(module: str, name: str) -> dict[str, str]:
-    """Identity of a user's class or function: see `code_on_disk`. Empty for those of this package, whose
-    stages have a version."""
+    """Identity of a user's class or function: see `code_on_disk`. Empty for this package, because its stages
+    have versions."""
     return {} if module.partition(".")[0] == "rlhf" else imported_code(f"python:{module}:{name}")
 
 
@@ -108,16 +108,16 @@ def has_changed(source: str) -> bool:
     return imported_code(source) != _named(source, code_on_disk(source.split(":")[1]))
 
 
-def _named(source: str, found: dict[str, str]) -> dict[str, str]:
-    return {source if name == "" else name: value for name, value in found.items()}
+def _named(source: str, identity: dict[str, str]) -> dict[str, str]:
+    return {source if name == "" else name: value for name, value in identity.items()}
 
 
 def code_on_disk(module: str) -> dict[str, str]:
     """Identity of a module's code.
 
-    By what it does, without comments and docstrings: its top-level module or package with every module in it,
-    and everything that these import and that is not installed. By version: installed packages. Not counted:
-    the standard library, this project, and packages whose versions are in every manifest (torch,
+    Identified by their syntax, without comments and docstrings: all modules of its top-level package, and
+    everything they import that is not installed. Identified by version: installed packages. Left out: the
+    standard library, this project, and packages whose versions are in every manifest (torch,
     transformers, ...).
 
     Returns:
@@ -143,33 +143,33 @@ def code_on_disk(module: str) -> dict[str, str]:
 
 
 def _digest_of_code(path: Path) -> str:
-    """Of a module's syntax tree, so that another docstring or comment trains nothing anew. Docstrings count
-    where the module reads some."""
+    """Digest of a file. Of a module's syntax tree, so that a changed docstring or comment retrains nothing.
+    Docstrings count if the module reads any."""
     content = path.read_bytes()
     try:
         tree = ast.parse(content) if path.suffix == ".py" else None
-    except (SyntaxError, ValueError):  # then nothing has imported it
+    except (SyntaxError, ValueError):  # then it was never imported
         tree = None
     if tree is None:
         return file_digest(path)
     if b"__doc__" not in content and b"getdoc" not in content:
         for node in ast.walk(tree):
-            if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            if isinstance(node, DOCSTRING_NODES) and ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
     return digest_of(ast.unparse(tree))
 
 
 @cache
 def _distributions() -> dict[str, list[str]]:
-    return {name: [*found] for name, found in importlib.metadata.packages_distributions().items()}
+    return {name: [*names] for name, names in importlib.metadata.packages_distributions().items()}
 
 
 def _files_of(name: str) -> tuple[Path, list[Path]]:
-    """The files of a top-level module or package, and their folder; none if it cannot be imported, such as an
-    optional package."""
+    """The folder and the files of a top-level module or package. No files if it cannot be imported, such as a
+    missing optional package."""
     try:
         spec = find_spec(name)
-    except ValueError:  # a module without a spec, such as one that a program has made
+    except ValueError:  # a module without a spec, such as one made at run time
         spec = None
     if spec is None:
         return Path(), []
@@ -182,10 +182,10 @@ def _files_of(name: str) -> tuple[Path, list[Path]]:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """The top-level names that a file imports anywhere. Relative imports are its own package's."""
+    """The top-level names that a file imports anywhere, without relative imports (its own package)."""
     try:
         tree = ast.parse(path.read_bytes()) if path.suffix == ".py" else None
-    except (SyntaxError, ValueError):  # then nothing has imported it
+    except (SyntaxError, ValueError):  # then it was never imported
         return
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Import):

@@ -1,8 +1,8 @@
 """A reward that another process serves: `http://HOST:PORT/PATH` or https.
 
-The request is a POST of {"prompts": [...], "responses": [...], "columns": {NAME: [...], ...}} as JSON. The
-columns are the others of the prompts' file, null where a row lacks one. The answer is {"scores": [...]}: one
-number per response, or null for no score.
+The request is a POST of {"prompts": [...], "responses": [...], "columns": {NAME: [...], ...}} as JSON.
+`columns` are the other columns of the prompts' file, null where a row lacks one. The answer is
+{"scores": [...]}: one number per response, or null for no score.
 """
 
 from __future__ import annotations
@@ -25,15 +25,13 @@ if TYPE_CHECKING:
 
 PAUSE_SECONDS = 0.5
 """Seconds before the second try; doubled before each further one."""
-OK = range(200, 300)
-MAY_PASS = (408, 425, 429)
-"""Statuses below 500 that are tried again: too slow, too early, too many."""
-LONGEST_SHOWN = 300
-"""Characters of an answer that an error shows."""
-LONGEST_ERROR, LARGEST = 4 * LONGEST_SHOWN, 16 << 20
-"""Bytes that are read of an error's body, and of an answer: half a million scores."""
-
-
+SUCCESS_STATUSES = range(200, 300)
+RETRIED_STATUSES = (408, 425, 429)
+"""Statuses below 500 that are tried again: timeout, too early, too many requests."""
+MAX_SHOWN_CHARACTERS = 300
+"""Characters of an answer that an error message shows."""
+MAX_ERROR_BYTES, MAX_ANSWER_BYTES = 4 * MAX_SHOWN_CHARACTERS, 16 << 20
+"""Bytes read of an error's body, and of an answer. The latter holds about half a million scores."""
 FIX_SERVER = "Fix the URL or the server, and run the same command again."
 
 
@@ -48,7 +46,7 @@ class RewardServerConfig(Strict):
 
 
 def remote_reward(url: str, server: RewardServerConfig) -> Reward:
-    """The reward of a server. A server that restarts gets a few seconds."""
+    """The reward of a server. Further attempts give a restarting server a few seconds."""
 
     def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         body = {
@@ -65,7 +63,7 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
                 raise TypeError
             numbers = [None if value is None else float(value) for value in scores]
         except (OverflowError, TypeError):
-            shown = repr(str(answer)[:LONGEST_SHOWN])
+            shown = repr(str(answer)[:MAX_SHOWN_CHARACTERS])
             raise RewardError(
                 Complaint(
                     redacted(url),
@@ -85,11 +83,11 @@ def ask(
     headers: Mapping[str, str] | None = None,
     source: str | None = None,
 ) -> object:
-    """POST JSON, several times if need be; the JSON of the answer. A redirect is not followed: it would take
-    the headers, with an API key, to another host.
+    """POST JSON, with further attempts if needed, and return the JSON of the answer. Redirects are not
+    followed: they would send the headers, with an API key, to another host.
 
     Args:
-        source: the reward that asks, of which errors are told; None if that is the URL.
+        source: the reward that error messages name; None for the URL.
 
     Raises:
         RewardError: the server refuses, or does not answer.
@@ -101,16 +99,16 @@ def ask(
     is_answered, about = False, redacted(source or url)
     for attempt in range(server.retries + 1):
         try:
-            with start_blocking_portal() as portal:  # an event loop of its own, wherever this is called
+            with start_blocking_portal() as portal:  # its own event loop: the caller may run another
                 status, answer = portal.call(_post, url, body, headers, server.timeout)
-            if status in OK:
+            if status in SUCCESS_STATUSES:
                 return _json_of(answer)
             reason, is_answered = f"status {status}, {_first_line(answer)!r}", False
-            if status < 500 and status not in MAY_PASS:
+            if status < 500 and status not in RETRIED_STATUSES:
                 raise RewardError(Complaint(about, f"the reward server refuses: {reason}.", FIX_SERVER))
         except TimeoutError:
             reason, is_answered = "timed out", False
-        except (HTTPError, OSError, ValueError) as error:  # such as an answer cut short
+        except (HTTPError, OSError, ValueError) as error:  # such as a truncated answer
             reason, is_answered = str(error), isinstance(error, NoJsonError)
         if attempt < server.retries:
             time.sleep(PAUSE_SECONDS * 2**attempt)
@@ -128,11 +126,11 @@ def ask(
 
 
 async def _post(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> tuple[int, bytes]:
-    """Status and body of an answer that came whole within `timeout` seconds; of an error its beginning.
+    """Status and body of the answer; of an error, the beginning of the body.
 
     Raises:
-        TimeoutError: it did not.
-        ValueError: it is larger than `LARGEST`.
+        TimeoutError: the whole answer did not come within `timeout` seconds.
+        ValueError: the answer is larger than `MAX_ANSWER_BYTES`.
     """
     from anyio import fail_after
     from httpx import AsyncClient
@@ -148,21 +146,21 @@ async def _post(url: str, body: bytes, headers: Mapping[str, str], timeout: floa
             answer = bytearray()
             async for chunk in response.aiter_bytes():
                 answer += chunk
-                if response.status_code not in OK and len(answer) >= LONGEST_ERROR:
+                if response.status_code not in SUCCESS_STATUSES and len(answer) >= MAX_ERROR_BYTES:
                     break
-                if len(answer) > LARGEST:
-                    raise ValueError(f"its answer is larger than {LARGEST >> 20} MiB")
+                if len(answer) > MAX_ANSWER_BYTES:
+                    raise ValueError(f"its answer is larger than {MAX_ANSWER_BYTES >> 20} MiB")
             return response.status_code, bytes(answer)
 
 
 @cache
 def _certificates() -> SSLContext:
-    """The system's, as those of a company stand there; loading them takes long."""
+    """The system's certificates, which include a company's own. Cached, because loading them is slow."""
     return create_default_context()
 
 
 class NoJsonError(ValueError):
-    """An answer is no JSON."""
+    """An answer is not JSON."""
 
 
 def _json_of(answer: bytes) -> object:
@@ -175,4 +173,4 @@ def _json_of(answer: bytes) -> object:
 
 
 def _first_line(answer: bytes) -> str:
-    return next(iter(answer.decode(errors="replace").strip().splitlines()), "")[:LONGEST_SHOWN]
+    return next(iter(answer.decode(errors="replace").strip().splitlines()), "")[:MAX_SHOWN_CHARACTERS]

@@ -1,10 +1,10 @@
-"""A language model that judges, behind any OpenAI-compatible endpoint: `judge:URL`, such as
+"""A language model as a judge, behind any OpenAI-compatible endpoint: `judge:URL`, such as
 `judge:http://localhost:8000/v1`.
 
 `mode: scored` asks for a number. `mode: pairwise` asks which of two responses is better, twice, with their
-places swapped: 1 if the response wins both times, 0 if it loses both times, else 0.5. A reply that says
-neither is a failure, and its response gets no score. Replies are kept on disk, so that a question is asked
-once.
+places swapped. The score is 1 if the response wins both times, 0 if it loses both times, else 0.5. A reply
+without a number or a verdict is a failure, and its response gets no score. Replies are cached on disk, so
+each question is asked once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 VERDICT = re.compile(r"\b[ABT]\b")
 TIE = re.compile(r"\b(?:a )?tied?\b", re.IGNORECASE)
 NOT_IN_KEY = frozenset({"rubric", "key_variable", "price_in", "price_out", "cache", "parallel"})
-"""Arguments that do not decide a score; the rubric's content does, not its place."""
+"""Arguments that do not change a score. The rubric's content changes it, its path does not."""
 
 
 class JudgeArgs(Strict):
@@ -56,21 +56,21 @@ class JudgeArgs(Strict):
     baseline: str = "completion"
     """pairwise: the column of the prompts' file with the response to compare with."""
     max_tokens: PositiveInt = 16
-    """Length of a reply."""
+    """Longest reply, in tokens."""
     key_variable: str = "JUDGE_API_KEY"
-    """The environment variable that holds the API key, if it is set. Its name must contain KEY, TOKEN or
-    SECRET, so that its value is never written down."""
+    """Name of the environment variable with the API key; it may be unset. The name must contain KEY, TOKEN or
+    SECRET, so that the value is redacted wherever the run writes it."""
     price_in: NonNegativeFloat = 0.0
-    """Price of a million tokens that the judge reads."""
+    """Price of a million input tokens."""
     price_out: NonNegativeFloat = 0.0
-    """Price of a million tokens that it writes."""
+    """Price of a million output tokens."""
     cache: str = "~/.cache/rlhf/judge.sqlite"
-    """Where replies are kept."""
+    """File of the cached replies."""
     parallel: PositiveInt = Field(default=8)
-    """Questions that are asked at the same time, by each rank."""
+    """Questions that each rank asks at the same time."""
 
     @model_validator(mode="after")
-    def _sound(self) -> JudgeArgs:
+    def _check_values(self) -> JudgeArgs:
         if self.highest <= self.lowest:
             raise ValueError(f"highest={self.highest:g} is not above lowest={self.lowest:g}")
         if not ENVIRONMENT_NAME.search(self.key_variable):
@@ -79,7 +79,7 @@ class JudgeArgs(Strict):
 
 
 class Reply(NamedTuple):
-    """What the judge wrote, and its tokens."""
+    """The judge's text, and its tokens."""
 
     text: str
     tokens_in: int
@@ -87,7 +87,7 @@ class Reply(NamedTuple):
 
 
 class Judge:
-    """The reward of `judge:URL`. `take_usage` says what it did since the last time."""
+    """The reward of `judge:URL`. It counts its usage: see `take_usage`."""
 
     def __init__(self, source: str, args: Mapping[str, Any], server: RewardServerConfig) -> None:
         self.args, self.server, self.source = JudgeArgs.model_validate(args), server, source
@@ -97,35 +97,38 @@ class Judge:
 
     def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
         pairs = [*zip(prompts, completions, strict=True)]
-        questions = [self.questions(row, said) for row, said in pairs]
-        replies = self.replies({each for some in questions for each in some})
-        scores = [self.score([replies[each].text for each in some]) if some else None for some in questions]
+        asked = [self.questions(row, completion) for row, completion in pairs]
+        replies = self.replies({question for questions in asked for question in questions})
+        scores = [
+            self.score([replies[question].text for question in questions]) if questions else None
+            for questions in asked
+        ]
         return as_scores(scores, len(scores), redacted(self.source))
 
-    def questions(self, row: PromptRow, said: str) -> list[str]:
-        """One question, or two with the places swapped; none without a response to compare with."""
+    def questions(self, row: PromptRow, completion: str) -> list[str]:
+        """One question, or two with the places swapped. Empty if there is no response to compare with."""
         turns = "\n".join(f"{message['role']}: {message['content']}" for message in row.prompt)
-        asked = f"[Conversation]\n{turns}\n\n"
+        conversation = f"[Conversation]\n{turns}\n\n"
         args = self.args
         if args.mode == "scored":
             end = (
                 f"Score the response from {args.lowest:g} to {args.highest:g}. Answer with the number alone."
             )
-            return [f"{asked}[Response]\n{said}\n\n{end}"]
+            return [f"{conversation}[Response]\n{completion}\n\n{end}"]
         other = row.columns.get(args.baseline)
         if other is None:
             return []
         end = "Which response is better? Answer with one letter alone: A, B, or T for a tie."
         return [
-            f"{asked}[Response A]\n{first}\n\n[Response B]\n{second}\n\n{end}"
-            for first, second in ((said, str(other)), (str(other), said))
+            f"{conversation}[Response A]\n{first}\n\n[Response B]\n{second}\n\n{end}"
+            for first, second in ((completion, str(other)), (str(other), completion))
         ]
 
     def score(self, replies: Sequence[str]) -> float | None:
-        """What the replies to one response's questions say; None if one of them says nothing."""
+        """The score in the replies to one response's questions; None if a reply has no number or verdict."""
         if self.args.mode == "scored":
-            found = NUMBER.findall(replies[0])
-            number = float(found[-1]) if found else None
+            numbers = NUMBER.findall(replies[0])
+            number = float(numbers[-1]) if numbers else None
             if number is None or not self.args.lowest <= number <= self.args.highest:
                 self.counts["failures"] += 1
                 return None
@@ -139,33 +142,33 @@ class Judge:
         return wins[0] if wins[0] == wins[1] else 0.5
 
     def replies(self, questions: Iterable[str]) -> dict[str, Reply]:
-        """The reply to each question: from the disk, or from the judge."""
-        found: dict[str, Reply] = {}
+        """Question -> reply, from the cache or from the judge."""
+        replies: dict[str, Reply] = {}
         with self.cache() as cache, ThreadPoolExecutor(self.args.parallel) as pool:
             waiting = {}
             for question in sorted(questions):
-                kept = cache.execute(
+                cached = cache.execute(
                     "SELECT reply FROM replies WHERE key = ?", (self.key(question),)
                 ).fetchone()
-                if kept is not None:
-                    found[question] = Reply(*json.loads(kept[0]))
+                if cached is not None:
+                    replies[question] = Reply(*json.loads(cached[0]))
                     self.counts["cached"] += 1
                 else:
                     waiting[pool.submit(self.ask, question)] = question
             for done in as_completed(waiting):
                 question, reply = waiting[done], done.result()
-                found[question] = reply
+                replies[question] = reply
                 values = (self.key(question), json.dumps(reply))
                 with cache:
                     cache.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", values)
                 self.counts["asked"] += 1
                 self.counts["tokens_in"] += reply.tokens_in
                 self.counts["tokens_out"] += reply.tokens_out
-        return found
+        return replies
 
     @contextmanager
     def cache(self) -> Iterator[sqlite3.Connection]:
-        """The file of replies."""
+        """The database of cached replies."""
         path = Path(self.args.cache).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=60.0)) as connection:
@@ -173,14 +176,14 @@ class Judge:
             yield connection
 
     def key(self, question: str) -> str:
-        """Of a question in the cache: the endpoint, the model, the rubric, and what is asked."""
+        """Cache key of a question: a digest of endpoint, model, rubric, question and reply length."""
         return digest_of([self.url, self.args.model, self.rubric, question, self.args.max_tokens])
 
     def ask(self, question: str) -> Reply:
         """Ask the judge.
 
         Raises:
-            RewardError: it does not answer, or in another form.
+            RewardError: the judge does not answer, or the answer has another format.
         """
         body = {
             "model": self.args.model, "temperature": 0.0, "max_tokens": self.args.max_tokens,
@@ -207,7 +210,7 @@ class Judge:
             ) from None
 
     def take_usage(self) -> dict[str, float]:
-        """What it did since the last call, as metrics without its name."""
+        """Usage since the last call, as metrics without the judge's name."""
         counts, self.counts = self.counts, Counter()
         prices = self.args.price_in * counts["tokens_in"] + self.args.price_out * counts["tokens_out"]
         names = ("asked", "cached", "failures", "disagreements", "tokens_in", "tokens_out")
@@ -215,7 +218,7 @@ class Judge:
 
 
 def verdict(reply: str) -> str | None:
-    """A, B or T: the one that the last line names; None if it names none, or both responses without a tie."""
+    """A, B or T: the one in the last line; T if it holds all three. Else None."""
     last = reply.strip().rpartition("\n")[2]
     named = {*VERDICT.findall(TIE.sub("T", last))}
     return named.pop() if len(named) == 1 else "T" if len(named) == 3 else None
@@ -225,7 +228,7 @@ def read_rubric(source: str, args: JudgeArgs) -> str:
     """The rubric's text.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the file is missing, unreadable or empty.
     """
     try:
         text = Path(args.rubric).read_text(encoding="utf-8").strip()
@@ -239,10 +242,10 @@ def read_rubric(source: str, args: JudgeArgs) -> str:
 
 
 def check_judge(source: str, args: Mapping[str, Any]) -> None:
-    """Refuse arguments that it does not take.
+    """Refuse arguments that the judge does not take.
 
     Raises:
-        ValueError: which.
+        ValueError: with the arguments that are wrong.
     """
     try:
         validated(JudgeArgs, args, "args")
@@ -251,18 +254,18 @@ def check_judge(source: str, args: Mapping[str, Any]) -> None:
 
 
 def is_judge(source: str) -> bool:
-    """Whether it names an endpoint."""
+    """Whether the source holds the URL of an endpoint."""
     parts = urlsplit(source.removeprefix("judge:"))
     return parts.scheme in ("http", "https") and bool(parts.netloc)
 
 
 def judge_digest(source: str, args: Mapping[str, Any]) -> dict[str, str]:
-    """The rubric's content."""
-    found = digest_of(read_rubric(source, JudgeArgs.model_validate(args)))
-    return {f"judge's rubric ({found[:8]})": found}
+    """Digest of the rubric's content."""
+    digest = digest_of(read_rubric(source, JudgeArgs.model_validate(args)))
+    return {f"judge's rubric ({digest[:8]})": digest}
 
 
 def judge_needs(args: Mapping[str, Any]) -> frozenset[str]:
     """The column of the response to compare with."""
-    found = JudgeArgs.model_validate(args)
-    return frozenset({found.baseline} if found.mode == "pairwise" else ())
+    judge = JudgeArgs.model_validate(args)
+    return frozenset({judge.baseline} if judge.mode == "pairwise" else ())

@@ -1,4 +1,4 @@
-"""The kinds of rewards, in one table: how each is written, checked, digested and made; several at once."""
+"""The kinds of rewards: how each is written, checked, digested and made; and mixes of several rewards."""
 
 from __future__ import annotations
 
@@ -38,28 +38,27 @@ def _no_args(source: str, args: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class RewardKind:
-    """What the word before a `RewardSource`'s colon stands for."""
+    """The kind that the word before a `RewardSource`'s colon names."""
 
     form: str
-    """How it is written, such as `model:DIRECTORY`."""
+    """The format of a source, such as `model:DIRECTORY`."""
     check: Callable[[str], bool]
-    """Whether a source is written correctly. It may raise ValueError with a better message."""
+    """Whether a source has the right format. It may raise ValueError with a better message."""
     digest: Callable[[RewardPart, DirectoryDigest], dict[str, str]]
-    """Digests of what decides a source's scores: see `reward_digest`."""
+    """Digests of everything that can change a source's scores: see `reward_digest`."""
     make: Callable[[RewardPart, RewardServerConfig], Reward] | None = None
-    """Makes the rule that a source names; None if a model scores."""
+    """Makes the rule that a source names. None if a model scores."""
     directory: Callable[[str, Mapping[str, Path]], Path] | None = None
-    """The directory of the model that scores: from a source and the reward stages' artifacts; None for a
-    rule."""
+    """(source, artifacts of the reward stages) -> directory of the model that scores. None for a rule."""
     check_args: Callable[[str, Mapping[str, Any]], None] = _no_args
-    """Raises ValueError for `args` that a source does not take."""
+    """Raises ValueError for `args` that the source does not take."""
     needs: Callable[[RewardPart], frozenset[str]] = lambda part: frozenset()
-    """The columns of a prompt's row that it cannot do without."""
+    """Columns that every prompt row must have."""
 
     not_in_key: frozenset[str] = frozenset()
-    """Names of `args` that do not decide a score."""
+    """Names of `args` that do not change a score."""
     is_remote: bool = False
-    """Whether a server is asked, which may cost money."""
+    """Whether it calls a server, which may cost money."""
 
     @property
     def has_model(self) -> bool:
@@ -69,22 +68,22 @@ class RewardKind:
 
 def reward_kind(source: str) -> RewardKind:
     """The kind of a checked source."""
-    return REWARD_KINDS[_word(source)]
+    return REWARD_KINDS[_kind_name(source)]
 
 
-def _word(source: str) -> str:
-    """`learned` of `learned@2`, `judge` of `judge:http://...`."""
+def _kind_name(source: str) -> str:
+    """`learned` for `learned@2`, `judge` for `judge:http://...`."""
     return re.split("[:@]", source, maxsplit=1)[0]
 
 
 def stage_of(source: str) -> str | None:
-    """The stage that trains the model which scores: `reward` of `learned`, `reward@2` of `learned@2`; None of
+    """The stage that trains the scoring model: `reward` for `learned`, `reward@2` for `learned@2`. None for
     any other source."""
-    return f"reward{source.removeprefix('learned')}" if _word(source) == "learned" else None
+    return f"reward{source.removeprefix('learned')}" if _kind_name(source) == "learned" else None
 
 
-def _checked(source: str) -> str:
-    kind = REWARD_KINDS.get(_word(source))
+def _check_source(source: str) -> str:
+    kind = REWARD_KINDS.get(_kind_name(source))
     if kind is None or not kind.check(source):
         *forms, last = dict.fromkeys(each.form for each in REWARD_KINDS.values())
         raise ValueError(f"use {', '.join(forms)} or {last}")
@@ -94,10 +93,10 @@ def _checked(source: str) -> str:
 class RewardPart(Strict):
     """One reward of several."""
 
-    source: Annotated[str, AfterValidator(_checked)]
-    """What scores, as `ppo.reward` names it."""
+    source: Annotated[str, AfterValidator(_check_source)]
+    """The reward, in the same form as `ppo.reward`."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Its scores are multiplied by this before they are combined."""
+    """Factor of its scores before they are combined."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of a `verify:` or `trl:` reward: docs/rewards.md."""
 
@@ -113,53 +112,53 @@ class RewardPart(Strict):
 
     @property
     def label(self) -> str:
-        """What metrics call it: the last word of its source."""
+        """Its name in metrics: the last word of its source."""
         words = [word for word in re.split(r"[^\w.-]+", redacted(self.source)) if word]
         if self.source.startswith("judge:"):
             return "judge"
         return words[1] if self.source.startswith("http") else words[-1]
 
 
-def _alone(value: Any) -> Any:
+def _as_part(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
-PartOrSource = Annotated[RewardPart, BeforeValidator(_alone, json_schema_input_type=str | RewardPart)]
+PartOrSource = Annotated[RewardPart, BeforeValidator(_as_part, json_schema_input_type=str | RewardPart)]
 
 
 class RewardMix(Strict):
-    """Several rewards that become one score, or one with arguments. `ppo.reward=[...]` is short for
-    `ppo.reward={of: [...]}`."""
+    """Several rewards that are combined into one score, or one reward with arguments. `ppo.reward=[...]` is
+    short for `ppo.reward={of: [...]}`."""
 
     of: list[PartOrSource] = Field(min_length=1)
-    """The rewards. A source alone, such as `learned`, is one of weight 1."""
+    """The rewards. A plain source, such as `learned`, has weight 1."""
     combine: Literal["sum", "minimum", "mean_minus_deviation"] = "sum"
-    """How their weighted scores become one: their sum; the lowest; or their mean minus `deviation_weight`
-    times their deviation (Coste et al. 2023, arXiv:2310.02743, subtracts the variance). The last two are for
-    ensembles of reward models. A part that gives no score is left out."""
+    """How the weighted scores become one: their sum; their minimum; or their mean minus `deviation_weight`
+    times their standard deviation (Coste et al. 2023, arXiv:2310.02743, subtracts the variance). The last two
+    are for ensembles of reward models. A part without a score is left out."""
     deviation_weight: NonNegativeFloat = 1.0
-    """mean_minus_deviation: how much disagreement costs."""
+    """mean_minus_deviation: weight of the deviation, the penalty for disagreement."""
     normalize: bool = False
-    """Subtract the mean from each part's scores and divide them by the deviation, both as `generate` measured
-    them."""
+    """Whether each part's scores are standardised: minus their mean, divided by their standard deviation,
+    both measured by `generate`."""
 
     @property
     def labels(self) -> list[str]:
-        """What metrics call the parts, each by another name."""
-        found: list[str] = []
+        """Names of the parts in metrics, all different."""
+        labels: list[str] = []
         for part in self.of:
-            number = sum(each.label == part.label for each in self.of[: len(found) + 1])
-            found.append(part.label if number == 1 else f"{part.label}_{number}")
-        return found
+            number = sum(each.label == part.label for each in self.of[: len(labels) + 1])
+            labels.append(part.label if number == 1 else f"{part.label}_{number}")
+        return labels
 
     def __str__(self) -> str:
         return f"[{', '.join(part.source for part in self.of)}]"
 
 
-def _read(value: Any) -> Any:
-    """From what YAML holds: a source, one with arguments, a list of either, or the whole mapping."""
+def _parse(value: Any) -> Any:
+    """Parse a YAML value: a source, a source with arguments, a list of these, or the full mapping."""
     if isinstance(value, str):
-        reward_kind(_checked(value)).check_args(value, {})
+        reward_kind(_check_source(value)).check_args(value, {})
         return value
     if isinstance(value, Mapping) and "source" in value:
         value = [value]
@@ -175,12 +174,12 @@ def _read(value: Any) -> Any:
 
 RewardSource = Annotated[
     str | RewardMix,
-    BeforeValidator(_read, json_schema_input_type=str | RewardPart | list[str | RewardPart] | RewardMix),
+    BeforeValidator(_parse, json_schema_input_type=str | RewardPart | list[str | RewardPart] | RewardMix),
 ]
-"""`learned` (the reward stage's model; `learned@2`: of its instance `reward@2`), `vader`, `model:DIRECTORY`
-(a sequence-classification model with one label and a linear `score` head (Llama, Mistral, Qwen, Gemma, ...),
-its own tokenizer and template), `python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, or the URL of a
-server (rlhf/rewards/http.py); or several of them."""
+"""One reward, or several of them. One of: `learned` (the model of stage `reward`; `learned@2`: of its
+instance `reward@2`), `vader`, `model:DIRECTORY` (a sequence-classification model with one label, a linear
+`score` head (Llama, Mistral, Qwen, Gemma, ...), its own tokenizer and template), `python:MODULE:FUNCTION`,
+`trl:FUNCTION`, `verify:NAME`, or the URL of a server (rlhf/rewards/http.py)."""
 
 
 def parts_of(source: str | RewardMix) -> list[RewardPart]:
@@ -189,7 +188,7 @@ def parts_of(source: str | RewardMix) -> list[RewardPart]:
 
 
 def keyed_parts(rewards: Mapping[str, str | RewardMix]) -> list[tuple[str, RewardPart]]:
-    """Each reward with its key, such as `ppo.reward` or `ppo.reward[1]`.
+    """Each reward with its config key, such as `ppo.reward` or `ppo.reward[1]`.
 
     Args:
         rewards: `Reads.rewards`.
@@ -202,22 +201,22 @@ def keyed_parts(rewards: Mapping[str, str | RewardMix]) -> list[tuple[str, Rewar
 
 
 def models_of(source: str | RewardMix | None) -> list[RewardPart]:
-    """Those of its rewards that are models."""
+    """The rewards of a source that are models."""
     return [] if source is None else [part for part in parts_of(source) if reward_kind(part.source).has_model]
 
 
 def columns_needed(source: str | RewardMix) -> frozenset[str]:
-    """The columns of a prompt's row that its rewards cannot do without."""
+    """Columns that every prompt row must have for its rewards."""
     return frozenset[str]().union(*(reward_kind(part.source).needs(part) for part in parts_of(source)))
 
 
 def is_remote(source: str | RewardMix) -> bool:
-    """Whether a server is asked for one of its rewards."""
+    """Whether one of its rewards calls a server."""
     return any(reward_kind(part.source).is_remote for part in parts_of(source))
 
 
 def critic_part(source: str | RewardMix) -> RewardPart | None:
-    """The model that a critic can start from: the only one, in a sum, with a positive weight."""
+    """The model that a critic can start from: the only one, in a sum, with a positive weight; else None."""
     models = models_of(source)
     if len(models) != 1 or (isinstance(source, RewardMix) and source.combine != "sum"):
         return None
@@ -225,19 +224,20 @@ def critic_part(source: str | RewardMix) -> RewardPart | None:
 
 
 def reward_digest(source: str | RewardMix, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-    """Digests of what decides the scores, except the reward stage's model. They are in the key of what it
-    scored: a directory's content, a function's imported code, a scorer's version, a server's URL.
+    """Digests of everything that can change the scores, except the reward stage's model: a directory's
+    content, a function's imported code, a scorer's version, a server's URL. They are part of the keys of
+    scored artifacts.
 
     Args:
-        digest: as of `rlhf.pipeline.key.external_digests`.
+        digest: as in `rlhf.pipeline.key.external_digests`.
 
     Raises:
-        ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
+        ConfigError: there is no such model, it has no score head, or the function cannot be imported.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for part in parts_of(source):
-        found |= reward_kind(part.source).digest(part, digest)
-    return found
+        digests |= reward_kind(part.source).digest(part, digest)
+    return digests
 
 
 def _digest_of_model(part: RewardPart, digest: DirectoryDigest) -> dict[str, str]:
@@ -257,10 +257,10 @@ def _digest_of_function(part: RewardPart, digest: DirectoryDigest) -> dict[str, 
 
 
 def _digest_of_url(part: RewardPart, digest: DirectoryDigest) -> dict[str, str]:
-    # whole, but for what the environment calls a secret: ?key=A and ?key=B may be two rewards, and both
-    # are written down as ?key=<redacted>
-    whole = digest_of(USER_INFO.sub("", without_environment(part.source)))
-    return {f"{redacted(part.source.partition('?')[0])} ({whole[:8]})": whole}
+    # of the full URL except secrets from the environment: ?key=A and ?key=B may be two rewards, but both
+    # are shown as ?key=<redacted>
+    full = digest_of(USER_INFO.sub("", without_environment(part.source)))
+    return {f"{redacted(part.source.partition('?')[0])} ({full[:8]})": full}
 
 
 def _is_url(source: str) -> bool:
@@ -272,7 +272,7 @@ def _is_url(source: str) -> bool:
 
 
 def reward_directory(source: str, learned: Mapping[str, Path]) -> Path | None:
-    """The directory of the model that scores, or None for a rule.
+    """The directory of the scoring model. None for a rule.
 
     Args:
         learned: the artifacts of reward stages.
@@ -329,7 +329,7 @@ REWARD_KINDS: dict[str, RewardKind] = {
         lambda source: len(source) > len("trl:"),
         lambda part, digest: trl_digest(part.source, part.args),
         make=lambda part, server: trl_reward(part.source, part.args),
-        check_args=lambda source, args: None,  # its signature says, once TRL is imported
+        check_args=lambda source, args: None,  # checked by its signature, once TRL is imported
         needs=lambda part: trl_needs(part.source, part.args),
     ),
     "verify": RewardKind(
@@ -353,4 +353,4 @@ REWARD_KINDS: dict[str, RewardKind] = {
     "http": _SERVER,
     "https": _SERVER,
 }
-"""The word before the colon -> the kind. A module of the user's own may add one."""
+"""Word before the colon -> kind. A user's module may add kinds."""

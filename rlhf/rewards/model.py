@@ -1,4 +1,4 @@
-"""Scores of a reward model, which reads text with its own template and tokenizer."""
+"""Rewards from reward models, each with its own template and tokenizer; and `make_reward` for all kinds."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from rlhf.rewards.reward import Prompts, Reward, RewardError, as_scores
 from rlhf.training.engine import WHOLE, Access
 
 CUT_TOKENS = 8
-"""A response that fills the context may have so many more tokens when its text is encoded again with an end
-token. So many are cut before that end."""
-BROKEN_TOKENS = 3
-"""A sampled token that is part of a character is decoded as U+FFFD: three bytes, and at most three tokens."""
+"""Most tokens that are cut before the end token. A response that fills the limit may get longer when its
+text is encoded again with an end token."""
+TOKENS_PER_BROKEN_CHARACTER = 3
+"""Most tokens that encode U+FFFD, which has three bytes. A sampled part of a character decodes to U+FFFD."""
 
 
 class LearnedReward:
-    """A one-label classification model. A response that was cut gets the end token too."""
+    """A one-label classification model. A truncated response gets an end token too."""
 
     def __init__(
         self,
@@ -46,13 +46,15 @@ class LearnedReward:
         compute: Compute,
         access: Access = WHOLE,
     ) -> None:
-        """`access`: how the model runs as it was published."""
+        """Args:
+        access: how the model runs with its published weights.
+        """
         self.directory, self.model, self.tokenizer = directory, model, tokenizer
         self.micro_batch_tokens, self.compute, self.access = micro_batch_tokens, compute, access
 
     @property
     def digest(self) -> str:
-        """Identity of the tokenizer: equal digests mean that ids can be shared."""
+        """Identity of the tokenizer: with equal digests, token ids can be shared."""
         return tokenizer_digest(self.tokenizer)
 
     def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
@@ -64,7 +66,7 @@ class LearnedReward:
         """Token ids of all rows. Each rank encodes its share.
 
         Raises:
-            RewardError: a row is too long; on every rank.
+            RewardError: a row is too long. It is raised on every rank.
         """
         lengths = [len(completion) for completion in completions]
         mine: list[list[int] | RewardError] = []
@@ -73,26 +75,26 @@ class LearnedReward:
                 mine.append(self._ids(prompts[index], completions[index]))
         except RewardError as error:
             mine = [error] * len(self.compute.shard_indices(lengths))
-        found = []
+        rows = []
         for ids in self.compute.collect(mine, lengths):
             if isinstance(ids, RewardError):
                 raise ids
-            found.append(ids)
-        return found
+            rows.append(ids)
+        return rows
 
     def _ids(self, row: PromptRow, completion: str) -> list[int]:
         ids, _ = exchange_ids(self.tokenizer, row.prompt, completion)
-        room = context_left(self.model.model)
-        broken = BROKEN_TOKENS * completion.count("\N{REPLACEMENT CHARACTER}")
-        if len(ids) > room + CUT_TOKENS + broken:
+        limit = context_left(self.model.model)
+        broken = TOKENS_PER_BROKEN_CHARACTER * completion.count("\N{REPLACEMENT CHARACTER}")
+        if len(ids) > limit + CUT_TOKENS + broken:
             raise RewardError(
                 Complaint(
                     str(self.directory),
-                    f"the reward model reads {room} tokens, and a prompt with its response has {len(ids)}.",
+                    f"the reward model reads {limit} tokens, and a prompt with its response has {len(ids)}.",
                     "Give shorter prompts, sample fewer tokens, or take another reward model.",
                 )
             )
-        return [*ids[: room - 1], ids[-1]] if len(ids) > room else ids
+        return [*ids[: limit - 1], ids[-1]] if len(ids) > limit else ids
 
 
 def load_learned_reward(
@@ -103,20 +105,20 @@ def load_learned_reward(
     backbone: Backbone | None = None,
     placement: Placement | None = None,
 ) -> LearnedReward:
-    """Load a published reward model: its LoRA adapter alone, if it was trained on those of `backbone`.
+    """Load a published reward model; only its LoRA adapter, if it was trained on the weights of `backbone`.
 
-    The adapter is merged while it scores. The published weights were made in the same way, so the scores are
-    the same bit for bit, in any precision, on a device that multiplies as the one that published them.
+    The adapter is merged while it scores. The published weights were merged in the same way, so the scores
+    are bit-identical in any precision, if this device multiplies as the one that published them.
 
     Raises:
-        ConfigError: not a sequence-classification model with one label.
+        ConfigError: the model is not a sequence-classification model with one label.
     """
     tokenizer = load_tokenizer(directory, config)
-    if backbone is not None and stands_on(directory, backbone, compute):
+    if backbone is not None and is_adapter_of(directory, backbone, compute):
         trunk = sharing(backbone.model)
         adapter, head = attach_published(trunk, directory)
         assert head is not None
-        weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # as load_scalar_model reads it
+        weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # cast as in load_scalar_model
         model = ScalarModel(trunk, weight)
         return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, Access(adapter.merged))
     model, access = frozen(
@@ -127,8 +129,8 @@ def load_learned_reward(
     return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, access)
 
 
-def stands_on(directory: Path, backbone: Backbone, compute: Compute) -> bool:
-    """Whether a published reward model is the backbone, by the digest of its files, with a LoRA adapter."""
+def is_adapter_of(directory: Path, backbone: Backbone, compute: Compute) -> bool:
+    """Whether a published reward model is the backbone, by the digest of its weights, plus a LoRA adapter."""
     origin = origin_of(directory)
     if origin is None or origin.in_4_bits:
         return False
@@ -156,9 +158,9 @@ def make_reward(
         learned: the artifacts of reward stages.
         server: how to ask a reward at a URL.
         backbone: weights that a learned reward may share.
-        placement: of a model; None for as the weights that train.
-        moments: of several rewards that are normalised: see `CombinedReward`.
-        tolerance: for functions of the user's that raise.
+        placement: where a model is placed; None: as the weights that are trained.
+        moments: moments of several rewards that are normalised: see `CombinedReward`.
+        tolerance: how often a user's function may raise.
     """
 
     def made(part: RewardPart) -> Reward:
@@ -172,7 +174,7 @@ def make_reward(
             judges[id(part)] = rule
         if isinstance(rule, FunctionReward):
             rule.tolerance = tolerance
-        return spread(_checked(part, rule), compute)
+        return score_in_shards(_checked(part, rule), compute)
 
     judges: dict[int, Judge] = {}
     rewards = [made(part) for part in parts_of(source)]
@@ -196,8 +198,8 @@ def _checked(part: RewardPart, rule: Reward) -> Reward:
     return checked
 
 
-def spread(reward: Reward, compute: Compute) -> Reward:
-    """Let each rank score its share. So all ranks have the same scores, even if the reward varies."""
+def score_in_shards(reward: Reward, compute: Compute) -> Reward:
+    """Let each rank score its share. So all ranks get the same scores, even from a random reward."""
     if compute.world_size == 1:
         return reward
 
@@ -208,7 +210,7 @@ def spread(reward: Reward, compute: Compute) -> Reward:
         try:
             if mine:
                 results = reward([prompts[i] for i in mine], [completions[i] for i in mine]).tolist()
-        except RewardError as error:  # all ranks shall stop in the same way
+        except RewardError as error:  # sent to all ranks, so that all raise it
             results = [error] * len(mine)
         scores = compute.collect(results, lengths)
         for score in scores:

@@ -1,7 +1,7 @@
-"""Where scores come from: one interface for learned, rule and user-written rewards.
+"""The interface of all rewards: learned, rule and user-written ones.
 
-A reward is called as reward(prompts, completions): rows with the other columns of their file, and one text
-for each. It returns one fp32 score for each completion, on the CPU; higher is better, NaN is no score.
+A reward is called as reward(prompts, completions): prompt rows with the other columns of their file, and one
+text per row. It returns one fp32 score per completion, on the CPU. Higher is better, NaN is no score.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 Prompts = Sequence[PromptRow]
 Reward = Callable[[Prompts, Sequence[str]], "Tensor"]
 TOKEN_IDS = "completion_ids"
-"""The column that holds a response's token ids, as TRL calls them."""
+"""Column of a response's token ids. The name is TRL's."""
 
 
 class RewardError(ConfigError):
-    """A reward gave no scores. Nothing was learned from these responses."""
+    """A reward gave no usable scores. Nothing was learned from these responses."""
 
 
 def with_token_ids(prompts: Prompts, response_ids: Sequence[Tensor]) -> list[PromptRow]:
-    """The rows, each with its response's token ids as one more column."""
+    """The rows, each with the token ids of its response as an additional column."""
     return [
         replace(row, columns=row.columns | {TOKEN_IDS: ids.tolist()})
         for row, ids in zip(prompts, response_ids, strict=True)
@@ -38,14 +38,14 @@ def with_token_ids(prompts: Prompts, response_ids: Sequence[Tensor]) -> list[Pro
 
 
 def columns_of(prompts: Prompts, needed: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """Every column that one of the rows has, and the needed ones, with a value for each row: None where a row
-    lacks it."""
+    """Column name -> one value per row, None where a row lacks it. Holds every column of any row, and the
+    needed ones."""
     names = dict.fromkeys([*(name for row in prompts for name in row.columns), *needed])
     return {name: [row.columns.get(name) for row in prompts] for name in names}
 
 
 def last_messages(prompts: Prompts) -> list[str]:
-    """The text of each prompt's last message; "" of an empty prompt."""
+    """The text of each prompt's last message; "" for an empty prompt."""
     return [row.prompt[-1]["content"] if row.prompt else "" for row in prompts]
 
 
@@ -53,11 +53,11 @@ def as_scores(answer: object, count: int, source: str, fix: str = "", place: str
     """What a reward returned as `count` fp32 scores on the CPU; NaN for None.
 
     Args:
-        fix: what the error says to do.
-        place: where the reward stands, as the error says it.
+        fix: how to fix it, for the error message.
+        place: where the reward is defined, for the error message.
 
     Raises:
-        RewardError: it holds no numbers, or another number of them.
+        RewardError: the answer is not a list of `count` numbers.
     """
     import torch
 
@@ -66,8 +66,8 @@ def as_scores(answer: object, count: int, source: str, fix: str = "", place: str
     try:
         scores = torch.as_tensor(answer)
     except (RuntimeError, TypeError, ValueError):
-        said = "nothing (None)" if answer is None else f"{reprlib.repr(answer)}, which holds no numbers"
-        raise RewardError(Complaint(source, f"it returned {said}{place}.", fix)) from None
+        returned = "nothing (None)" if answer is None else f"{reprlib.repr(answer)}, which holds no numbers"
+        raise RewardError(Complaint(source, f"it returned {returned}{place}.", fix)) from None
     if scores.shape != (count,):
         why = f"it returned shape {tuple(scores.shape)} for {count} responses{place}."
         raise RewardError(Complaint(source, why, fix))
@@ -84,7 +84,7 @@ def vader_reward(prompts: Prompts, completions: Sequence[str]) -> Tensor:
 
 
 def why_infinite(score_B: Tensor, completions: Sequence[str]) -> str | None:
-    """Which score is infinite, such as `gave inf for the response 'Yes'`. None where none is."""
+    """The first infinite score, such as `gave inf for the response 'Yes'`. None if all are finite or NaN."""
     if bool(score_B.isinf().any()):
         index = int(score_B.isinf().nonzero()[0])
         return f"gave {float(score_B[index])} for the response {completions[index]!r}"
@@ -92,8 +92,7 @@ def why_infinite(score_B: Tensor, completions: Sequence[str]) -> str | None:
 
 
 def why_unusable(score_B: Tensor, completions: Sequence[str]) -> str | None:
-    """Why nothing can be done with these scores: one is infinite, or none is a number. None where they can be
-    used."""
+    """Why these scores cannot be used: one is infinite, or all are NaN. None if they can be used."""
     if (why := why_infinite(score_B, completions)) is not None:
         return why
     if bool(score_B.isnan().all()):

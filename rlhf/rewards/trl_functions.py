@@ -10,21 +10,21 @@ from importlib.util import find_spec
 from typing import Any
 
 from rlhf.config import Complaint, ConfigError, did_you_mean
-from rlhf.rewards.function import Function, called, needed_columns
+from rlhf.rewards.function import Function, make_function_reward, needed_columns
 from rlhf.rewards.reward import Reward
 
-FACTORY = "get_"
-"""Names of functions that make a reward from their arguments begin so."""
+FACTORY_PREFIX = "get_"
+"""Prefix of functions that make a reward from their arguments."""
 
 
 def trl_reward(source: str, args: Mapping[str, Any]) -> Reward:
     """The reward of `trl:FUNCTION`. It always gets message lists, as these functions expect.
 
     Args:
-        args: of a function that makes a reward, such as get_cosine_scaled_reward; or further ones of a
-            reward.
+        args: arguments of a function that makes a reward, such as get_cosine_scaled_reward; or additional
+            arguments of a reward.
     """
-    return called(source, _function(source, args), as_messages=True)
+    return make_function_reward(source, _function(source, args), as_messages=True)
 
 
 def trl_digest(source: str, args: Mapping[str, Any]) -> dict[str, str]:
@@ -38,7 +38,7 @@ def trl_digest(source: str, args: Mapping[str, Any]) -> dict[str, str]:
 
 
 def trl_needs(source: str, args: Mapping[str, Any]) -> frozenset[str]:
-    """The columns that it cannot do without."""
+    """The columns that the function requires."""
     return needed_columns(_function(source, args))
 
 
@@ -58,7 +58,7 @@ def _function(source: str, args: Mapping[str, Any]) -> Function:
     function: Function = getattr(rewards, name)
     try:
         inspect.signature(function).bind_partial(**args)
-        return function(**args) if name.startswith(FACTORY) else partial(function, **args)
+        return function(**args) if name.startswith(FACTORY_PREFIX) else partial(function, **args)
     except TypeError as error:
         fix = f"It takes {inspect.signature(function)}."
         raise ConfigError(Complaint(source, f"its args {dict(args)}: {error}.", fix)) from None

@@ -1,8 +1,8 @@
-"""Rewards that check a response by a rule: `verify:exact`, `verify:number`, ... The score is 1 where it
-holds, 0 where it does not, and None where the row has no answer to compare with.
+"""Rewards that check a response by a rule: `verify:exact`, `verify:number`, ... The score is 1 if the rule
+holds, 0 if it does not, and None if the row has no answer to compare with.
 
-Nothing that a model wrote is ever run. A user's pattern has a time limit. Mathematics and JSON schemas are
-checked in another process, which is stopped if an answer takes too long.
+Text from a model is never run as code. A user's pattern has a time limit. Mathematics and JSON schemas are
+checked in another process, which is stopped if a check takes too long.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Verify = Callable[[str, Mapping[str, Any]], bool | None]
-"""(response, the row's columns) -> whether it is right; None for no score."""
+"""(response, the row's columns) -> whether the response is right; None for no score."""
 
 
 class AnswerArgs(Strict):
     """Arguments of a verifier that compares with the row's answer."""
 
     column: str = "answer"
-    """The column of the prompts' file that holds the right answer."""
+    """The column of the prompts' file with the right answer."""
 
 
 class ExactArgs(AnswerArgs):
     """Arguments of `verify:exact`."""
 
     ignore_case: bool = False
-    """Whether upper and lower case are the same."""
+    """Whether upper and lower case count as the same."""
 
 
 class NumberArgs(AnswerArgs):
     """Arguments of `verify:number`."""
 
     tolerance: NonNegativeFloat = 0.0
-    """How far the number may be off."""
+    """Largest difference from the right number."""
 
 
 class RegexArgs(Strict):
@@ -59,34 +59,34 @@ class RegexArgs(Strict):
     pattern: str
     """A pattern of the `regex` package, which must match somewhere in the response."""
     seconds: PositiveFloat = 1.0
-    """A response for which the search takes longer does not match."""
+    """Longest search, in seconds. After that the response does not match."""
 
 
 class SchemaArgs(Strict):
     """Arguments of `verify:json_schema`."""
 
     schema_file: str
-    """A file with the JSON schema that the whole response must follow."""
+    """File of the JSON schema that the whole response must follow."""
     seconds: PositiveFloat = 5.0
-    """A response whose check takes longer does not follow it."""
+    """Longest check, in seconds. After that the response is wrong."""
 
 
 class MathArgs(AnswerArgs):
     """Arguments of `verify:math`."""
 
     seconds: PositiveFloat = 5.0
-    """A response whose check takes longer is wrong."""
+    """Longest check, in seconds. After that the response is wrong."""
 
 
 class LengthArgs(Strict):
     """Arguments of `verify:length`."""
 
     unit: Literal["words", "characters", "tokens"] = "words"
-    """What is counted."""
+    """Unit of the length."""
     min: NonNegativeInt = 0
-    """The smallest number that is right."""
+    """Shortest length that is right."""
     max: NonNegativeInt | None = None
-    """The largest number that is right; null for no limit."""
+    """Longest length that is right; null for no limit."""
 
     @model_validator(mode="after")
     def _in_order(self) -> LengthArgs:
@@ -99,42 +99,42 @@ class RepetitionArgs(Strict):
     """Arguments of `verify:repetition`."""
 
     words: PositiveInt = 3
-    """Length of the word sequences that are counted."""
+    """Length of the counted word sequences."""
     max_share: float = Field(default=0.2, ge=0, le=1)
-    """The largest share of sequences that were there before."""
+    """Largest share of sequences that repeat an earlier one."""
 
 
 def exact(args: ExactArgs) -> Verify:
-    """The response is the answer, apart from blank space around it."""
+    """The response equals the answer, without surrounding white space."""
 
     def plain(text: str) -> str:
         return text.strip().casefold() if args.ignore_case else text.strip()
 
-    def check(said: str, columns: Mapping[str, Any]) -> bool | None:
+    def check(response: str, columns: Mapping[str, Any]) -> bool | None:
         answer = columns.get(args.column)
-        return None if answer is None else plain(said) == plain(str(answer))
+        return None if answer is None else plain(response) == plain(str(answer))
 
     return check
 
 
 def number(args: NumberArgs) -> Verify:
-    """The response's last number is the answer's last number (GSM8K's ends with `#### 18`)."""
+    """The response's last number equals the answer's last number (a GSM8K answer ends with `#### 18`)."""
 
-    def check(said: str, columns: Mapping[str, Any]) -> bool | None:
-        wanted, found = last_number(str(columns.get(args.column))), last_number(said)
+    def check(response: str, columns: Mapping[str, Any]) -> bool | None:
+        wanted, given = last_number(str(columns.get(args.column))), last_number(response)
         if wanted is None:
             return None
-        return found is not None and abs(found - wanted) <= Decimal(str(args.tolerance))
+        return given is not None and abs(given - wanted) <= Decimal(str(args.tolerance))
 
     return check
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number in a text, with or without commas between its digits."""
-    found = NUMBER.findall(text)
+    numbers = NUMBER.findall(text)
     try:
-        return Decimal(found[-1].replace(",", "")) if found else None
-    except InvalidOperation:  # more digits than a number may have
+        return Decimal(numbers[-1].replace(",", "")) if numbers else None
+    except InvalidOperation:  # more digits than Decimal allows
         return None
 
 
@@ -144,9 +144,9 @@ def pattern(args: RegexArgs) -> Verify:
 
     compiled = regex.compile(args.pattern)
 
-    def check(said: str, columns: Mapping[str, Any]) -> bool:
+    def check(response: str, columns: Mapping[str, Any]) -> bool:
         try:
-            return compiled.search(said, timeout=args.seconds) is not None
+            return compiled.search(response, timeout=args.seconds) is not None
         except TimeoutError:
             return False
 
@@ -157,16 +157,16 @@ def json_schema(args: SchemaArgs) -> Verify:
     """The whole response is JSON that follows the schema."""
     checker = Checker("json_schema", args.seconds)
     schema = Path(args.schema_file).read_text(encoding="utf-8")
-    return lambda said, columns: checker.check(schema, said)
+    return lambda response, columns: checker.check(schema, response)
 
 
 def mathematics(args: MathArgs) -> Verify:
     """The response's result equals the answer's, by math-verify: `\\frac{1}{2}` is 0.5."""
     checker = Checker("math", args.seconds)
 
-    def check(said: str, columns: Mapping[str, Any]) -> bool | None:
+    def check(response: str, columns: Mapping[str, Any]) -> bool | None:
         answer = columns.get(args.column)
-        return None if answer is None else checker.check(str(answer), said)
+        return None if answer is None else checker.check(str(answer), response)
 
     return check
 
@@ -174,13 +174,13 @@ def mathematics(args: MathArgs) -> Verify:
 def length(args: LengthArgs) -> Verify:
     """The response is neither too short nor too long."""
 
-    def check(said: str, columns: Mapping[str, Any]) -> bool | None:
+    def check(response: str, columns: Mapping[str, Any]) -> bool | None:
         if args.unit == "tokens":
             if TOKEN_IDS not in columns:
                 return None
             count = len(columns[TOKEN_IDS])
         else:
-            count = len(said.split()) if args.unit == "words" else len(said)
+            count = len(response.split()) if args.unit == "words" else len(response)
         return args.min <= count and (args.max is None or count <= args.max)
 
     return check
@@ -189,8 +189,8 @@ def length(args: LengthArgs) -> Verify:
 def repetition(args: RepetitionArgs) -> Verify:
     """The response does not repeat itself."""
 
-    def check(said: str, columns: Mapping[str, Any]) -> bool:
-        words = said.casefold().split()
+    def check(response: str, columns: Mapping[str, Any]) -> bool:
+        words = response.casefold().split()
         starts = range(len(words) - args.words + 1)
         counts = Counter(tuple(words[start : start + args.words]) for start in starts)
         return counts.total() - len(counts) <= args.max_share * counts.total()
@@ -199,12 +199,12 @@ def repetition(args: RepetitionArgs) -> Verify:
 
 
 class Verifier(NamedTuple):
-    """An entry of the table of verifiers."""
+    """An entry of `VERIFIERS`."""
 
     args: type[Strict]
     make: Callable[[Any], Verify]
     packages: tuple[str, ...] = ()
-    """The optional packages that decide the result."""
+    """Optional packages that the result depends on."""
 
 
 VERIFIERS: Mapping[str, Verifier] = {
@@ -224,33 +224,33 @@ def verifier(source: str, args: Mapping[str, Any]) -> Reward:
     check = entry.make(entry.args.model_validate(args))
 
     def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
-        found = [check(said, row.columns) for row, said in zip(prompts, completions, strict=True)]
-        return as_scores([None if right is None else float(right) for right in found], len(found), source)
+        results = [check(text, row.columns) for row, text in zip(prompts, completions, strict=True)]
+        return as_scores([None if right is None else float(right) for right in results], len(results), source)
 
     return score
 
 
 def check_verifier(source: str, args: Mapping[str, Any]) -> None:
-    """Refuse arguments that it does not take.
+    """Refuse arguments that the verifier does not take.
 
     Raises:
-        ValueError: which.
+        ValueError: with the arguments that are wrong.
     """
     try:
-        found = validated(_entry(source).args, args, "args")
+        checked = validated(_entry(source).args, args, "args")
     except ConfigError as error:
         raise ValueError(str(error).replace("\n", " ")) from None
-    if isinstance(found, RegexArgs) and find_spec("regex"):
+    if isinstance(checked, RegexArgs) and find_spec("regex"):
         import regex
 
         try:
-            regex.compile(found.pattern)
+            regex.compile(checked.pattern)
         except regex.error as error:
-            raise ValueError(f"args.pattern={found.pattern!r}: {error}") from None
+            raise ValueError(f"args.pattern={checked.pattern!r}: {error}") from None
 
 
 def verifier_digest(source: str, args: Mapping[str, Any]) -> dict[str, str]:
-    """The versions of optional packages, and the content of a schema's file.
+    """The versions of optional packages, and the digest of a schema.
 
     Raises:
         ConfigError: a package is not installed, or the schema cannot be read.
@@ -260,18 +260,18 @@ def verifier_digest(source: str, args: Mapping[str, Any]) -> dict[str, str]:
     if missing:
         why, fix = f"it needs {' and '.join(missing)}.", "Install: pip install -e '.[verify]'"
         raise ConfigError(Complaint(source, why, fix))
-    found = {name: importlib.metadata.version(name) for name in entry.packages}
+    digests = {name: importlib.metadata.version(name) for name in entry.packages}
     if entry.args is SchemaArgs:
         schema = _schema(source, args["schema_file"])
-        found[f"{source} ({schema[:8]})"] = schema
-    return found
+        digests[f"{source} ({schema[:8]})"] = schema
+    return digests
 
 
 def _schema(source: str, file: str) -> str:
-    """Digest of a JSON schema's file.
+    """Digest of a JSON schema.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file does not hold a JSON schema.
     """
     import jsonschema
 
@@ -286,9 +286,9 @@ def _schema(source: str, file: str) -> str:
 
 
 def verifier_needs(source: str, args: Mapping[str, Any]) -> frozenset[str]:
-    """The column of its answer."""
-    found = _entry(source).args.model_validate(args)
-    return frozenset({found.column} if isinstance(found, AnswerArgs) else ())
+    """The column of the right answer, if the verifier compares with one."""
+    checked = _entry(source).args.model_validate(args)
+    return frozenset({checked.column} if isinstance(checked, AnswerArgs) else ())
 
 
 def _entry(source: str) -> Verifier:

@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 def test_examples_and_passages_are_read_where_they_are_asked_for(data: PreparedData) -> None:
     tracemalloc.start()
     library = find_library(None, data)
-    questions = find_questions(None, data, most=20).questions
+    questions = find_questions(None, data, max_questions=20).questions
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 5_000_000  # a piece of the file is 3 MB
@@ -55,5 +55,5 @@ def test_examples_and_passages_are_read_where_they_are_asked_for(data: PreparedD
 def test_a_question_that_training_rows_ask_is_a_leak(data: PreparedData, tmp_path: Path) -> None:
     asked = ["question 17?", "Is this new?", "Question 2999?"]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
-    found = find_questions(SourceConfig(path=str(tmp_path / "asked.jsonl")), data, most=None)
+    found = find_questions(SourceConfig(path=str(tmp_path / "asked.jsonl")), data, max_questions=None)
     assert ([question.text for question in found.questions], found.num_leaks) == (["Is this new?"], 2)

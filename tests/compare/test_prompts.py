@@ -12,7 +12,7 @@ from rlhf.compare.prompts import (
     RetrievalConfig,
     few_shot_prompt,
     fill,
-    fitted,
+    fit_prompt,
     retrieval_prompt,
 )
 from rlhf.config import ConfigError, validated
@@ -70,7 +70,7 @@ def test_braces_in_texts_are_only_text() -> None:
     [(99, "abc", 0), (3, "abc", 0), (2, "ab", 1), (0, "", 3), (-5, "", 3)],
 )
 def test_the_least_good_go_first_and_whole(room: int, kept: str, left_out: int) -> None:
-    found = fitted(
+    found = fit_prompt(
         lambda items: [user("".join(items))], "abc", lambda prompt: len(prompt[0]["content"]), room
     )
     assert found == ([user(kept)], left_out)

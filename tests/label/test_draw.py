@@ -13,10 +13,10 @@ import pytest
 from helpers.labelling import many, pair
 from rlhf.config import ConfigError
 from rlhf.data.sources import SourceConfig
-from rlhf.label.draw import CHECK_AFTER, Draw, DrawConfig
+from rlhf.label.draw import MIN_VOTES_BEFORE_CHECK, Draw, DrawConfig
 from rlhf.label.pairs import Pair, pairs_of_answers
 from rlhf.label.snapshot import Snapshot, imported
-from rlhf.label.votes import Choice, Given, Purpose, Vote, VotesFile
+from rlhf.label.votes import Choice, ExternalVote, Purpose, Vote, VotesFile
 
 PLAIN = DrawConfig(random_share=0.3, overlap_share=0.0, overlap_people=2, check_share=0.0)
 
@@ -74,7 +74,7 @@ def test_several_people_see_some_pairs_and_no_one_sees_a_pair_twice() -> None:
         found = draw.next("ben", ada, {})
         assert found is not None and draw.wanted[found[0].id] == 2
         ada.append(vote(len(ada), found[0], by="ben"))
-    assert draw.next("ben", ada, {}) is None and not draw.is_open(["ada", "ben"], ada)
+    assert draw.next("ben", ada, {}) is None and not draw.has_pair_left(["ada", "ben"], ada)
 
 
 def test_a_pair_on_anothers_page_is_not_given_out() -> None:
@@ -93,7 +93,7 @@ def test_attention_checks_are_the_same_pair_swapped() -> None:
     assert len(checks) > 8
     for check in checks:
         (first, again) = (each for each in votes if each.pair.id == check.pair.id)
-        assert again is check and first.left != again.left and again.id - first.id > CHECK_AFTER
+        assert again is check and first.left != again.left and again.id - first.id > MIN_VOTES_BEFORE_CHECK
     found = Snapshot(votes, draw.pairs, None)
     assert len(found.counted) == 40 - len(checks) and all(found.checks())
 
@@ -193,9 +193,9 @@ def test_pairs_of_one_policy_and_of_two(tmp_path: Path) -> None:
 
 
 def test_votes_that_end_in_the_middle_are_not_added(tmp_path: Path) -> None:
-    given = [Given("ada", each, "first", "imported") for each in many(3)]
+    given = [ExternalVote("ada", each, "first", "imported") for each in many(3)]
 
-    def stopped() -> Iterator[Given]:
+    def stopped() -> Iterator[ExternalVote]:
         yield from given[:2]
         raise KeyboardInterrupt
 
@@ -209,7 +209,7 @@ def test_votes_that_end_in_the_middle_are_not_added(tmp_path: Path) -> None:
 def test_a_file_of_votes_is_only_added_to(tmp_path: Path) -> None:
     path = tmp_path / "votes.sqlite"
     with closing(VotesFile(path)) as file:
-        given = [Given("ada", each, "first", "imported") for each in many(3)]
+        given = [ExternalVote("ada", each, "first", "imported") for each in many(3)]
         assert file.add("label", given) == 3 and file.add("label", given) == 0
         assert file.votes("label@2") == []
     with closing(sqlite3.connect(path)) as plain:

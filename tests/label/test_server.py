@@ -24,7 +24,7 @@ from rlhf.label import connection
 from rlhf.label import server as label_server
 from rlhf.label.connection import one_line_complaints
 from rlhf.label.draw import DrawConfig
-from rlhf.label.server import BURST, COOKIE, MOST_BYTES, Guard, RateLimit
+from rlhf.label.server import BURST, COOKIE, MAX_BODY_BYTES, Guard, RateLimit
 from rlhf.label.votes import Vote, VotesFile, votes_in
 
 
@@ -176,7 +176,7 @@ def test_what_strangers_get(tmp_path: Path) -> None:
         assert "style=" not in page.text and "<style" not in page.text and "onclick" not in page.text
         for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
             assert stranger.post("/undo", headers=headers).status_code == 403
-        assert stranger.post("/vote", content=b"comment=" + b"x" * MOST_BYTES).status_code == 413
+        assert stranger.post("/vote", content=b"comment=" + b"x" * MAX_BODY_BYTES).status_code == 413
         proxied = {"origin": "https://label.example.org"}
         assert stranger.post("/undo", headers=proxied).status_code == 403, "nobody named a proxy"
         many_fields = "&".join(f"field{number}=1" for number in range(30)).encode()
@@ -270,7 +270,7 @@ def test_connections_that_ask_nothing_lock_nobody_out(
         address = urlsplit(links["ada"])
         idle = [
             opened.enter_context(socket.create_connection((address.hostname, address.port), timeout=30))
-            for _ in range(connection.MOST_CONNECTIONS + 300)
+            for _ in range(connection.MAX_CONNECTIONS + 300)
         ]
         for each in idle[-5:]:
             each.sendall(b"GET / HTTP/1.1\r\nHost: local")

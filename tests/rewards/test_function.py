@@ -11,7 +11,7 @@ import torch
 
 from helpers.jobs import user
 from rlhf.data.schema import PromptRow
-from rlhf.rewards.function import Tolerance, called, needed_columns
+from rlhf.rewards.function import Tolerance, make_function_reward, needed_columns
 from rlhf.rewards.reward import RewardError, with_token_ids
 
 TEXTS = [
@@ -37,7 +37,7 @@ def test_two_lists_are_the_last_messages_and_the_responses() -> None:
         seen.extend([prompts, responses])
         return [1.0, None]
 
-    scores = called("python:mine:score", score)(MESSAGES, SAID)
+    scores = make_function_reward("python:mine:score", score)(MESSAGES, SAID)
     assert seen == [["1+1?", "2+2?"], SAID]
     assert scores[0] == 1.0 and scores[1].isnan()
 
@@ -52,7 +52,7 @@ def test_trls_form_gets_what_the_file_holds(
 ) -> None:
     seen: dict[str, Any] = {}
     ids = [torch.tensor([5, 6]), torch.tensor([7])]
-    scores = called("python:mine:score", by_name(seen), as_messages=as_messages)(
+    scores = make_function_reward("python:mine:score", by_name(seen), as_messages=as_messages)(
         with_token_ids(rows, ids), SAID
     )
     assert scores[0] == 1.0 and scores[1].isnan()
@@ -67,7 +67,7 @@ def test_trls_form_gets_what_the_file_holds(
 def test_a_column_that_no_row_of_a_batch_has_is_none_for_all() -> None:
     seen: dict[str, Any] = {}
     score = by_name(seen)
-    called("python:mine:score", score)([PromptRow(user("Hi"))] * 2, SAID)
+    make_function_reward("python:mine:score", score)([PromptRow(user("Hi"))] * 2, SAID)
     assert seen["answer"] == [None, None]
     assert needed_columns(score) == {"answer"}
 
@@ -81,7 +81,7 @@ def test_a_coroutine_is_run() -> None:
     async def in_a_loop() -> list[float]:
         return list(reward(TEXTS, SAID).tolist())
 
-    reward = called("python:mine:score", score)
+    reward = make_function_reward("python:mine:score", score)
     assert reward(TEXTS, SAID).tolist() == asyncio.run(in_a_loop()) == [1.0, 4.0]
 
 
@@ -95,9 +95,12 @@ def test_trls_own_examples_run_unchanged() -> None:
         contents = [completion[0]["content"] for completion in completions]
         return [1.0 if said == gold else None for said, gold in zip(contents, ground_truth, strict=True)]
 
-    assert called("python:trls:reward", reward_num_unique_chars)(TEXTS, SAID).tolist() == [1.0, 4.0]
+    assert make_function_reward("python:trls:reward", reward_num_unique_chars)(TEXTS, SAID).tolist() == [
+        1.0,
+        4.0,
+    ]
     rows = [PromptRow(user("?"), columns={"ground_truth": each}) for each in ("2", "5")]
-    found = called("python:trls:correct", correct)(rows, SAID)
+    found = make_function_reward("python:trls:correct", correct)(rows, SAID)
     assert found[0] == 1.0 and found[1].isnan()
 
 
@@ -106,7 +109,7 @@ def test_a_call_that_fails_says_both_forms() -> None:
         return [float(completion) for completion in completions]
 
     with pytest.raises(RewardError, match=r"score: ValueError.*\(prompts, completions, \*\*columns\)"):
-        called("python:mine:score", score)(TEXTS, SAID)
+        make_function_reward("python:mine:score", score)(TEXTS, SAID)
 
 
 def test_a_function_that_ends_python_ends_no_run() -> None:
@@ -114,7 +117,7 @@ def test_a_function_that_ends_python_ends_no_run() -> None:
         raise SystemExit(0)
 
     with pytest.raises(RewardError, match=r"score: SystemExit: 0 "):
-        called("python:mine:score", score)(TEXTS, SAID)
+        make_function_reward("python:mine:score", score)(TEXTS, SAID)
 
 
 def picky(prompts: list[str], responses: list[str]) -> list[float]:
@@ -126,7 +129,7 @@ def picky(prompts: list[str], responses: list[str]) -> list[float]:
 def test_an_answer_for_which_it_raises_has_no_score_where_that_is_allowed() -> None:
     said = ["one", "four", " ", "twelve"]
     rows = [PromptRow(user(f"Question {number}")) for number in range(4)]
-    reward = called("python:mine:picky", picky)
+    reward = make_function_reward("python:mine:picky", picky)
     with pytest.raises(RewardError, match="picky: ValueError: an empty answer"):
         reward(rows, said)
     reward.tolerance = Tolerance(1)
@@ -150,7 +153,7 @@ def test_the_other_answers_are_scored_together_as_always() -> None:
             raise ValueError("a bad answer")
         return [float(sorted(responses).index(each)) for each in responses]
 
-    reward = called("python:mine:ranks", ranks)
+    reward = make_function_reward("python:mine:ranks", ranks)
     reward.tolerance = Tolerance(1)
     scores = reward([PromptRow(user("?")) for _ in range(3)], ["b", "bad", "a"])
     assert scores[[0, 2]].tolist() == [1.0, 0.0] and scores[1].isnan()
@@ -162,14 +165,14 @@ def test_an_error_of_all_answers_together_is_no_error_of_one() -> None:
             raise ValueError("one at a time")
         return [1.0]
 
-    reward = called("python:mine:lonely", lonely)
+    reward = make_function_reward("python:mine:lonely", lonely)
     reward.tolerance = Tolerance(2)
     with pytest.raises(RewardError, match="one at a time"):
         reward(TEXTS, SAID)
 
 
 def test_what_is_no_number_is_an_error_of_the_function_not_of_an_answer() -> None:
-    reward = called("python:mine:words", lambda prompts, responses: ["good" for _ in responses])
+    reward = make_function_reward("python:mine:words", lambda prompts, responses: ["good" for _ in responses])
     reward.tolerance = Tolerance(2)
     with pytest.raises(RewardError, match="which holds no numbers"):
         reward(TEXTS, SAID)

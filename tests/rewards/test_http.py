@@ -201,7 +201,7 @@ def test_a_server_that_drips_is_not_waited_for_longer(head: str) -> None:
 
 
 def test_an_answer_without_end_is_not_kept(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LARGEST", 1 << 20)
+    monkeypatch.setattr(remote, "MAX_ANSWER_BYTES", 1 << 20)
     server.answers = [(200, {"scores": [0.125] * 1_000_000})]
     with pytest.raises(RewardError, match="its answer is larger than 1 MiB"):
         remote_reward(server.url, RewardServerConfig(timeout=5.0, retries=0))(*ROWS)

@@ -17,7 +17,7 @@ from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.models.base import ModelConfig, base_identity
 from rlhf.rewards.code import has_changed
-from rlhf.rewards.function import WANTED as HOW
+from rlhf.rewards.function import CALL_FORMS as HOW
 from rlhf.rewards.function import function_reward
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import REWARD_KINDS, RewardKind, RewardPart, reward_digest
@@ -118,7 +118,7 @@ def test_the_code_that_was_imported_counts_not_what_the_file_holds_later(folder:
 
 
 def test_the_script_that_was_started_is_refused() -> None:
-    with pytest.raises(ConfigError, match="python:__main__:score: what the script that was started defines"):
+    with pytest.raises(ConfigError, match="python:__main__:score: it is in the script that was started"):
         reward_digest("python:__main__:score")
 
 

@@ -32,7 +32,7 @@ def test_a_question_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     outcome = chain.run("stage=compare", questions, "compare.max_new_tokens=4")
     assert outcome.code == 2
     assert "compare.questions: long.jsonl line 2: the question has 8" in outcome.err
-    assert "context of 1024 leaves 723 beside its answer" in outcome.err
+    assert "context of 1024 leaves 723 for a prompt" in outcome.err
     assert outcome.statuses == {"prepare": "ran"}  # nothing was trained
 
 

@@ -25,7 +25,7 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Row, SftRow, TextRow
-from rlhf.evaluation.answers import Answers, agreement, figures, task_gain
+from rlhf.evaluation.answers import Answers, agreement, policy_metrics, task_gain
 from rlhf.evaluation.held_out import FILE, write_answers
 from rlhf.evaluation.intervals import ratio
 from rlhf.evaluation.retention import Retained
@@ -240,7 +240,7 @@ def test_the_length_is_that_of_all_answers_against_those_of_the_start() -> None:
         nothing, known = torch.zeros(0), Retained([], *[torch.zeros(0)] * 3)
         return Answers(rollout, [""] * len(lengths), torch.zeros(1, 1), nothing, nothing, known, {})
 
-    said = figures("ppo", {"ppo": answers(4, 5, 12), "sft": answers(2, 4, 1)}, start="sft")
+    said = policy_metrics("ppo", {"ppo": answers(4, 5, 12), "sft": answers(2, 4, 1)}, start="sft")
     assert said["length_ratio"] == 21 / 7
     assert said["length_ratio_low"] < 3 < said["length_ratio_high"]
     assert said["length_ratio_rows"] == said["stop_rate_change_rows"] == 3

@@ -1,5 +1,5 @@
-// Keys for the buttons that are on the page anyway, and votes that wait for a server that is down. Without this
-// script everything else works, by Tab and Enter.
+// Keys for the page's buttons, and sending a vote again while the server is down. Everything else works without
+// this script, by Tab and Enter.
 "use strict";
 
 const KEYS = {
@@ -10,15 +10,15 @@ const KEYS = {
   s: "skip",
 };
 const STORED = "rlhf-label-keys";
-const AGAIN = 2000; // milliseconds
+const RETRY_MILLISECONDS = 2000;
 
 let form, undo, comment, toggle;
-let isSent = false; // a second key before the next page comes is no second vote
+let isSent = false; // a second key press before the next page is not a second vote
 
 function stored() {
   try {
     return localStorage.getItem(STORED);
-  } catch { // a browser that keeps nothing
+  } catch { // a browser that saves nothing
     return null;
   }
 }
@@ -62,7 +62,7 @@ async function onSubmit(event) {
   const body = new URLSearchParams(new FormData(event.target));
   if (event.submitter?.name) body.append(event.submitter.name, event.submitter.value);
   for (;;) {
-    let said = "The server does not answer.";
+    let message = "The server does not answer.";
     try {
       const response = await fetch(event.target.action, { method: "POST", body });
       const text = await response.text();
@@ -70,11 +70,11 @@ async function onSubmit(event) {
         show(text);
         return;
       }
-      said = parsed(text).querySelector("main p, body")?.textContent ?? said;
-    } catch { // nobody is there; the vote counts once, however often it is sent
+      message = parsed(text).querySelector("main p, body")?.textContent ?? message;
+    } catch { // no connection; a vote that is sent several times counts once
     }
-    notice(`${said} What you did is kept on this page, and is sent again until it is saved.`);
-    await new Promise((done) => { setTimeout(done, AGAIN); });
+    notice(`${message} What you did is kept on this page, and is sent again until it is saved.`);
+    await new Promise((done) => { setTimeout(done, RETRY_MILLISECONDS); });
   }
 }
 

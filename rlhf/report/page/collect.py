@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluation.sampled import ENDS, Sampled, beside, parts_of
+from rlhf.evaluation.sampled import INTERVAL_SUFFIXES, Sampled, add_suffix, reward_parts
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 from rlhf.printable import printable
@@ -66,7 +66,7 @@ class StageFacts:
 
     def figures(self) -> Iterator[tuple[str, float | None, str]]:
         """Its summary metrics: name, value, interval."""
-        ends = {beside(name, end) for name in self.metrics for end in ENDS[1:]}
+        ends = {add_suffix(name, end) for name in self.metrics for end in INTERVAL_SUFFIXES[1:]}
         for name, value in self.metrics.items():
             if name in ends:
                 continue
@@ -482,7 +482,7 @@ def policy_table(run: RunFacts, which: tuple[tuple[str, str], ...]) -> Table | N
     rows = []
     named: list[tuple[str, str]] = []
     for metric, words in which:
-        parts = parts_of(metric, metrics)
+        parts = reward_parts(metric, metrics)
         named.append((metric, f"{words}, all together" if parts else words))
         named += [(f"{metric}/{part}", f"{part} alone") for part in parts]
     for metric, words in named:
