@@ -32,15 +32,15 @@ default_role = "code"  # `NAME` in a docstring
 autodoc_typehints = "none"  # the signature has them
 autodoc_member_order = "bysource"
 
-LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
-"""Elements that load something when a page is opened, and where they name it."""
+LOADING_ATTRIBUTES = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+"""HTML element that loads a resource -> the attribute with its address."""
 
-kept: dict[str, list[str]] = {}
-"""Name -> docstring, before napoleon has read it."""
+docstrings: dict[str, list[str]] = {}
+"""Name -> lines of its docstring before napoleon changes them."""
 
 
 def write_generated() -> None:
-    """The page of all keys, and the schema: they are in no commit."""
+    """Write the page of all keys and the schema, which are not in git."""
     here = Path(__file__).parent
     (here / "_build").mkdir(exist_ok=True)
     for path, text in ((here / "keys.md", markdown_page()), (here / "_build/schema.json", json_schema())):
@@ -49,25 +49,27 @@ def write_generated() -> None:
 
 
 def check_own_host(app: Sphinx, error: Exception | None) -> None:
-    """Warn of every page that loads anything from another host."""
+    """Warn about each page and style sheet that loads something from another host."""
     if error is not None:
         return
-    found = []
+    addresses = []
     for page in sorted(Path(app.outdir).rglob("*.html")):
-        for element in BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").find_all([*LOADED]):
-            address = str(element.get(LOADED[element.name], ""))
+        for element in BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").find_all(
+            [*LOADING_ATTRIBUTES]
+        ):
+            address = str(element.get(LOADING_ATTRIBUTES[element.name], ""))
             if "//" in address and not address.startswith("data:"):
-                found.append(f"{page.name}: {address}")
+                addresses.append(f"{page.name}: {address}")
     for sheet in sorted(Path(app.outdir).rglob("*.css")):
         places = re.findall(r"url\([\"']?((?:https?:)?//[^)]*)", sheet.read_text(encoding="utf-8"))
-        found += [f"{sheet.name}: {place}" for place in places]
-    for place in found:
-        logger.warning("loads from another host: %s", place)
+        addresses += [f"{sheet.name}: {place}" for place in places]
+    for address in addresses:
+        logger.warning("loads from another host: %s", address)
 
 
 class Pictures(SphinxTransform):
-    """`<picture>` shows the right picture on GitHub. Here the reader may choose the theme with a button,
-    which `<picture>` does not see: both images are on the page, and furo hides one."""
+    """Puts both images of a `<picture>` on the page, of which furo hides one. `<picture>` alone works on
+    GitHub, but not on this site, where a button chooses the theme."""
 
     default_priority = 200
 
@@ -85,22 +87,26 @@ class Pictures(SphinxTransform):
             raw.replace_self(shown)
 
 
-def keep(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """An attribute's text as it is written: napoleon takes what stands before its first colon for a type."""
-    kept[name] = list(lines)
+def save_docstring(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Save the text of an attribute: napoleon would take the words before its first colon for a type."""
+    docstrings[name] = list(lines)
 
 
-def restore(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Undo what napoleon made of it."""
-    text = kept.pop(name)
+def restore_docstring(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Undo napoleon's change of an attribute's text."""
+    text = docstrings.pop(name)
     if what in ("attribute", "data", "property"):
         lines[:] = text
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls it."""
+    """Register this file's hooks. Sphinx calls it."""
     write_generated()
     app.add_transform(Pictures)
-    app.connect("autodoc-process-docstring", keep, priority=400)
-    app.connect("autodoc-process-docstring", restore, priority=600)
+    app.connect("autodoc-process-docstring", save_docstring, priority=400)
+    app.connect("autodoc-process-docstring", restore_docstring, priority=600)
     app.connect("build-finished", check_own_host)

@@ -16,12 +16,12 @@ BEGIN, END = "<!-- begin: python docs/models.py -->", "<!-- end -->"
 
 
 def rows_of(model: transformers.PreTrainedModel) -> str:
-    """How a loaded model's rows go through it."""
+    """`packed` or `padded`: how a loaded model computes its rows."""
     return "packed" if model.config._attn_implementation == ATTENTION else "padded"
 
 
 def outcome(family: str) -> str:
-    """`packed`, `padded` or why it is refused."""
+    """`packed`, `padded`, or the reason why the family is refused."""
     if family in REFUSED:
         return f"refused: {REFUSED[family]}"
     model = tiny_family(family)
@@ -29,11 +29,11 @@ def outcome(family: str) -> str:
     return rows_of(model)
 
 
-def line(family: str, found: str) -> str:
+def line(family: str, rows: str) -> str:
     """A family's line of the table."""
     has_class = type(tiny_config(family)) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     reads = "`AutoModelForSequenceClassification`" if has_class else "`AutoModel`, as above"
-    return f"| {family} | {found} | {'' if family in REFUSED else reads} |"
+    return f"| {family} | {rows} | {'' if family in REFUSED else reads} |"
 
 
 def table() -> list[str]:
