@@ -25,9 +25,9 @@ from look import new_console
 from rich.table import Table
 from workloads import make_work
 
-from rlhf.cli.execute import SPINS
+from rlhf.cli.execute import OPENMP_SPINS
 
-SETTINGS = {"OpenMP's own": {}, "rlhf's": {"GOMP_SPINCOUNT": str(SPINS)}}
+SETTINGS = {"OpenMP's own": {}, "rlhf's": {"GOMP_SPINCOUNT": str(OPENMP_SPINS)}}
 
 
 @contextmanager

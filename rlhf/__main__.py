@@ -1,10 +1,10 @@
 """The command line: `python -m rlhf [COMMAND] [key=value ...]`. Mistakes are shown without a traceback.
 
-A first word without `=` is a command; without one, what the keys say is composed and run.
+A first word without `=` is a command. Without a command, the config is composed from the keys and run.
 
-Exit codes: 0 done, 1 crash, 2 configuration or data error, 3 a gate failed (of `verify`: there is damage);
-75 stopped by a scheduler's signal and 130 by Ctrl-C, after which the same command continues; 141 the output
-was closed (`| head`).
+Exit codes: 0 done; 1 crash; 2 configuration or data error; 3 a gate failed (`verify`: something is damaged);
+75 stopped by a scheduler's signal; 130 stopped by Ctrl-C; 141 the output was closed (`| head`). After 75 and
+130 the same command continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if find_spec("hydra") is None:
     raise SystemExit(2)
 import yaml
 
-from rlhf.distributed.signals import Stopped, StopSignals, leave_exit_code, nobody_reads, uninterrupted
+from rlhf.distributed.signals import Stopped, StopSignals, discard_stdout, leave_exit_code, uninterrupted
 from rlhf.exit_codes import CONFIG_ERROR, INTERRUPTED, PIPE, STOPPED
 from rlhf.tracking.redaction import redacted_output
 
@@ -42,39 +42,39 @@ COMMANDS = {
     "init": "rlhf.cli.init:init",
     "keys": "rlhf.cli.keys:keys",
 }
-"""What a first word without `=` may be, and the function that does it. It gets the other words and the
-packaged config, and returns the exit code."""
+"""Command -> its function. The function gets the other arguments and the packaged config, and returns the
+exit code."""
 
 
 @redacted_output()
 def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
     if not sys.flags.safe_path and (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # for the user's modules; `python -m rlhf` has it there
-    with StopSignals().installed():  # at once: importing torch takes seconds, in which a signal would kill
+        sys.path.insert(0, here)  # to import the user's modules; `python -m rlhf` has it already
+    with StopSignals().installed():  # first: importing torch takes seconds, in which a signal would kill
         try:
             try:
                 run_command_line()
             finally:
-                sys.stdout.flush()  # here, where a pipe without a reader is told quietly
+                sys.stdout.flush()  # here, so that a closed pipe raises BrokenPipeError, handled below
         except Stopped as stop:  # before any run began
             code = INTERRUPTED if stop.signum == signal.SIGINT else STOPPED
             leave_exit_code(code)
             raise SystemExit(code) from None
         except BrokenPipeError:
-            nobody_reads()
+            discard_stdout()
             leave_exit_code(PIPE)
             raise SystemExit(PIPE) from None
-        except SystemExit as ending:
-            leave_exit_code(ending.code)
+        except SystemExit as exit_error:
+            leave_exit_code(exit_error.code)
             raise
 
 
 def run_command_line() -> None:
-    """Find out what is asked for, and do it. Help and version come first: they need no package that is slow.
+    """Run the command. Help and version come first, because they import no slow package.
 
     Raises:
-        SystemExit: whenever the exit code is not 0.
+        SystemExit: the exit code is not 0.
     """
     arguments = sys.argv[1:]
     command = arguments[0] if arguments and is_command(arguments[0]) else None
@@ -90,42 +90,42 @@ def run_command_line() -> None:
         if code := run_command(command, arguments[1:]):
             raise SystemExit(code)
     else:
-        print(f"Error: {no_command(command)}", file=sys.stderr)
+        print(f"Error: {unknown_command_message(command)}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR)
 
 
 def run_command(name: str, arguments: list[str]) -> int:
-    """Do what a command says. Gives the exit code."""
+    """Run a command. Returns the exit code."""
     module, _, function = COMMANDS[name].partition(":")
     with uninterrupted():
         from rlhf.config import ConfigError
-        from rlhf.disk import in_words
+        from rlhf.disk import disk_error_message
 
-        do = getattr(import_module(module), function)
+        command = getattr(import_module(module), function)
     try:
-        code: int = do(arguments, packaged_config())
+        code: int = command(arguments, packaged_config())
     except ConfigError as error:
         print(f"Error: {error}", file=sys.stderr)
         return CONFIG_ERROR
     except OSError as error:
-        if (said := in_words(error)) is None:
+        if (message := disk_error_message(error)) is None:
             raise
-        print(f"Error: {said}", file=sys.stderr)
+        print(f"Error: {message}", file=sys.stderr)
         return CONFIG_ERROR
     return code
 
 
 def is_command(word: str) -> bool:
-    """Whether a first word is a command: no option (`-m`), no key=value, no key to take out (`~key`)."""
+    """Whether a first word is a command: no option (`-m`), no key=value, no removed key (`~key`)."""
     return "=" not in word and not word.startswith(("-", "~"))
 
 
-def no_command(word: str) -> str:
-    """There is no such command; a stage is chosen by a key."""
-    from rlhf.cli.messages import choices
+def unknown_command_message(word: str) -> str:
+    """The message for an unknown command. It suggests `stage=NAME` for the name of a stage."""
+    from rlhf.cli.messages import choice_names
     from rlhf.config import nearest
 
-    known = {name: name for name in COMMANDS} | {name: f"stage={name}" for name in choices("stages")}
+    known = {name: name for name in COMMANDS} | {name: f"stage={name}" for name in choice_names("stages")}
     near = " or ".join(known[name] for name in nearest(word, known))
     meant = f" Did you mean {near}?" if near else ""
     *names, last = COMMANDS
@@ -136,10 +136,10 @@ def no_command(word: str) -> str:
 
 
 def packaged_config() -> dict[str, Any]:
-    """conf/config.yaml as it stands, not composed."""
+    """The content of conf/config.yaml, not composed."""
     text = (resources.files("rlhf.conf") / "config.yaml").read_text(encoding="utf-8")
-    found: dict[str, Any] = yaml.safe_load(text)
-    return found
+    config: dict[str, Any] = yaml.safe_load(text)
+    return config
 
 
 if __name__ == "__main__":

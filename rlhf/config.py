@@ -1,4 +1,4 @@
-"""From a composed config node to typed objects, and every complaint in the user's own keys."""
+"""Checked config sections, and errors in the user's own keys."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 STAGE = "{stage}"
-"""Stands for the name of the stage in words of what serves several, and does not know which one."""
+"""Placeholder for the stage's name, in messages of code that serves several stages."""
 
 
 class Complaint(NamedTuple):
-    """What does not fit."""
+    """A complaint about a setting."""
 
     about: str
-    """A setting as the user types it, such as `ppo.clip=2`. Where the fault is found below the stages: the
-    directory or source that it is about, which some key names."""
+    """The setting as the user types it, such as `ppo.clip=2`. Code that does not know the key names a
+    directory or source; `in_user_keys` replaces it by the setting."""
     why: str
-    """A sentence, or several."""
+    """The reason, in one or more sentences. May quote text from elsewhere."""
     fix: str = ""
-    """Sentences of ours alone: `STAGE` stands for the stage's name here and in `about`."""
+    """What to do, in our own words only: `STAGE` is replaced here and in `about`."""
 
     def __str__(self) -> str:
         return f"{self.about}: {self.why} {self.fix}".rstrip()
 
     def filled(self, stage: str) -> Complaint:
-        """With the name of the stage. Why may quote what others wrote."""
+        """Put the stage's name in the place of `STAGE`. Not in `why`, which may quote other text."""
         return self._replace(about=self.about.replace(STAGE, stage), fix=self.fix.replace(STAGE, stage))
 
 
 class ConfigError(Exception):
-    """Something the user can mend: a key, a value, a file. Shown without a traceback; exit code 2. Its
+    """An error that the user can fix: a key, a value, a file. Shown without a traceback; exit code 2. Its
     arguments are complaints or sentences."""
 
     @property
-    def told(self) -> list[Complaint | str]:
-        """What it tells, one by one."""
+    def complaints(self) -> list[Complaint | str]:
+        """The single complaints."""
         return [*self.args]
 
     def __str__(self) -> str:
-        return printable("\n".join(map(str, self.told)))
+        return printable("\n".join(map(str, self.complaints)))
 
 
 @contextmanager
-def asked_by(keys: Mapping[str, str], stage: str = STAGE) -> Iterator[None]:
-    """Let complaints from below name what the user wrote: `ppo.init=mine` instead of the directory `mine`.
+def in_user_keys(keys: Mapping[str, str], stage: str = STAGE) -> Iterator[None]:
+    """While open, complaints name the user's setting: `ppo.init=mine` instead of the directory `mine`.
 
     Args:
-        keys: what a complaint is about -> the setting that names it.
-        stage: the name that takes the place of `STAGE`, where it is known.
+        keys: what a complaint is about -> the user's setting.
+        stage: replaces `STAGE`, if it is known.
 
     Raises:
-        ConfigError: the same, about the user's own keys.
+        ConfigError: the same error, about the user's own keys.
     """
     try:
         yield
@@ -78,27 +78,27 @@ def asked_by(keys: Mapping[str, str], stage: str = STAGE) -> Iterator[None]:
         raise
 
 
-SHORT = 6
-"""Characters of a word in which one slip is a large part."""
+SHORT_WORD_CHARACTERS = 6
+"""Words with fewer characters are matched less strictly: one wrong character is a large part of them."""
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """The one or two that are spelt nearly so, or that begin with the word, the nearest first; or none."""
+    """At most two known words with a similar spelling or that begin with `WORD_`, the nearest first."""
     names = {name.lower(): name for name in known}
-    cutoff = 0.6 if len(word) < SHORT else 0.75
+    cutoff = 0.6 if len(word) < SHORT_WORD_CHARACTERS else 0.75
     near = get_close_matches(word.lower(), names, n=2, cutoff=cutoff)
     near += [name for name in names if name.startswith(f"{word.lower()}_")]
     return [names[name] for name in dict.fromkeys(near)][:2]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` Did you mean sft?`; nothing where nothing that is known is near."""
+    """` Did you mean sft?`; empty if no known word is similar."""
     near = nearest(word, known)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 class Strict(BaseModel):
-    """A config section: unknown keys are refused, values never change after the check."""
+    """A config section. It refuses unknown keys, and its values cannot change after the check."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True
@@ -106,11 +106,11 @@ class Strict(BaseModel):
 
 
 class Bound(Strict):
-    """The range of a stage's summary metric, and what to try if the metric is outside.
+    """The allowed range of a stage's summary metric, and what to try if the metric is outside.
 
-    Checked after every run and every reuse; `STAGE.gates.METRIC=null` turns it off. A metric that was
-    measured on a sample of rows has a 95% interval: the gate passes if the whole interval is in the
-    range, and fails if none of it is. In between it cannot tell, and the run continues.
+    The gate is checked after every run and every reuse; `STAGE.gates.METRIC=null` turns it off. A metric that
+    was measured on a sample of rows has a 95% interval: the gate passes if the whole interval is in the
+    range, and fails if no part of it is. Otherwise the gate cannot tell, and the run continues.
     """
 
     min: float | None = None
@@ -118,12 +118,12 @@ class Bound(Strict):
     max: float | None = None
     """The largest value that passes; null for no bound."""
     advice: str
-    """What to try if the gate fails. The run prints it, with the stage's name in the place of {stage}."""
+    """What to try if the gate fails. The run prints it, with the stage's name instead of {stage}."""
     rows: str | None = None
     """How to give the metric more rows. The run prints it if the gate cannot tell; {stage} as in `advice`."""
 
     def holds(self, value: float) -> bool:
-        """Whether value lies in the range; NaN never does."""
+        """Whether the value is in the range. NaN never is."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
     def __str__(self) -> str:
@@ -133,14 +133,14 @@ class Bound(Strict):
 
 
 def validated(model: type[ModelT], values: Mapping[str, Any], prefix: str, context: Any = None) -> ModelT:
-    """Check values against model.
+    """Check values against a model.
 
     Args:
-        prefix: stands before the keys in complaints.
-        context: pydantic's, for the model's own checks.
+        prefix: put before the keys in complaints.
+        context: pydantic's validation context, for the model's own checks.
 
     Raises:
-        ConfigError: one line per complaint, each naming the full key (`ppo.kl.coef`).
+        ConfigError: one line per complaint, with the full key (`ppo.kl.coef`).
     """
     try:
         return model.model_validate(values, context=context)
@@ -160,28 +160,28 @@ def _complaints(error: ValidationError, prefix: str, model: type[BaseModel]) -> 
             lines.append(f"{key}: a value is required.")
         elif detail["type"] in ("model_type", "dict_type"):
             names = ", ".join(_fields_at(model, detail["loc"]))
-            wanted = f"a mapping with the keys {names}" if names else "a mapping"
-            lines.append(f"{key}={detail['input']!r}: it must be {wanted}.")
+            expected = f"a mapping with the keys {names}" if names else "a mapping"
+            lines.append(f"{key}={detail['input']!r}: it must be {expected}.")
         elif detail["type"] == "list_type":
             lines.append(f"{key}={detail['input']!r}: it must be a list, such as {key}=[A,B].")
         elif detail["type"] == "literal_error":
             near = did_you_mean(str(detail["input"]), re.findall("'([^']*)'", message))
             lines.append(f"{key}={detail['input']!r}: {message}.{near}")
-        elif isinstance(detail["input"], Mapping):  # a cross-check of a whole section, which it calls KEY
-            words = message.replace("KEY.", f"{key}." if key else "")
-            lines.append(f"{words}." if words != message else f"{key}: {message}.")
+        elif isinstance(detail["input"], Mapping):  # a check of a whole section, which it calls KEY
+            named_message = message.replace("KEY.", f"{key}." if key else "")
+            lines.append(f"{named_message}." if named_message != message else f"{key}: {message}.")
         else:
             lines.append(f"{key}={detail['input']!r}: {message}.")
     return lines
 
 
 def _fields_at(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
-    """The keys of the section at this place; none where there is none."""
-    found: type[BaseModel] | None = model
+    """The keys of the section at this place; empty if it is no section."""
+    section: type[BaseModel] | None = model
     for part in place:
-        field = found.model_fields.get(str(part)) if found else None
-        found = _section(field.annotation) if field else None
-    return list(found.model_fields) if found else []
+        field = section.model_fields.get(str(part)) if section else None
+        section = _section(field.annotation) if field else None
+    return list(section.model_fields) if section else []
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

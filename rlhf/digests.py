@@ -1,4 +1,4 @@
-"""sha256 of values, files and directories, a memory of these digests, and flushing to disk; without torch."""
+"""sha256 of values, files and directories, a cache of file digests, and flushing to disk. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MANIFEST = "manifest.json"
 
 
 SETTLED_NANOSECONDS = 2_000_000_000
-"""The digest of a file that changed less than this ago is not remembered: it may change again and keep its
-time, because some file systems store times in steps of two seconds."""
+"""The digest of a file is not cached if the file changed less than this ago. Some file systems store times in
+steps of two seconds, so the file could change again and keep its time."""
 
 
 Recipe = dict[str, Any]
@@ -32,11 +32,11 @@ def digest_of(value: Any) -> str:
 
 
 _digests_read: dict[tuple[int, ...], str] = {}
-"""Device and `_state` of the files that this process has read -> their digests."""
+"""Device and `_state` of a file that this process has read -> its digest."""
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes. Each process reads a file once, and again only after it changed."""
+    """sha256 of a file's bytes. A process reads a file again only after it changed."""
     with naming(path), opened(path) as file:
         status = os.fstat(file.fileno())
         state = (status.st_dev, *_state(status))
@@ -50,7 +50,7 @@ def file_digest(path: Path) -> str:
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:
-    """Changes when a file is written. No program can set ctime, so not even a copied mtime hides it."""
+    """Values that change when a file is written. A copied mtime hides nothing: no program can set ctime."""
     return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -61,22 +61,22 @@ def _is_settled(status: os.stat_result) -> bool:
 def file_digests(
     directory: Path, names: Iterable[str], memory: Path, *, read: bool = False
 ) -> dict[str, str]:
-    """The sha256 of some files of a directory. An unchanged file that `memory` knows is not read again.
+    """sha256 of these files of a directory. An unchanged file with a digest in `memory` is not read again.
 
-    A bit that flips on the disk changes neither the size nor the times of a file. Only reading finds it.
+    A flipped bit on the disk changes neither the size nor the times of a file. Only reading finds it.
 
     Args:
-        memory: a JSON file. It is created or updated, if it can be written.
-        read: read every file that this process has not read yet, even if `memory` knows it.
+        memory: a JSON file that caches digests. It is written if possible.
+        read: read every file that this process has not read yet, even if `memory` has its digest.
     """
     try:
-        before = json.loads(memory.read_bytes())
-    except (OSError, ValueError):  # none, half of one, or another user's
-        before = {}
-    known: dict[str, Any] = before if isinstance(before, dict) else {}
+        cached = json.loads(memory.read_bytes())
+    except (OSError, ValueError):  # no file, half a file, or no permission
+        cached = {}
+    known: dict[str, Any] = cached if isinstance(cached, dict) else {}
 
     def recall(name: str) -> tuple[str, dict[str, Any] | None]:
-        status = (directory / name).stat()  # before it is read: what is written meanwhile is not remembered
+        status = (directory / name).stat()  # before reading: a change in between must not be cached
         state, remembered = [*_state(status)], known.get(name)
         if not read and isinstance(remembered, dict) and remembered.get("state") == state:
             digest = str(remembered.get("sha256"))
@@ -85,16 +85,16 @@ def file_digests(
         return digest, {"state": state, "sha256": digest} if _is_settled(status) else None
 
     names = [*names]
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to other threads
-        found = dict(zip(names, pool.map(recall, names), strict=True))
-    now = {name: entry for name, (_, entry) in found.items() if entry is not None}
-    if now != before:
-        _write_memory(memory, now)
-    return {name: digest for name, (digest, _) in found.items()}
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        recalled = dict(zip(names, pool.map(recall, names), strict=True))
+    entries = {name: entry for name, (_, entry) in recalled.items() if entry is not None}
+    if entries != cached:
+        _write_memory(memory, entries)
+    return {name: digest for name, (digest, _) in recalled.items()}
 
 
 def _write_memory(memory: Path, content: Mapping[str, Any]) -> None:
-    with suppress(OSError):  # a store of others', or a full one: then the files are read again next time
+    with suppress(OSError):  # a read-only store or a full disk: the files are read again next time
         memory.parent.mkdir(exist_ok=True)
         replace_text(memory, json.dumps(content))
 
@@ -114,7 +114,7 @@ def directory_digest(directory: Path, memory: Path | None = None, *, read: bool 
 
 
 DirectoryDigest = Callable[[Path], str]
-"""Digest of a user's directory. `Store.directory_digest` is one that remembers."""
+"""A function for the digest of a user's directory. `Store.directory_digest` is one with a cache."""
 
 
 def weights_digest(directory: Path) -> str:
@@ -123,9 +123,9 @@ def weights_digest(directory: Path) -> str:
     return digest_of([[path.name, file_digest(path)] for path in files])
 
 
-def leads_out(directory: Path, names: Iterable[str]) -> str | None:
-    """The first of these names, or of the links in the directory, that points outside it or at itself; None
-    if none does."""
+def first_outside(directory: Path, names: Iterable[str]) -> str | None:
+    """The first of these names, or of the directory's links, that leads out of the directory or to itself.
+    None if none does."""
     root = directory.resolve()
 
     def is_inside(name: str) -> bool:
@@ -145,7 +145,7 @@ def files_below(directory: Path) -> Iterator[str]:
 
 
 def flush(path: Path) -> None:
-    """Make sure that what was written to a file or a directory is on the disk."""
+    """Flush a written file or directory to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):

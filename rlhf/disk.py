@@ -1,4 +1,4 @@
-"""Files that cannot be written or read: the error names the file, whoever raised it."""
+"""Errors of reading and writing files: every error names its file, also errors of libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-TROUBLE = {
+DISK_ERROR_ADVICE = {
     errno.ENOSPC: "Make room, or choose another store_dir= or runs_dir=",
     errno.EDQUOT: "Make room within your quota, or choose another store_dir= or runs_dir=",
     errno.EROFS: "Choose another store_dir= or runs_dir=",
@@ -21,15 +21,16 @@ TROUBLE = {
     errno.EIO: "Look whether the disk is sound (dmesg), or choose another store_dir= or runs_dir=",
     errno.ESTALE: "Mount the file system again, or choose another store_dir= or runs_dir=",
 }
-"""Error number of a failed disk operation -> what the user can do."""
+"""Error number of a failed disk operation -> advice to the user."""
 
-IN_A_TEXT = re.compile(r"\bos error (\d+)\b")
-"""Libraries in Rust (safetensors, tokenizers) have their own error classes, with the number in the text."""
+OS_ERROR_NUMBER = re.compile(r"\bos error (\d+)\b")
+"""Finds the error number in errors of Rust libraries (safetensors, tokenizers), which have classes of their
+own."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the name of a file or directory to system errors without one, such as those of write and fsync.
+    """While open, add the name of a file or directory to system errors without one, such as those of fsync.
 
     Raises:
         OSError: with `filename`.
@@ -37,22 +38,22 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in TROUBLE and error.filename is None:
+        if error.errno in DISK_ERROR_ADVICE and error.filename is None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
-    except Exception as error:  # a library's own class; raised again, as it is or as an OSError
-        found = IN_A_TEXT.search(str(error))
-        if found is None or int(found[1]) not in TROUBLE:
+    except Exception as error:  # a library's own class; raised again, as it is or as OSError
+        match = OS_ERROR_NUMBER.search(str(error))
+        if match is None or int(match[1]) not in DISK_ERROR_ADVICE:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[io.BufferedReader]:
-    """A file to read. To open a named pipe would wait for somebody who writes into it.
+    """Open a regular file for reading. Never waits: opening a named pipe would wait for a writer.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        OSError: the file cannot be read, or is no regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -63,7 +64,7 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def content_of(path: Path) -> bytes:
-    """Like `Path.read_bytes`, of regular files.
+    """Like `Path.read_bytes`, but only for regular files.
 
     Raises:
         OSError: see `opened`.
@@ -73,26 +74,26 @@ def content_of(path: Path) -> bytes:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader finds the old text or the new one, never a part of it.
+    """Replace a file atomically: a reader finds the old text or the new one, never a part.
 
     Raises:
         OSError: with `filename`.
     """
-    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
         with naming(path):
-            beside.write_text(text, encoding="utf-8")
-            beside.rename(path)
+            temporary.write_text(text, encoding="utf-8")
+            temporary.rename(path)
     finally:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
-def in_words(error: OSError) -> str | None:
-    """What happened to which file, and what to do; None if the disk is not the cause."""
-    if error.errno not in TROUBLE:
+def disk_error_message(error: OSError) -> str | None:
+    """Message with the file, the error and what to do; None if the disk is not the cause."""
+    if error.errno not in DISK_ERROR_ADVICE:
         return None
     return (
         f"{error.filename or 'disk'}: {os.strerror(error.errno)}. Finished stages and earlier checkpoints "
-        f"are kept. {TROUBLE[error.errno]}; then the same command continues."
+        f"are kept. {DISK_ERROR_ADVICE[error.errno]}; then the same command continues."
     )

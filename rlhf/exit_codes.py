@@ -1,14 +1,14 @@
-"""How `python -m rlhf` ends."""
+"""Exit codes of `python -m rlhf`."""
 
 DONE = 0
 CRASH = 1
 CONFIG_ERROR = 2
-"""Configuration or data."""
+"""An error in the configuration or data."""
 GATE_FAILED = 3
 """A gate failed; of `verify`: something is damaged."""
 STOPPED = 75
-"""By a scheduler's signal: the same command continues."""
+"""Stopped by a scheduler's signal: the same command continues."""
 INTERRUPTED = 130
-"""By Ctrl-C: the same command continues."""
+"""Stopped by Ctrl-C: the same command continues."""
 PIPE = 141
-"""Nobody reads the output any more."""
+"""The reader of the output closed it (`| head`)."""

@@ -23,30 +23,30 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.cli.run_files import RunFiles
 from rlhf.config import ConfigError
-from rlhf.disk import in_words
+from rlhf.disk import disk_error_message
 from rlhf.exit_codes import CONFIG_ERROR, DONE, GATE_FAILED, INTERRUPTED, STOPPED
 
 if TYPE_CHECKING:
     import pandas
 
-    from rlhf.cli.chat import Manner
+    from rlhf.cli.chat import SamplingParams
     from rlhf.data.schema import Message
     from rlhf.generation.policy_model import PolicyModel
     from rlhf.pipeline.experiment import Settings
 
-COMPOSING = threading.Lock()
-"""Hydra has one state for a process."""
+HYDRA_LOCK = threading.Lock()
+"""Held while a config is composed: Hydra has one global state per process."""
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> dict[str, Any]:
     """The config that `python -m rlhf OVERRIDES` would run, as plain values.
 
     Args:
-        overrides: as they are typed: `recipe=dpo`, `ppo.kl.coef=0.02`, `+experiment=path/to/mine.yaml`.
-        config_dir: a directory with more YAML files, as `--config-dir` names it.
+        overrides: as on the command line: `recipe=dpo`, `ppo.kl.coef=0.02`, `+experiment=path/to/mine.yaml`.
+        config_dir: a directory with more YAML files, as for `--config-dir`.
 
     Raises:
-        ConfigError: a key or a value that there is not. `run` checks the values as a whole.
+        ConfigError: there is no such key or choice. `run` checks the values.
     """
     import hydra
     from hydra.errors import HydraException
@@ -54,49 +54,49 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> dict[str, 
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from rlhf.cli.messages import in_our_words, is_of_composing, not_chosen, readable
+    from rlhf.cli.messages import choice_complaints, explain_error, hydra_arguments, is_defaults_cycle
     from rlhf.pipeline.recipe import as_typed
 
-    if odd := [each for each in overrides if not isinstance(each, str)]:
+    if non_texts := [each for each in overrides if not isinstance(each, str)]:
         raise ConfigError(
-            f"compose: {odd[0]!r} is no text. Give each key by itself: compose('model=tiny', ...)."
+            f"compose: {non_texts[0]!r} is no text. Give each key by itself: compose('model=tiny', ...)."
         )
-    arguments = readable(overrides)
+    arguments = hydra_arguments(overrides)
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigError(f"config_dir={config_dir}: there is no such directory.")
-        place = str(Path(config_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")
-        arguments = [*arguments, f"hydra.searchpath=['file://{place}']"]
+        escaped_path = str(Path(config_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")
+        arguments = [*arguments, f"hydra.searchpath=['file://{escaped_path}']"]
     try:
-        with COMPOSING, hydra.initialize_config_module("rlhf.conf", version_base="1.3"):
+        with HYDRA_LOCK, hydra.initialize_config_module("rlhf.conf", version_base="1.3"):
             node = hydra.compose("config", overrides=arguments)
-            found = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+            resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
-        if isinstance(error, RecursionError) and not is_of_composing(error):
+        if isinstance(error, RecursionError) and not is_defaults_cycle(error):
             raise
-        raise ConfigError(as_typed(in_our_words(error, arguments))) from None
-    assert isinstance(found, dict)
-    config = {str(key): value for key, value in found.items()}
-    if complaint := next(not_chosen(config), None):
+        raise ConfigError(as_typed(explain_error(error, arguments))) from None
+    assert isinstance(resolved, dict)
+    config = {str(key): value for key, value in resolved.items()}
+    if complaint := next(choice_complaints(config), None):
         raise ConfigError(complaint)
     return config
 
 
 def run(config: Mapping[str, Any], *, quiet: bool = False) -> FinishedRun:
-    """Run a config as `python -m rlhf` does: what is in the store is reused, what was interrupted goes on.
-    In the main thread, Ctrl-C (a notebook's "interrupt") finishes the current step and saves it first.
+    """Run a config as `python -m rlhf` does: reuse what is in the store, and continue what was interrupted.
 
-    Runs in this process take turns. Several ranks (`launch.processes=2`, several GPUs) and DeepSpeed get
-    processes of their own.
+    In the main thread, Ctrl-C (a notebook's "interrupt") first finishes and saves the current step. Runs in
+    this process take turns. Several ranks (`launch.processes=2`, several GPUs) and DeepSpeed run in processes
+    of their own.
 
     Args:
-        config: of `compose`. Keys may have been changed.
-        quiet: print nothing. What ranks print is then in `RUN/ranks`.
+        config: the result of `compose`. You may change its values.
+        quiet: print nothing. The output of ranks is then in `RUN/ranks`.
 
     Raises:
         ConfigError: the config, data or a model cannot be used, or the disk is full.
-        GateError: a gate failed. All that was finished is kept, and `open_run` shows it.
-        KeyboardInterrupt: it was interrupted. The same call continues.
+        GateError: a gate failed. Finished stages are kept, and `open_run` shows them.
+        KeyboardInterrupt: the run was interrupted. The same call continues.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -124,13 +124,13 @@ def run(config: Mapping[str, Any], *, quiet: bool = False) -> FinishedRun:
     if processes > 1 or settings.zero != "none":
         check_ended(launch(config, directory, processes, quiet=quiet), directory)
         return FinishedRun(directory)
-    # plain lines in a notebook, which says of itself that it is a terminal (FORCE_COLOR), and has no cursor
+    # plain lines in a notebook: it claims to be a terminal (FORCE_COLOR), but has no cursor
     console = RedactingConsole(quiet=quiet, force_jupyter=False, force_terminal=sys.stdout.isatty())
     signals = StopSignals()
     with signals.installed():
-        compute, how = make_compute(settings.device, settings.precision)
+        compute, compute_note = make_compute(settings.device, settings.precision)
         signals.on_gpu = compute.device_name.startswith("cuda")
-        print_lead(experiment, directory, how, console)
+        print_lead(experiment, directory, compute_note, console)
         try:
             pipeline = Pipeline(experiment, directory.name, console, compute, signals)
             try:
@@ -141,9 +141,9 @@ def run(config: Mapping[str, Any], *, quiet: bool = False) -> FinishedRun:
                 raise
             print_summary(pipeline.results, console)
         except OSError as error:
-            if (said := in_words(error)) is None:
+            if (message := disk_error_message(error)) is None:
                 raise
-            raise ConfigError(said) from error
+            raise ConfigError(message) from error
     return FinishedRun(directory)
 
 
@@ -151,16 +151,16 @@ def open_run(directory: str | Path) -> FinishedRun:
     """The results of a run that has ended, such as `open_run("runs/demo")`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no run in this directory.
     """
     return FinishedRun(Path(directory))
 
 
 def _plain(value: Any, key: str) -> Any:
-    """A config's value as a dict, list, text, number, truth value or None: numpy's numbers and paths too.
+    """A config value as dict, list, str, number, bool or None. Converts numpy's numbers and paths.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: the value has another type.
     """
     match value:
         case Mapping():
@@ -179,7 +179,7 @@ def _plain(value: Any, key: str) -> Any:
 
 
 def _directory(settings: Settings) -> Path:
-    """Of a run: without a `run_name` one that is called by the time, and that no other call gets."""
+    """The run's directory. Without a `run_name`: a new one, named by the time, that no other call gets."""
     runs = Path(settings.runs_dir)
     if settings.run_name is not None:
         return runs / settings.run_name
@@ -199,17 +199,19 @@ def _directory(settings: Settings) -> Path:
 
 
 def check_ended(code: int, directory: Path) -> None:
-    """Raise what ended the ranks.
+    """Raise the error that ended the ranks.
 
     Args:
-        code: the first one's that failed, or 0.
+        code: exit code of the first rank that failed, or 0.
     """
     from rlhf.pipeline.run import GateError
 
     if code == GATE_FAILED:
         failed = [each for each in FinishedRun(directory).gates if each["outcome"] == "failed"]
-        said = "\n".join(f"Gate failed: {each['stage']}/{each['name']}. {each['advice']}" for each in failed)
-        error = GateError(said)
+        advice = "\n".join(
+            f"Gate failed: {each['stage']}/{each['name']}. {each['advice']}" for each in failed
+        )
+        error = GateError(advice)
         error.add_note(f"The run is rlhf.open_run({str(directory)!r}).")
         raise error
     if code in (INTERRUPTED, STOPPED):
@@ -219,19 +221,19 @@ def check_ended(code: int, directory: Path) -> None:
             path.read_text(encoding="utf-8", errors="replace")
             for path in sorted((directory / "ranks").glob("*.err"))
         ]
-        told = next(filter(None, (f"\n{text}".partition("\nError: ")[2].strip() for text in texts)), None)
-        raise ConfigError(told or f"A rank refused this: see {directory / 'ranks'}.")
+        message = next(filter(None, (f"\n{text}".partition("\nError: ")[2].strip() for text in texts)), None)
+        raise ConfigError(message or f"A rank refused this: see {directory / 'ranks'}.")
     if code != DONE:
         raise RuntimeError(f"A rank crashed (exit code {code}): see {directory / 'ranks'}.")
 
 
 class FinishedRun:
-    """What a run made, read from its directory."""
+    """The results of a run, read from its directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         self._files = RunFiles(self.directory)
-        self._summary = self._files.summary  # at once: an error here says that it is no run
+        self._summary = self._files.summary  # now: it raises if the directory has no run
 
     def __repr__(self) -> str:
         stages = self._summary["stages"].items()
@@ -243,60 +245,59 @@ class FinishedRun:
             for each in self.gates
             if each["outcome"] == "failed"
         ]
-        said = [*ended, *gates, *filter(None, (self.outcome, self.verdict))]
-        return f"<run {self.directory}: {'; '.join(said) or 'nothing in it is judged'}>"
+        findings = [*ended, *gates, *filter(None, (self.outcome, self.verdict))]
+        return f"<run {self.directory}: {'; '.join(findings) or 'nothing in it is judged'}>"
 
     @property
     def outcome(self) -> str | None:
-        """`worked`, `no gain worth having`, `did not work` or `cannot be told`; None where nothing is
-        judged."""
-        found: str | None = self._summary["outcome"]
-        return found
+        """`worked`, `no gain worth having`, `did not work` or `cannot be told`; None if the run judges
+        nothing."""
+        outcome: str | None = self._summary["outcome"]
+        return outcome
 
     @property
     def verdict(self) -> str:
-        """What improved, what did not, and what to look at: a line each."""
+        """What improved, what did not, and what to look at: one line each."""
         return self._summary["verdict"] or ""
 
     @property
     def gates(self) -> list[dict[str, Any]]:
         """The gates that were checked: `stage`, `name`, `value`, `outcome` (`passed`, `failed`, `cannot tell`
         or `not checked`) and `advice`."""
-        found: list[dict[str, Any]] = self._summary["gates"]
-        return found
+        gates: list[dict[str, Any]] = self._summary["gates"]
+        return gates
 
     @property
     def summary(self) -> dict[str, float]:
-        """The summary metrics of all stages, such as `ppo/held_out_score_gain`; NaN for one that is not
-        finite."""
+        """Summary metrics of all stages, such as `ppo/held_out_score_gain`; NaN if not finite."""
         stages = self._summary["stages"].values()
         metrics = {name: value for stage in stages for name, value in stage["metrics"].items()}
         return {name: float("nan") if value is None else value for name, value in metrics.items()}
 
     @property
     def metrics(self) -> pandas.DataFrame:
-        """What the stages logged: a row for each step, with the columns `stage` and `step`, and one for each
-        metric, without the stage's name."""
+        """Metrics that the stages logged: one row per step. Columns: `stage`, `step`, and each metric without
+        the stage's name."""
         import pandas
 
         rows: dict[tuple[str, int], dict[str, Any]] = {}
         path = self.directory / "metrics.jsonl"
         try:
             with path.open(encoding="utf-8") as file:
-                lines = [line for line in file if line.endswith("\n")]  # one may be half written
+                lines = [line for line in file if line.endswith("\n")]  # the last line may be half written
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name a run's directory.") from None
         for line in map(json.loads, lines):
             if "step" in line:
                 stage, step = line["stage"], line["step"]
                 row = rows.setdefault((stage, step), {"stage": stage, "step": step})
-                named = (key for key in line if key.startswith(f"{stage}/"))
-                row |= {key.removeprefix(f"{stage}/"): line[key] for key in named}
+                names = (key for key in line if key.startswith(f"{stage}/"))
+                row |= {key.removeprefix(f"{stage}/"): line[key] for key in names}
         return pandas.DataFrame([*rows.values()], columns=None if rows else ["stage", "step"])
 
     @property
     def report(self) -> Path:
-        """Its page, report.html, for a browser."""
+        """Path of the run's page, report.html."""
         return self.directory / "report.html"
 
     @property
@@ -308,37 +309,37 @@ class FinishedRun:
         """A policy of the run, loaded, on the run's device and in its precision.
 
         Args:
-            name: the stage that made it, or `base`; without one, what `evaluate` judged, or the last one.
+            name: the stage that made it, or `base`. Default: what `evaluate` judged, or the last policy.
 
         Raises:
-            ConfigError: there is none of that name, or its files are damaged.
+            ConfigError: there is no such policy, or its files are damaged.
         """
-        from rlhf.cli.chat import Manner, settings_of
+        from rlhf.cli.chat import SamplingParams, settings_of
         from rlhf.cli.execute import set_up_libraries
         from rlhf.config import validated
 
         set_up_libraries()
-        from rlhf.cli.speaker import load_policy
+        from rlhf.cli.chat_session import load_policy
         from rlhf.distributed.compute import make_compute
         from rlhf.pipeline.runner import TURN
 
-        manner = validated(Manner, settings_of(self._files, {}), "")
+        params = validated(SamplingParams, settings_of(self._files, {}), "")
         chosen = name if name == "base" else self._files.chosen_policy(name)
         with TURN:
-            compute, _ = make_compute(manner.device, manner.precision)
-            return LoadedPolicy(chosen, load_policy(chosen, self._files, compute), manner)
+            compute, _ = make_compute(params.device, params.precision)
+            return LoadedPolicy(chosen, load_policy(chosen, self._files, compute), params)
 
 
 class LoadedPolicy:
-    """A policy that answers, by the local engine."""
+    """A loaded policy that answers prompts with the local engine."""
 
-    def __init__(self, name: str, model: PolicyModel, manner: Manner) -> None:
+    def __init__(self, name: str, model: PolicyModel, params: SamplingParams) -> None:
         self.name = name
         self.model = model.model
-        """transformers' model."""
+        """The transformers model."""
         self.tokenizer = model.tokenizer
-        """transformers' tokenizer, with the chat template that the policy learned."""
-        self._policy, self._manner = model, manner
+        """The transformers tokenizer, with the chat template that the policy learned."""
+        self._policy, self._params = model, params
 
     def __repr__(self) -> str:
         return f"<policy {self.name}>"
@@ -352,11 +353,11 @@ class LoadedPolicy:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> list[str]:
-        """One answer to each prompt. What is not given is as when the run judged its policies.
+        """One answer per prompt. Defaults: the sampling settings with which the run judged its policies.
 
         Args:
-            prompts: a user's message each, or a conversation (`[{"role": "user", "content": "..."}]`).
-            temperature: 0 for the likeliest token each time.
+            prompts: each is a user's message or a conversation (`[{"role": "user", "content": "..."}]`).
+            temperature: 0 always takes the likeliest token.
 
         Raises:
             ConfigError: a prompt does not fit the model's context, or the values cannot be used.
@@ -373,28 +374,28 @@ class LoadedPolicy:
             "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
         }  # fmt: skip
         changed = {key: value for key, value in given.items() if value is not None}
-        manner = validated(type(self._manner), {**self._manner.model_dump(), **changed}, "generate")
+        params = validated(type(self._params), {**self._params.model_dump(), **changed}, "generate")
         if not turns:
             return []
         longest = max(len(prompt_ids(self.tokenizer, each)) for each in turns)
-        if longest + manner.max_new_tokens > self._policy.context_length:
+        if longest + params.max_new_tokens > self._policy.context_length:
             raise ConfigError(
                 f"generate: a prompt has {longest} tokens and its answer up to max_new_tokens="
-                f"{manner.max_new_tokens}, and the model reads {self._policy.context_length}. Give shorter "
+                f"{params.max_new_tokens}, and the model reads {self._policy.context_length}. Give shorter "
                 "prompts, or lower max_new_tokens."
             )
         _, texts = self._policy.sample(
-            turns, max_new_tokens=manner.max_new_tokens, temperature=manner.temperature, top_p=manner.top_p,
-            generator=torch.Generator().manual_seed(manner.seed),
+            turns, max_new_tokens=params.max_new_tokens, temperature=params.temperature, top_p=params.top_p,
+            generator=torch.Generator().manual_seed(params.seed),
         )  # fmt: skip
         return texts
 
 
 def _conversation(prompt: Any) -> list[Message]:
-    """The turns of a prompt.
+    """A prompt as the turns of a conversation.
 
     Raises:
-        ConfigError: it is neither a text nor a conversation.
+        ConfigError: the prompt is neither a text nor a conversation.
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]

@@ -28,7 +28,7 @@ from rlhf.exit_codes import DONE
 from rlhf.printable import printable
 
 if TYPE_CHECKING:
-    from rlhf.cli.speaker import Ending, Speaker
+    from rlhf.cli.chat_session import ChatSession, FinishReason
 
 HELP = """python -m rlhf chat [policy=ppo] [run_name=NAME] [system=TEXT] [key=value ...]
 
@@ -40,17 +40,18 @@ From a pipe, all that comes is one prompt: `echo hi | python -m rlhf chat`.
 
 Other keys, as in the run unless given: temperature, top_p, max_new_tokens, seed, precision, device; runs_dir.
 """
-NARROWEST_SIDE = 30
-"""Columns that an answer beside another one needs. In a narrower terminal they follow each other."""
-NOTES = {
+MIN_COLUMN_WIDTH = 30
+"""Smallest width, in characters, of an answer next to another one. A narrower terminal shows one below the
+other."""
+FINISH_NOTES = {
     "ended": "",
     "cut": "(cut off: max_new_tokens={})",
     "stopped": "(stopped)",
 }
-"""What is said behind an answer that did not end by itself."""
+"""Text shown after an answer, by the reason why it ended."""
 
 
-class Manner(Strict):
+class SamplingParams(Strict):
     """How answers are sampled."""
 
     max_new_tokens: PositiveInt
@@ -64,32 +65,32 @@ class Manner(Strict):
 
 
 def chat(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
-    """Talk until the user has enough; from a pipe, answer once."""
-    known = dict.fromkeys(("policy", "run_name", *Manner.model_fields), "")
+    """Talk until the user quits. From a pipe, answer once."""
+    known = dict.fromkeys(("policy", "run_name", *SamplingParams.model_fields), "")
     keys = read("chat", arguments, known | {"runs_dir": defaults["runs_dir"]}, HELP)
     if keys is None:
         return DONE
-    names, run = chosen(keys)
-    given = {name: keys[name] for name in Manner.model_fields if keys[name]}
-    manner = validated(Manner, settings_of(run, defaults) | given, "chat")
+    names, run = chosen_policies(keys)
+    given = {name: keys[name] for name in SamplingParams.model_fields if keys[name]}
+    params = validated(SamplingParams, settings_of(run, defaults) | given, "chat")
     with uninterrupted():
         from rlhf.cli.execute import set_up_libraries
 
         set_up_libraries()
-        from rlhf.cli.speaker import load_speakers
+        from rlhf.cli.chat_session import load_sessions
 
-    speakers = load_speakers(names, run, manner)
+    sessions = load_sessions(names, run, params)
     if not sys.stdin.isatty():
-        return answer_once(speakers, manner)
+        return answer_once(sessions, params)
     of_run = f" of {run.directory}" if run is not None else ""
-    print(f"{' and '.join(names)}{of_run}, temperature {manner.temperature:g}. /reset forgets, /quit ends.")
+    print(f"{' and '.join(names)}{of_run}, temperature {params.temperature:g}. /reset forgets, /quit ends.")
     with interruptible():
-        talk(speakers, manner)
+        talk(sessions, params)
     return DONE
 
 
-def chosen(keys: Mapping[str, str]) -> tuple[list[str], RunFiles | None]:
-    """The policies that are to talk, and the run that they are from. Directories need no run.
+def chosen_policies(keys: Mapping[str, str]) -> tuple[list[str], RunFiles | None]:
+    """The chosen policies and their run. The run is None if all of them are directories.
 
     Raises:
         ConfigError: there is no such policy or run.
@@ -98,9 +99,11 @@ def chosen(keys: Mapping[str, str]) -> tuple[list[str], RunFiles | None]:
     names = [*dict.fromkeys(name.strip() for name in listed if name.strip())]
     for name in filter(is_model, names):
         config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-        kinds = config.get("architectures") or []
-        if any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            raise ConfigError(f"policy={name}: that model gives scores and no text ({', '.join(kinds)}).")
+        architectures = config.get("architectures") or []
+        if any(architecture.endswith("ForSequenceClassification") for architecture in architectures):
+            raise ConfigError(
+                f"policy={name}: that model gives scores and no text ({', '.join(architectures)})."
+            )
     if len(names) > 2:
         raise ConfigError(f"policy={keys['policy']}: at most two can answer side by side.")
     runs_dir = Path(keys["runs_dir"])
@@ -121,27 +124,27 @@ def chosen(keys: Mapping[str, str]) -> tuple[list[str], RunFiles | None]:
 
 
 def is_model(name: str) -> bool:
-    """Whether it is a model's directory."""
+    """Whether the name is a directory with a model."""
     return (Path(name) / "config.json").is_file()
 
 
 def settings_of(run: RunFiles | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """How the run sampled when it judged its policies; without a run, how PPO samples by default."""
+    """Sampling settings with which the run judged its policies. Without a run: PPO's defaults."""
     if run is None:
         text = (resources.files("rlhf.conf") / "stages" / "ppo.yaml").read_text(encoding="utf-8")
-        sampling, general = {"top_p": 1.0} | yaml.safe_load(text), defaults
+        sampling, run_settings = {"top_p": 1.0} | yaml.safe_load(text), defaults
     else:
-        sampling, general = run.config["evaluate"], run.config
+        sampling, run_settings = run.config["evaluate"], run.config
     names = ("max_new_tokens", "temperature", "top_p")
-    found = {name: sampling[name] for name in names}
-    return found | {name: general[name] for name in ("seed", "precision", "device")} | {"system": ""}
+    chosen = {name: sampling[name] for name in names}
+    return chosen | {name: run_settings[name] for name in ("seed", "precision", "device")} | {"system": ""}
 
 
-def answer_once(speakers: Sequence[Speaker], manner: Manner) -> int:
+def answer_once(sessions: Sequence[ChatSession], params: SamplingParams) -> int:
     """Answer the one prompt that comes through a pipe.
 
     Raises:
-        ConfigError: it is empty.
+        ConfigError: the prompt is empty, or is not text.
     """
     try:
         text = sys.stdin.read().strip()
@@ -154,11 +157,11 @@ def answer_once(speakers: Sequence[Speaker], manner: Manner) -> int:
         raise ConfigError(
             "chat: nothing came through the pipe. Write a prompt into it, or type in a terminal."
         )
-    one_by_one(speakers, text, manner)
+    one_by_one(sessions, text, params)
     return DONE
 
 
-def talk(speakers: Sequence[Speaker], manner: Manner) -> None:
+def talk(sessions: Sequence[ChatSession], params: SamplingParams) -> None:
     """Read what the user types, and answer."""
     import readline  # noqa: F401  # arrow keys and history for `input`
 
@@ -167,7 +170,7 @@ def talk(speakers: Sequence[Speaker], manner: Manner) -> None:
         try:
             text = input("> ").strip()
         except UnicodeDecodeError as error:
-            print(f"That was not {error.encoding} text, and nobody was asked.")
+            print(f"That was not {error.encoding} text. It was not sent.")
             continue
         except (EOFError, KeyboardInterrupt):
             print()
@@ -175,44 +178,50 @@ def talk(speakers: Sequence[Speaker], manner: Manner) -> None:
         if text == "/quit":
             return
         if text == "/reset":
-            for speaker in speakers:
-                speaker.reset()
+            for session in sessions:
+                session.reset()
             print("The conversation is forgotten.")
         elif text.startswith("/"):
             print("Commands: /reset, /quit.")
         elif text:
             try:
-                if len(speakers) > 1 and console.width >= 2 * NARROWEST_SIDE:
-                    side_by_side(speakers, text, manner, console)
+                if len(sessions) > 1 and console.width >= 2 * MIN_COLUMN_WIDTH:
+                    side_by_side(sessions, text, params, console)
                 else:
-                    one_by_one(speakers, text, manner)
+                    one_by_one(sessions, text, params)
             except ConfigError as error:
                 print(f"Error: {error}")
 
 
-def one_by_one(speakers: Sequence[Speaker], text: str, manner: Manner) -> None:
-    """Show each answer as it comes, one below the other."""
-    for speaker in speakers:
-        if len(speakers) > 1:
-            print(f"{speaker.name}:")
-        ending = speaker.answer(text, show)
-        print(f" {note(ending, manner)}" if note(ending, manner) and sys.stdout.isatty() else "")
+def one_by_one(sessions: Sequence[ChatSession], text: str, params: SamplingParams) -> None:
+    """Stream the answers, one below the other."""
+    for session in sessions:
+        if len(sessions) > 1:
+            print(f"{session.name}:")
+        finish_reason = session.answer(text, show)
+        print(
+            f" {finish_note(finish_reason, params)}"
+            if finish_note(finish_reason, params) and sys.stdout.isatty()
+            else ""
+        )
 
 
 def show(piece: str) -> None:
-    """Show a piece of an answer: what a model writes must not command the terminal."""
+    """Print a piece of an answer. Control characters are escaped: a model must not control the terminal."""
     sys.stdout.write(printable(piece))
     sys.stdout.flush()
 
 
-def note(ending: Ending, manner: Manner) -> str:
-    """What is said of an answer's end."""
-    return NOTES[ending].format(manner.max_new_tokens)
+def finish_note(finish_reason: FinishReason, params: SamplingParams) -> str:
+    """Text about why the answer ended; empty if the model ended it."""
+    return FINISH_NOTES[finish_reason].format(params.max_new_tokens)
 
 
-def side_by_side(speakers: Sequence[Speaker], text: str, manner: Manner, console: Console) -> None:
-    """Show answers in columns, as they come."""
-    answers = {speaker.name: "" for speaker in speakers}
+def side_by_side(
+    sessions: Sequence[ChatSession], text: str, params: SamplingParams, console: Console
+) -> None:
+    """Stream two answers in columns."""
+    answers = {session.name: "" for session in sessions}
 
     def columns() -> Table:
         table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
@@ -222,20 +231,20 @@ def side_by_side(speakers: Sequence[Speaker], text: str, manner: Manner, console
         return table
 
     with Live(columns(), console=console, transient=True) as live:
-        for speaker in speakers:
+        for session in sessions:
 
-            def add(piece: str, name: str = speaker.name) -> None:
+            def add(piece: str, name: str = session.name) -> None:
                 answers[name] += piece
                 live.update(columns())
 
-            ending = speaker.answer(text, add)
-            answers[speaker.name] += f" {note(ending, manner)}".rstrip()
+            finish_reason = session.answer(text, add)
+            answers[session.name] += f" {finish_note(finish_reason, params)}".rstrip()
     console.print(columns())
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """While open, Ctrl-C raises KeyboardInterrupt each time: it stops an answer, and ends at the prompt."""
+    """While open, every Ctrl-C raises KeyboardInterrupt: it stops an answer, or ends the chat."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

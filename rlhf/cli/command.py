@@ -1,4 +1,4 @@
-"""What all commands of `python -m rlhf COMMAND [key=value ...]` have in common."""
+"""Argument parsing shared by all commands of `python -m rlhf COMMAND [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from rlhf.config import ConfigError, did_you_mean
 def read(
     command: str, arguments: Sequence[str], known: Mapping[str, str], help_text: str
 ) -> dict[str, str] | None:
-    """The values of `key=value ...`, with defaults for those that are not given.
+    """Parse `key=value ...`; missing keys get their defaults.
 
     Args:
         known: key -> its default.
 
     Returns:
-        None if the help was asked for: it is printed.
+        The values of all keys; None if the user asked for help, which is then printed.
 
     Raises:
-        ConfigError: a word that means nothing here.
+        ConfigError: an argument is no `key=value` with a known key.
     """
     if {"-h", "--help"} & {*arguments}:
         print(help_text, end="")
         return None
-    found = dict(known)
+    values = dict(known)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key not in known or not equals or not value:
             near = did_you_mean(key, known)
-            takes = " ".join(f"{name}=..." for name in known)
-            raise ConfigError(f"{command} {argument}: it takes {takes}.{near}")
-        found[key] = value
-    return found
+            usage = " ".join(f"{name}=..." for name in known)
+            raise ConfigError(f"{command} {argument}: it takes {usage}.{near}")
+        values[key] = value
+    return values
 
 
 KEYED = re.compile(r"[a-z_]+=")
@@ -43,10 +43,10 @@ KEYED = re.compile(r"[a-z_]+=")
 def read_words(
     command: str, arguments: Sequence[str], known: Mapping[str, str], help_text: str
 ) -> tuple[list[str], dict[str, str]] | None:
-    """Like `read`, for a command that also takes words without a key, such as names of files.
+    """Like `read`, for a command that also takes words without a key, such as file names.
 
     Returns:
-        The words in their order, and the values of the keys.
+        The words in order, and the values of the keys; None after printing the help.
     """
     words = [each for each in arguments if not (KEYED.match(each) or each.startswith("-"))]
     keys = read(command, [each for each in arguments if each not in words], known, help_text)
@@ -54,7 +54,7 @@ def read_words(
 
 
 def ask(question: str) -> bool:
-    """Whether the user says yes; never where nobody can answer."""
+    """Whether the user answers yes. Without a terminal: False."""
     if not sys.stdin.isatty():
         return False
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

@@ -1,4 +1,4 @@
-"""From a composed config to an exit code, on one rank or by starting several."""
+"""Run a composed config on one rank, or start several ranks. Gives the exit code."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.markup import escape
 
 from rlhf.config import ConfigError
-from rlhf.disk import in_words
-from rlhf.distributed.signals import nobody_reads, uninterrupted
+from rlhf.disk import disk_error_message
+from rlhf.distributed.signals import discard_stdout, uninterrupted
 from rlhf.exit_codes import CONFIG_ERROR, CRASH, DONE, GATE_FAILED, INTERRUPTED, PIPE, STOPPED
 from rlhf.tracking.redaction import RedactingConsole
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from rlhf.pipeline.experiment import Experiment
     from rlhf.pipeline.runner import Pipeline
 
-KEPT = "Finished stages and the last checkpoint are kept: the same command continues from there."
+CONTINUE_HINT = "Finished stages and the last checkpoint are kept: the same command continues from there."
 
 LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|socket", re.I)
-"""Messages of torch's backends if another rank does not answer."""
-SPINS = 4000
-"""How often a thread of OpenMP looks whether the others are done before it sleeps, some 0.05 ms: long enough
-for cores that do nothing else, and other work has the core soon. OpenMP's own 300 000 are much slower beside
-another program (benchmarks/busy_core.py)."""
+"""Matches messages of torch's backends when another rank does not answer."""
+OPENMP_SPINS = 4000
+"""Iterations for which an OpenMP thread spins before it sleeps, about 0.05 ms. That is long enough on free
+cores, and soon gives a busy core to other work. OpenMP's default of 300 000 is much slower next to another
+program (benchmarks/busy_core.py)."""
 
 
 def execute(resolved: Mapping[str, Any], run_name: str) -> int:
-    """Check the whole config, run the chosen stages and show the results. Returns the exit code."""
+    """Check the config, run the chosen stages and print the results. Returns the exit code."""
     rank = 0
     try:
         with uninterrupted():
@@ -50,36 +50,36 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
         return _execute(resolved, run_name)
     except ConfigError as error:
         print(f"Error: {error}", file=sys.stderr)
-        return leave(CONFIG_ERROR)
+        return return_or_end(CONFIG_ERROR)
     except BrokenPipeError:
-        nobody_reads()
-        return leave(PIPE)
+        discard_stdout()
+        return return_or_end(PIPE)
     except OSError as error:
-        if (said := in_words(error)) is None:
+        if (message := disk_error_message(error)) is None:
             traceback.print_exc()
-            return leave(CRASH)
-        print(f"Error: {said}", file=sys.stderr)
-        return leave(CONFIG_ERROR)
+            return return_or_end(CRASH)
+        print(f"Error: {message}", file=sys.stderr)
+        return return_or_end(CONFIG_ERROR)
     except LostRankError as error:
         print(f"Error: {error}", file=sys.stderr)
-        return leave(CRASH)
+        return return_or_end(CRASH)
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
         if rank == 0:
             word = "Interrupted" if signum == signal.SIGINT else f"Stopped by {signal.Signals(signum).name}"
-            print(f"\n{word}. {KEPT}", file=sys.stderr)
+            print(f"\n{word}. {CONTINUE_HINT}", file=sys.stderr)
         return INTERRUPTED if signum == signal.SIGINT else STOPPED
-    except BaseException:  # a crash (a user's stage may call sys.exit): shown whole, told by the exit code
+    except BaseException:  # a crash; also SystemExit, because a user's stage may call sys.exit
         traceback.print_exc()
-        return leave(CRASH)
+        return return_or_end(CRASH)
 
 
 class LostRankError(Exception):
     """Another rank does not answer."""
 
 
-def leave(code: int) -> int:
-    """Return the code; or end the process, if the backend's threads may wait for other ranks."""
+def return_or_end(code: int) -> int:
+    """Return the code. In a group of ranks, end the process: the backend's threads may wait for others."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from torch import distributed
 
@@ -89,8 +89,8 @@ def leave(code: int) -> int:
 
 
 def end_rank(code: int) -> NoReturn:
-    """End one rank of several at once. Threads of the backend and of DeepSpeed may otherwise abort a process
-    whose work is done."""
+    """End this rank at once, without cleanup. Otherwise threads of the backend and of DeepSpeed may abort a
+    process whose work is done."""
     from rlhf.distributed.signals import leave_exit_code
 
     leave_exit_code(code)
@@ -99,9 +99,8 @@ def end_rank(code: int) -> NoReturn:
     os._exit(code)
 
 
-def failed(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:
-    """Tell the launcher when this rank failed."""
-
+def report_failure(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:
+    """Write down for the launcher when this rank failed."""
     note_failure(Path(resolved["runs_dir"]) / run_name, rank)
 
 
@@ -120,13 +119,13 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     settings = experiment.settings
     runs = Path(settings.runs_dir)
     processes = ranks_wanted(settings.launch, settings.device)
-    alone = settings.zero != "none" and "RANK" not in os.environ
-    if processes > 1 or alone:  # DeepSpeed wants a rank's environment, and a process of its own in a sweep
+    needs_group = settings.zero != "none" and "RANK" not in os.environ
+    if processes > 1 or needs_group:  # DeepSpeed needs a rank's environment, and in a sweep its own process
         return launch(resolved, runs / run_name, processes)
 
     signals, heartbeat = StopSignals(), None
     if "RANK" in os.environ and os.environ["WORLD_SIZE"] != "1":
-        signals.progress = list  # none yet: they wait for each other to join
+        signals.progress = list  # no progress yet: the ranks wait for each other to join
 
     def end_hung(signum: int, is_second: bool) -> None:
         name = signal.Signals(signum).name
@@ -134,23 +133,23 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         if not is_second:
             where = f": {heartbeat.place}; {heartbeat.others()}" if heartbeat is not None else ""
             why = f"{name} came, and no rank has made progress for {signals.quiet_seconds:.0f} s{where}"
-        print(f"\nRank {os.environ.get('RANK', '0')} ends at once: {why}. {KEPT}", file=sys.stderr)
+        print(f"\nRank {os.environ.get('RANK', '0')} ends at once: {why}. {CONTINUE_HINT}", file=sys.stderr)
         end_rank(INTERRUPTED if signum == signal.SIGINT else STOPPED)
 
     def end_waiting(why: str) -> None:
-        failed(resolved, run_name, compute.rank)
+        report_failure(resolved, run_name, compute.rank)
         print(f"Error: {why}", file=sys.stderr)
         end_rank(CRASH)
 
-    with signals.installed(), signals.heard(end_hung):
-        compute, how = make_compute(
+    with signals.installed(), signals.watchdog(end_hung):
+        compute, compute_note = make_compute(
             settings.device, settings.precision, settings.zero, settings.distributed.timeout
         )
-        signals.on_gpu = compute.device_name.startswith("cuda")  # without torch
+        signals.on_gpu = compute.device_name.startswith("cuda")  # does not import torch
         try:
-            run_name = compute.broadcast(run_name)  # each rank made its own from the time
+            run_name = compute.broadcast(run_name)  # each rank made its own name from the time
             console = RedactingConsole(quiet=not compute.is_main)
-            print_lead(experiment, runs / run_name, how, console)
+            print_lead(experiment, runs / run_name, compute_note, console)
             pipeline = Pipeline(experiment, run_name, console, compute, signals)
             with Heartbeat(runs / run_name / "ranks", compute, end_waiting) as heartbeat:
                 signals.progress = heartbeat.progress if compute.world_size > 1 else None
@@ -167,31 +166,32 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                 except RuntimeError as error:
                     if compute.world_size == 1 or not LOST_PEER.search(str(error)):
                         raise
-                    if signals.received is not None:  # it ended for the same signal, and could not wait
+                    if signals.received is not None:  # the other rank ended because of the same signal
                         raise Stopped(signals.received) from error
                     raise LostRankError(heartbeat.explain()) from error
             print_summary(pipeline.results, console)
             return DONE
         except KeyboardInterrupt:
             raise
-        except BaseException:  # raised again: only the launcher is told when
-            if compute.world_size > 1:  # before the others notice, and without waiting for them
-                failed(resolved, run_name, compute.rank)
+        except BaseException:  # raised again; here only the time is written
+            if compute.world_size > 1:  # before other ranks notice it, and without waiting for them
+                report_failure(resolved, run_name, compute.rank)
             raise
         finally:
             if sys.exc_info()[0] in (None, Stopped):
                 leave_group(compute)
 
 
-def print_lead(experiment: Experiment, directory: Path, how: str, console: Console) -> None:
-    """Where the run is, how it computes, and what was decided for the user."""
-    console.print(f"Run in {directory}; {how}.", highlight=False)
+def print_lead(experiment: Experiment, directory: Path, compute_note: str, console: Console) -> None:
+    """Print the run's directory, its device and precision, and what was decided for the user."""
+    console.print(f"Run in {directory}; {compute_note}.", highlight=False)
     for line in experiment.notes:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def run_chain(pipeline: Pipeline, console: Console) -> None:
-    """Run. If it ends early, its page is written as far as it came. A failed gate has an end of its own."""
+    """Run the stages. If an error or a signal ends the run, first write the page of the finished stages.
+    After a failed gate, the caller writes it."""
     from rlhf.pipeline.run import GateError
     from rlhf.report.summary import write_page_too
 
@@ -199,32 +199,32 @@ def run_chain(pipeline: Pipeline, console: Console) -> None:
         pipeline.run()
     except (GateError, BrokenPipeError):
         raise
-    except BaseException:  # whatever ends it, a signal too: its page first, then it is raised again
+    except BaseException:  # also a signal: write the page, then raise it again
         if pipeline.results.writes and pipeline.results.stages:
             write_page_too(pipeline.results, console)
         raise
 
 
 def set_up_libraries() -> None:
-    """Set variables that libraries read at their import: no progress bars, few messages, short waits."""
+    """Set variables that libraries read at import: no progress bars, few messages, short spins of OpenMP."""
     from rlhf.distributed.device import has_gpu
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for bars in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(bars, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if "OMP_WAIT_POLICY" not in os.environ:  # it would lose against this one
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+    if "OMP_WAIT_POLICY" not in os.environ:  # GOMP_SPINCOUNT would override it
+        os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))
     if not has_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would warn
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it misses kernels of others
-    # torch renames these in 2.14; DeepSpeed calls them for every parameter
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed, if installed, warns
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it reports missing GPU kernels
+    # torch 2.14 renames these functions; DeepSpeed calls them for every parameter
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # transformers renames this argument in 5.40, beyond the bound in pyproject.toml
     warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")
 
 
 def note_failure(directory: Path, rank: int) -> None:
-    """Write the time of a rank's failure for the launcher, which shows the earliest one."""
+    """Write the time of a rank's failure. The launcher shows the error of the rank that failed first."""
     if "RLHF_LAUNCHER" in os.environ:
         (directory / "ranks" / f"rank{rank}.failed").write_text(str(time.monotonic()), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`python -m rlhf export`: a policy as a directory of its own, with a model card. Needs no torch."""
+"""`python -m rlhf export`: write a policy with a model card to a directory. Needs no torch."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ policy it is the one that evaluate judged, or else the last one. What cannot be 
 push=OWNER/NAME also uploads DIR to the Hugging Face Hub, or to HF_ENDPOINT. It needs the token in HF_TOKEN.
 A new repository is private, unless private=false says otherwise.
 """
-NO_MODEL = re.compile(r"manifest\.json|.*\.(jsonl|arrow)")
-"""Files of an artifact that are no part of the model: what it measured, and the texts that it did so on."""
-BASE = "base"
-"""The directory of the model below an adapter, where it has no public name."""
+NON_MODEL_FILES = re.compile(r"manifest\.json|.*\.(jsonl|arrow)")
+"""Names of an artifact's files that are no part of the model: manifest, metrics and texts."""
+BASE_DIRECTORY = "base"
+"""Subdirectory for an adapter's base model, if that has no name on the Hub."""
 
 
 def export(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
-    """Write a policy's files, and upload them if told to."""
+    """Write a policy's files. With push=..., also upload them."""
     known = {"policy": "", "push": "", "private": "true", "runs_dir": defaults["runs_dir"]}
     given = read_words("export", arguments, known, HELP)
     if given is None:
@@ -63,41 +63,41 @@ def export(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
 
 
 def run_of(word: str, runs_dir: Path) -> RunFiles:
-    """The run of a directory or of a name."""
+    """The run with this directory or name."""
     named = Path(word)
     return RunFiles(named if (named / "summary.json").is_file() else find_run(runs_dir, word))
 
 
 def write(run: RunFiles, policy: str, target: Path) -> None:
-    """Write a policy's directory. It is there whole or not at all.
+    """Write a policy's directory. It appears complete, or not at all.
 
     Raises:
-        ConfigError: it is damaged, or only this package could load it, or no directory can be made there.
+        ConfigError: the policy is damaged, only this package could load it, or the directory cannot be made.
     """
     artifact = run.artifact(policy)
-    beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
+    temporary = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
     try:
-        beside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(
             f"{target}: no directory can be made there ({error.strerror}). Name another."
         ) from None
     try:
         with naming(target):
-            base, below = base_of(artifact.path), None
+            base, base_name = base_of(artifact.path), None
             if base is None:
-                copy(artifact.path, beside)
+                copy(artifact.path, temporary)
             else:
-                below = write_adapter(run, artifact, base, beside)
-            card = model_card(run, policy, artifact, target.name, below)
-            (beside / "README.md").write_text(card, encoding="utf-8")
-            beside.rename(target)
+                base_name = write_adapter(run, artifact, base, temporary)
+            card = model_card(run, policy, artifact, target.name, base_name)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            temporary.rename(target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)  # empty after the renaming
+        shutil.rmtree(temporary, ignore_errors=True)  # already gone after the renaming
 
 
 def write_adapter(run: RunFiles, artifact: Artifact, base: Path, target: Path) -> str:
-    """Write what PEFT loads. Gives the name of the model below it: on the Hub, or `base`, a directory in it.
+    """Write an adapter for PEFT. Gives its base model: a name on the Hub, or `base`, its subdirectory.
 
     Raises:
         ConfigError: PEFT has no such method.
@@ -111,23 +111,23 @@ def write_adapter(run: RunFiles, artifact: Artifact, base: Path, target: Path) -
             "model as it is: `python -m rlhf chat`."
         )
     model = run.config["model"]
-    is_on_hub = model["kind"] == "hub" and base.parent.name == "snapshots"  # of the Hub's cache
-    below: str = model["id"] if is_on_hub else BASE
-    content["base_model_name_or_path"] = below
+    is_on_hub = model["kind"] == "hub" and base.parent.name == "snapshots"  # the base is in the Hub's cache
+    base_name: str = model["id"] if is_on_hub else BASE_DIRECTORY
+    content["base_model_name_or_path"] = base_name
     content["revision"] = base.name if is_on_hub else None
     for path in files_of(artifact.path):
-        if path.name != "config.json":  # with it transformers would look for weights here
+        if path.name != "config.json":  # with a config.json, transformers would look for weights here
             shutil.copyfile(path, target / path.name)
     (target / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(artifact.path / ADAPTER / WEIGHTS, target / WEIGHTS)
     if not is_on_hub:
-        (target / BASE).mkdir()
-        copy(base, target / BASE)
-    return below
+        (target / BASE_DIRECTORY).mkdir()
+        copy(base, target / BASE_DIRECTORY)
+    return base_name
 
 
 def copy(directory: Path, target: Path) -> None:
-    """Copy a model's files; a link becomes what it leads to."""
+    """Copy a model's files. A link becomes a copy of its target."""
     for path in files_of(directory):
         shutil.copyfile(path, target / path.name)
 
@@ -135,15 +135,15 @@ def copy(directory: Path, target: Path) -> None:
 def files_of(directory: Path) -> Iterator[Path]:
     """The files of a model."""
     for path in sorted(directory.iterdir()):
-        if path.is_file() and not NO_MODEL.fullmatch(path.name) and not path.name.startswith("."):
+        if path.is_file() and not NON_MODEL_FILES.fullmatch(path.name) and not path.name.startswith("."):
             yield path
 
 
 def hub_token(name: str) -> str:
-    """The token of the environment. Other places, such as a token kept by a login, are not looked at.
+    """The token in HF_TOKEN. A token saved by a login is not used.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no token, or the name is not OWNER/NAME.
     """
     if name.count("/") != 1 or not all(name.split("/")):
         raise ConfigError(f"export push={name}: write OWNER/NAME.")
@@ -156,10 +156,10 @@ def hub_token(name: str) -> str:
 
 
 def push(directory: Path, name: str, token: str, *, private: bool) -> str:
-    """Upload a directory to the Hub. Gives the model's address.
+    """Upload a directory to the Hub. Gives the model's URL.
 
     Raises:
-        ConfigError: the Hub refuses it, or cannot be reached. DIR stays.
+        ConfigError: the Hub refuses the upload or cannot be reached. The directory stays.
     """
     from httpx import HTTPError
     from huggingface_hub import HfApi

@@ -1,4 +1,4 @@
-"""`python -m rlhf gc`: what of a store no run uses, and how large it is. Removes it if told to. No torch."""
+"""`python -m rlhf gc`: list what no run uses in a store, and remove it if the user agrees. Needs no torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Show what in the store no run in runs_dir uses, with its size, and ask before it
 answer, nothing is removed, unless yes=true says so. Runs of other directories are not seen: what they use
 is removed too. Whatever a later run needs again is made again.
 """
-LEFT = re.compile(r"\.(\w+)\.(checkpoints|part-.*|damaged-.*|replaced)")
-WORDS = {
+LEFTOVER_NAME = re.compile(r"\.(\w+)\.(checkpoints|part-.*|damaged-.*|replaced)")
+LEFTOVER_REASONS = {
     "checkpoints": "checkpoints of a stage that did not end, and no run in runs_dir is at that stage",
     "damaged": "damaged, set aside",
     "part": "left by a run that was killed",
@@ -33,7 +33,7 @@ WORDS = {
 
 
 class Unused(NamedTuple):
-    """A directory that no run uses."""
+    """A directory in the store that no run uses."""
 
     path: Path
     stage: str
@@ -55,71 +55,73 @@ def gc(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         if not path.is_dir():
             raise ConfigError(f"{key}={path}: there is no such directory.")
     store = Store(root)
-    every = (each for each in unused(root, used(runs)) if not is_being_made(store, each))
-    found = sorted(every, key=lambda each: -each.size)
-    if not found:
+    candidates = (
+        each for each in unused_directories(root, used_keys(runs)) if not is_being_made(store, each)
+    )
+    directories = sorted(candidates, key=lambda each: -each.size)
+    if not directories:
         print(f"{root}: runs in {runs} use everything in it.")
         return DONE
-    for each in found:
+    for each in directories:
         print(f"{each.size / 1e6:10,.1f} MB  {each.path}  ({each.why})")
-    total = sum(each.size for each in found) / 1e6
-    print(f"{total:10,.1f} MB in {len(found)} directories")
-    if keys["yes"] == "true" or ask(f"Remove them? Only runs in {runs} were asked what they use."):
-        print(f"Removed {remove(store, found, runs)} of {len(found)}.")
+    total_mb = sum(each.size for each in directories) / 1e6
+    print(f"{total_mb:10,.1f} MB in {len(directories)} directories")
+    if keys["yes"] == "true" or ask(f"Remove them? Runs in other directories than {runs} may use them."):
+        print(f"Removed {remove(store, directories, runs)} of {len(directories)}.")
     else:
         print("Nothing was removed.")
     return DONE
 
 
-def used(runs: Path) -> set[tuple[str, str]]:
-    """Stage and key of each artifact that runs name, and of what a run was making when it ended.
+def used_keys(runs: Path) -> set[tuple[str, str]]:
+    """Stage and key of each artifact that a run names, and of what a run was making when it ended.
 
-    The key says what it is, wherever run and store were moved.
+    The key identifies an artifact, even after the run or the store was moved.
 
     Raises:
-        ConfigError: a run cannot be read, so nobody knows what it uses.
+        ConfigError: a run cannot be read, so what it uses is not known.
     """
-    found: set[tuple[str, str]] = set()
+    keys: set[tuple[str, str]] = set()
     for path in runs.glob("*/summary.json"):
         try:
             stages = json.loads(path.read_bytes())["stages"].values()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: {error}. So nobody knows what that run uses.") from None
-        made = [Path(stage["artifact"]) for stage in stages if stage["artifact"]]
-        found |= {(path.parent.name, path.name) for path in made}
-        at = read_position(path.parent)
-        found.add((at.get("stage", ""), at.get("key", "")))
-    return found
+            raise ConfigError(f"{path}: {error}. So it is not known what that run uses.") from None
+        artifacts = [Path(stage["artifact"]) for stage in stages if stage["artifact"]]
+        keys |= {(path.parent.name, path.name) for path in artifacts}
+        position = read_position(path.parent)
+        keys.add((position.get("stage", ""), position.get("key", "")))
+    return keys
 
 
-def unused(root: Path, needed: Collection[tuple[str, str]]) -> Iterator[Unused]:
-    """The directories of a store that are not needed. The base models stay: no run names them."""
+def unused_directories(root: Path, needed: Collection[tuple[str, str]]) -> Iterator[Unused]:
+    """The store's directories that are not needed. Base models stay, because no run names them."""
     for path in root.glob("[!.]*/*"):
         if path.is_dir() and not path.is_symlink() and (why := why_unused(path, needed)) is not None:
-            left = LEFT.fullmatch(path.name)
-            yield Unused(path, path.parent.name, left[1] if left else path.name, why, size(path))
+            leftover = LEFTOVER_NAME.fullmatch(path.name)
+            yield Unused(path, path.parent.name, leftover[1] if leftover else path.name, why, size(path))
 
 
 def why_unused(path: Path, needed: Collection[tuple[str, str]]) -> str | None:
     """Why a directory of a store is not needed; None if it is."""
-    stage, left = path.parent.name, LEFT.fullmatch(path.name)
-    if left is None:
+    stage, leftover = path.parent.name, LEFTOVER_NAME.fullmatch(path.name)
+    if leftover is None:
         is_needed = stage == "base" or path.name.startswith(".") or (stage, path.name) in needed
         return None if is_needed else "no run names it"
-    kind = left[2].partition("-")[0]
-    if kind == "checkpoints" and (path.parent / left[1] / MANIFEST).is_file():
-        return "checkpoints of a stage that has ended"  # killed right behind its publication
-    return None if kind == "checkpoints" and (stage, left[1]) in needed else WORDS[kind]
+    kind = leftover[2].partition("-")[0]
+    if kind == "checkpoints" and (path.parent / leftover[1] / MANIFEST).is_file():
+        return "checkpoints of a stage that has ended"  # killed right after it published the artifact
+    return None if kind == "checkpoints" and (stage, leftover[1]) in needed else LEFTOVER_REASONS[kind]
 
 
 def size(directory: Path) -> int:
-    """Bytes of the files below; a file under several names counts once."""
+    """Bytes of all files below a directory. Hard links count once."""
     files = [path.lstat() for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
     return sum({(each.st_dev, each.st_ino): each.st_size for each in files}.values())
 
 
 def is_being_made(store: Store, each: Unused) -> bool:
-    """Whether a run works there just now."""
+    """Whether a run is writing this directory now."""
     lock = store.lock(each.stage, each.key)
     try:
         lock.acquire(timeout=0)
@@ -129,11 +131,14 @@ def is_being_made(store: Store, each: Unused) -> bool:
     return False
 
 
-def remove(store: Store, found: Iterable[Unused], runs: Path) -> int:
-    """Remove directories, but none that a run is making just now, or has begun to use while the user was
-    asked. Gives how many are gone."""
-    number = 0
-    for each in found:
+def remove(store: Store, directories: Iterable[Unused], runs: Path) -> int:
+    """Remove directories, except those that a run is writing, or began to use while the user was asked.
+
+    Returns:
+        The number of removed directories.
+    """
+    removed = 0
+    for each in directories:
         lock = store.lock(each.stage, each.key)
         try:
             lock.acquire(timeout=0)
@@ -141,11 +146,11 @@ def remove(store: Store, found: Iterable[Unused], runs: Path) -> int:
             print(f"{each.path} stays: a run is making it ({held}).")
             continue
         try:
-            if why_unused(each.path, used(runs)) is None:
+            if why_unused(each.path, used_keys(runs)) is None:
                 print(f"{each.path} stays: a run uses it now.")
             else:
                 shutil.rmtree(each.path)
-                number += 1
+                removed += 1
         finally:
             lock.release()
-    return number
+    return removed

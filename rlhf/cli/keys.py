@@ -1,4 +1,4 @@
-"""`python -m rlhf keys`: every key, its default and its meaning, from conf/ and the classes that check it."""
+"""`python -m rlhf keys`: every key with its default and meaning, from conf/ and the config classes."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ SHARED: Mapping[str, type[BaseModel]] = {
     "peft": PeftConfig,
     "gate": Bound,
 }
-"""Sections that stand in several places: the page of all keys shows them once."""
-WHOLE_RUN = "For the whole run"
+"""Sections that several keys use. The page of all keys shows them once."""
+RUN_TITLE = "For the whole run"
 PAGE_TITLE = "# Keys\n\nEvery key with its default and its meaning; `${...}` is another key's value."
-DOCUMENT = re.compile(r"\(docs/([\w/-]+\.md)\)")
-"""How an advice names a page."""
-WIDTH = 100
-"""Characters of a line."""
+PAGE_LINK = re.compile(r"\(docs/([\w/-]+\.md)\)")
+"""Matches the link to a page in an advice text."""
+LINE_WIDTH = 100
+"""Width of printed lines, in characters."""
 
 
 class Key(NamedTuple):
-    """A key, its default as YAML, and what it means, in Markdown."""
+    """A key, its default as YAML, and its meaning in Markdown."""
 
     name: str
     default: str
@@ -53,7 +53,7 @@ class Key(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Keys with one first word."""
+    """The keys that begin with the same word."""
 
     name: str
     about: str
@@ -69,13 +69,13 @@ def keys(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     Raises:
         ConfigError: there is no such key, or the schema cannot be written.
     """
-    found = read_words("keys", arguments, {"schema": ""}, HELP)
-    if found is None:
+    parsed = read_words("keys", arguments, {"schema": ""}, HELP)
+    if parsed is None:
         return DONE
-    names, target = found[0], found[1]["schema"]
+    names, target = parsed[0], parsed[1]["schema"]
     if target:
         Path(target).write_text(json_schema(), encoding="utf-8")
-        print(f"Written: {target}. Its place stands in a file's first line: docs/data.md")
+        print(f"Written: {target}. To use it, name it in an experiment file's first line: docs/data.md")
         if not names:
             return DONE
     whole, *parts = sections({})
@@ -86,21 +86,21 @@ def keys(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         return DONE
     known = [key for part in (whole, *parts) for key in part.keys]
     for name in names:
-        plain = re.sub(r"@\w+", "", name)  # a named instance has the keys of its stage
-        below = [key for key in known if key.name == plain or key.name.startswith(f"{plain}.")]
-        if not below:
+        plain = re.sub(r"@\w+", "", name)  # STAGE@LABEL has the keys of its stage
+        matching = [key for key in known if key.name == plain or key.name.startswith(f"{plain}.")]
+        if not matching:
             raise ConfigError(
                 f"keys {name}: there is no such key.{did_you_mean(name, [key.name for key in known])} "
                 "`python -m rlhf keys` lists all sections."
             )
-        _print(below)
+        _print(matching)
     return DONE
 
 
-def _print(found: Iterable[Key]) -> None:
-    for key in found:
+def _print(keys: Iterable[Key]) -> None:
+    for key in keys:
         print(f"{key.name}={key.default}" if key.default else key.name)
-        print(textwrap.fill(key.meaning, WIDTH, initial_indent="    ", subsequent_indent="    "))
+        print(textwrap.fill(key.meaning, LINE_WIDTH, initial_indent="    ", subsequent_indent="    "))
 
 
 def markdown_page() -> str:
@@ -119,7 +119,7 @@ def _markdown(title: str, part: Section) -> str:
     """A heading, a sentence and a table."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for key in part.keys:
-        meaning = DOCUMENT.sub(r"([more](\1))", key.meaning)
+        meaning = PAGE_LINK.sub(r"([more](\1))", key.meaning)
         cells = (f"`{key.name}`", f"`{key.default}`" if key.default else "", meaning)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     about = [" ".join(part.about.split())] if part.about else []
@@ -127,16 +127,16 @@ def _markdown(title: str, part: Section) -> str:
 
 
 def sections(shared: Mapping[str, type[BaseModel]]) -> Iterator[Section]:
-    """All keys: first those of the whole run, then each section's, then each stage's.
+    """All keys: those of the whole run, of each section, and of each stage.
 
     Args:
-        shared: sections that are named, but whose keys are not repeated where they stand.
+        shared: sections to name only, without listing their keys again.
     """
     values, stages = packaged()
-    found = {name: _parts(field.annotation) for name, field in Settings.model_fields.items()}
-    models = {name: each[0] for name, each in found.items() if each and get_origin(each[0]) is not Literal}
+    parts = {name: _parts(field.annotation) for name, field in Settings.model_fields.items()}
+    models = {name: each[0] for name, each in parts.items() if each and get_origin(each[0]) is not Literal}
     top = {name: value for name, value in values.items() if name not in models}
-    yield Section(WHOLE_RUN, "", [*_keys(Settings, top, "", shared, skip=models)])
+    yield Section(RUN_TITLE, "", [*_keys(Settings, top, "", shared, skip=models)])
     for name, model in models.items():
         yield Section(name, model.__doc__ or "", [*_keys(model, values[name], f"{name}.", shared)])
     for name, stage in stages.items():
@@ -151,13 +151,13 @@ def _keys(
     shared: Mapping[str, type[BaseModel]],
     skip: Iterable[str] = (),
 ) -> Iterator[Key]:
-    """A section's keys and those below them."""
+    """A section's keys, with nested ones."""
     for name in [name for name in model.model_fields if name not in skip]:
         field, key = model.model_fields[name], f"{prefix}{name}"
-        found, meaning = _parts(field.annotation), field.description or ""
+        parts, meaning = _parts(field.annotation), field.description or ""
         value = values.get(name, "" if field.is_required() else field.get_default(call_default_factory=True))
-        named = [f"See [{title}](#{title})." for title, section in shared.items() if section in found]
-        if Bound in found:
+        named = [f"See [{title}](#{title})." for title, section in shared.items() if section in parts]
+        if Bound in parts:
             yield _key(key, "" if value else value, *(named or [meaning or Bound.__doc__ or ""]))
             for gate, bound in value.items():
                 limits = {name: limit for name, limit in bound.items() if name in ("min", "max")}
@@ -165,12 +165,12 @@ def _keys(
                 yield _key(f"{key}.{gate}", limits, f"When it fails: {advice}")
         elif named:
             yield _key(key, value, f"{meaning} {named[0]}")
-        elif found and get_origin(found[0]) is not Literal:
+        elif parts and get_origin(parts[0]) is not Literal:
             below = value if isinstance(value, Mapping) else {}
-            yield _key(key, "" if below else value, meaning or found[0].__doc__ or "")
-            yield from _keys(found[0], below, f"{key}.", shared)
+            yield _key(key, "" if below else value, meaning or parts[0].__doc__ or "")
+            yield from _keys(parts[0], below, f"{key}.", shared)
         else:
-            choices = ", ".join(f"`{_in_yaml(choice)}`" for each in found for choice in get_args(each))
+            choices = ", ".join(f"`{_in_yaml(choice)}`" for each in parts for choice in get_args(each))
             yield _key(key, value, f"{choices}. {meaning}" if choices else meaning)
 
 
@@ -182,12 +182,12 @@ def _key(name: str, default: Any, meaning: str) -> Key:
 
 
 def _in_yaml(choice: object) -> str:
-    """As the user writes it."""
+    """A value as the user writes it."""
     return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """The config sections and the choices in a type."""
+    """The config sections and `Literal`s in a type annotation."""
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
     inner = [part for argument in get_args(annotation) for part in _parts(argument)]
     return [annotation] if is_section or get_origin(annotation) is Literal else inner

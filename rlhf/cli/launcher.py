@@ -1,8 +1,8 @@
 """Starts one process per rank on this machine, and ends them all when one fails.
 
-Inside torchrun, srun or a Kubernetes job nothing is started: the environment says which rank this is.
-`python -m rlhf.cli.worker RUN_DIR` is what each rank runs. It is sent the config that was already composed,
-so that all ranks have the same; through a pipe, because secrets in it must not be written down.
+Inside torchrun, srun or a Kubernetes job it starts nothing: the environment says which rank this is. Each
+rank runs `python -m rlhf.cli.worker RUN_DIR`. It gets the composed config, so that all ranks have the same
+one, and gets it through a pipe, because secrets in it must not be written to a file.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import psutil
 from rlhf.config import ConfigError
 from rlhf.costs.memory import amount
 from rlhf.distributed.device import has_gpu
-from rlhf.distributed.signals import Heard, handled_by
+from rlhf.distributed.signals import ReceivedSignals, handled_by
 from rlhf.exit_codes import CONFIG_ERROR, INTERRUPTED, STOPPED
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import LaunchConfig
 
 GRACE_SECONDS = 5.0
-"""Seconds between the first failed rank and the end of the others, which may fail for the same reason."""
-LINES_SHOWN = 100
+"""Seconds that the other ranks get after the first one failed. They may fail for the same reason."""
+MAX_ERROR_LINES = 100
 RANK_BYTES = 0.25 * 2**30
-"""Memory of a rank that has imported torch and transformers."""
+"""Bytes that a rank needs after importing torch and transformers."""
 
 
 def ranks_wanted(config: LaunchConfig, device: str) -> int:
-    """How many processes to start here. 1 means none: this process does the work."""
+    """Number of processes to start here. 1 means none: this process does the work."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return 1
     num_gpus, memory = _visible_gpus(device), psutil.virtual_memory().total
@@ -59,7 +59,7 @@ def ranks_wanted(config: LaunchConfig, device: str) -> int:
 
 
 def _visible_gpus(device: str) -> int:
-    """Of those that `device=` leaves to a run."""
+    """Number of GPUs that a run may use with this `device=`."""
     if device == "cpu" or not has_gpu():
         return 0
     import torch
@@ -68,40 +68,40 @@ def _visible_gpus(device: str) -> int:
 
 
 def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int, *, quiet: bool = False) -> int:
-    """Run the experiment on so many ranks. Returns 0, or the exit code of the first rank that failed.
+    """Run the experiment on several ranks. Returns 0, or the exit code of the first rank that failed.
 
-    Rank 0 prints to the terminal. The output of the others, and every rank's errors, go to RUN_DIR/ranks/.
-    All ranks get the signals.
+    Rank 0 prints to the terminal. The output of the others and the errors of all ranks go to RUN_DIR/ranks/.
+    Signals are passed on to all ranks.
 
     Args:
-        quiet: nothing is printed: rank 0's output goes there too.
+        quiet: print nothing. Rank 0's output goes to RUN_DIR/ranks/ too.
     """
     run = Run(run_directory)
-    with run.alone(".launcher.lock"):  # from now on: the ranks take the other one once they are up
-        with run.alone():  # else the ranks' files of a run that goes on would be lost
+    with run.alone(".launcher.lock"):  # held all the time; the ranks take the run's own lock when they are up
+        with run.alone():  # otherwise the files of a running run's ranks would be deleted below
             pass
-        with TemporaryDirectory(prefix="rlhf-") as meeting:  # nobody else can read it
-            return _launch(resolved, run_directory, processes, meeting, quiet)
+        with TemporaryDirectory(prefix="rlhf-") as rendezvous:  # only this user can read it
+            return _launch(resolved, run_directory, processes, rendezvous, quiet)
 
 
 def _launch(
-    resolved: Mapping[str, Any], run_directory: Path, processes: int, meeting: str, quiet: bool
+    resolved: Mapping[str, Any], run_directory: Path, processes: int, rendezvous: str, quiet: bool
 ) -> int:
     directory = run_directory / "ranks"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     environment = os.environ | {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",  # DeepSpeed looks for them; nobody listens there
-        "RLHF_MEETING": meeting,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",  # DeepSpeed requires them; nothing listens there
+        "RLHF_MEETING": rendezvous,
     }  # fmt: skip
     config = json.dumps(resolved).encode()
     ranks = [_start(rank, config, directory, run_directory, environment, quiet) for rank in range(processes)]
 
-    heard = Heard()
+    received = ReceivedSignals()
 
     def forward(signum: int, frame: FrameType | None) -> None:
-        if heard.is_new(signum):
+        if received.is_new(signum):
             for rank in ranks:
                 if rank.poll() is None:
                     rank.send_signal(signum)
@@ -109,7 +109,7 @@ def _launch(
     with handled_by(forward):
         try:
             while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-                if len(heard.signums) > 1:  # the ranks end at once; those that cannot are ended
+                if len(received.signums) > 1:  # a second signal: the ranks end at once, or are killed
                     break
                 time.sleep(0.05)
             ended = _end(ranks)
@@ -119,8 +119,8 @@ def _launch(
     codes = {number: rank.wait() for number, rank in enumerate(ranks) if number not in ended}
     if not codes:
         print("No rank ended by itself after a second signal; all were killed.", file=sys.stderr)
-        return INTERRUPTED if heard.signums[-1] == signal.SIGINT else STOPPED
-    return _verdict(codes, directory, quiet)
+        return INTERRUPTED if received.signums[-1] == signal.SIGINT else STOPPED
+    return _exit_code(codes, directory, quiet)
 
 
 def _start(
@@ -145,16 +145,16 @@ def _start(
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=errors,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
+            start_new_session=True,  # Ctrl-C reaches only the launcher, which passes it on
         )
     assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin:  # a rank that died says so itself
+    with suppress(BrokenPipeError), process.stdin:  # a rank that died reports it itself
         process.stdin.write(config)
     return process
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
-    """Wait for the ranks to end. End those that hang because another one failed, and return them."""
+    """Wait for the ranks to end. End those that still run after the grace time, and return their numbers."""
     ended: set[int] = set()
     deadline = time.monotonic() + GRACE_SECONDS
     for signum in (signal.SIGTERM, signal.SIGKILL):
@@ -168,22 +168,22 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
     return ended
 
 
-def _verdict(codes: Mapping[int, int], directory: Path, quiet: bool) -> int:
-    """Show the first error of the ranks that ended by themselves."""
+def _exit_code(codes: Mapping[int, int], directory: Path, quiet: bool) -> int:
+    """Print the first error of the ranks that ended by themselves. Returns the exit code."""
     failed = [rank for rank, code in codes.items() if code != 0]
     if not failed:
         return 0
 
-    def when(rank: int) -> float:
-        """When a rank failed. One that wrote no time was killed, and counts as the first."""
+    def failure_time(rank: int) -> float:
+        """Time at which a rank failed; 0 for a rank that was killed and wrote no time."""
         note = directory / f"rank{rank}.failed"
         return float(note.read_text(encoding="utf-8")) if note.exists() else 0.0
 
-    first = min(failed, key=when)
+    first = min(failed, key=failure_time)
     if quiet:
         return codes[first] if codes[first] > 0 else 1
     text = (directory / f"rank{first}.err").read_text(errors="replace", encoding="locale").strip()
-    shown = "\n".join(text.splitlines()[-LINES_SHOWN:])
+    shown = "\n".join(text.splitlines()[-MAX_ERROR_LINES:])
     if codes[first] < 0:
         name = signal.Signals(-codes[first]).name
         print(f"Rank {first} was killed by {name}; the others were ended.", file=sys.stderr)

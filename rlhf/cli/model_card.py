@@ -1,4 +1,4 @@
-"""The model card of an exported policy: what the run's files say of it, and nothing else."""
+"""The model card of an exported policy, made only from the run's files."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 EMBEDDED = "SmolLM2-135M-Instruct"
 APACHE = "apache-2.0"
 UNKNOWN = "not known here"
-FIGURES = (
+CARD_METRICS = (
     "gold_mean", "gold_gain", "win_rate", "score_mean", "kl", "length_mean", "stop_rate", "distinct_2",
     "retention_perplexity_ratio", "question_accuracy",
 )  # fmt: skip
-"""Of `evaluate`: what it says of each policy."""
+"""Metrics of `evaluate` that exist for each policy."""
 
 
-def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, below: str | None) -> str:
+def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, base_name: str | None) -> str:
     """README.md of an exported policy.
 
     Args:
-        name: of the exported directory.
-        below: what PEFT puts it on: a name on the Hub, or `base` in the same directory; None for a model.
+        name: name of the exported directory.
+        base_name: base of a PEFT adapter: a name on the Hub, or the subdirectory `base`; None for a model.
     """
-    made = lineage(artifact)
+    manifests = lineage(artifact)
     parts = [
-        f"---\n{hub_metadata(run, policy, made, below is not None)}\n---",
+        f"---\n{hub_metadata(run, policy, manifests, base_name is not None)}\n---",
         f"# {name}",
         f"The `{policy}` model of the run `{run.directory.resolve().name}`, made by "
         f"rlhf-chain {artifact.manifest.packages['rlhf']} from {base(run)[0]}.",
@@ -49,14 +49,14 @@ def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, below:
     if run.summary["verdict"] == "":
         parts.append(NO_VERDICT)
     elif run.summary["verdict"]:
-        said = headed(run.summary.get("outcome"), run.summary["verdict"])
-        parts.append(f"**Verdict of the run.** {listed(said)}")
+        verdict = headed(run.summary.get("outcome"), run.summary["verdict"])
+        parts.append(f"**Verdict of the run.** {listed(verdict)}")
     else:
         parts.append("**The run has not come to its end**, so it has no verdict.")
-    parts += ["## How to use it", usage(run, name, below)]
-    parts += ["## How it was made", stages(run, made).markdown()]
-    parts += ["## Data", data(run, made).markdown()]
-    figures = measured(run, policy)
+    parts += ["## How to use it", usage(run, name, base_name)]
+    parts += ["## How it was made", stages(run, manifests).markdown()]
+    parts += ["## Data", data(run, manifests).markdown()]
+    figures = evaluation_table(run, policy)
     if figures.rows:
         parts += ["## Measured", figures.markdown()]
     if run.summary["gates"]:
@@ -73,14 +73,16 @@ def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, below:
     return printable(redacted_text("\n\n".join(parts))) + "\n"
 
 
-def hub_metadata(run: RunFiles, policy: str, made: Sequence[Manifest], is_adapter: bool) -> ModelCardData:
-    """What the Hub reads: https://huggingface.co/docs/hub/model-cards."""
+def hub_metadata(
+    run: RunFiles, policy: str, manifests: Sequence[Manifest], is_adapter: bool
+) -> ModelCardData:
+    """Metadata for the Hub: https://huggingface.co/docs/hub/model-cards."""
     from huggingface_hub import ModelCardData
 
     model, licence = run.config["model"], base(run)[1]
     return ModelCardData(
         base_model=model["id"] if model["kind"] == "hub" else None,
-        datasets=hub_sets(run, made) or None,
+        datasets=hub_sets(run, manifests) or None,
         library_name="peft" if is_adapter else "transformers",
         license=None if licence == UNKNOWN else licence,
         pipeline_tag="text-generation",
@@ -101,37 +103,38 @@ def base(run: RunFiles) -> tuple[str, str]:
 
 
 def licence_of(card: Path) -> str:
-    """What another model card says of its licence."""
+    """The licence in the metadata of another model card."""
     from huggingface_hub import metadata_load
 
     try:
-        found = metadata_load(card) if card.is_file() else None
-    except (yaml.YAMLError, ValueError):  # nobody has to write it as the Hub wants it
+        metadata = metadata_load(card) if card.is_file() else None
+    except (yaml.YAMLError, ValueError):  # a local card need not follow the Hub's format
         return UNKNOWN
-    return str((found or {}).get("license", UNKNOWN))
+    return str((metadata or {}).get("license", UNKNOWN))
 
 
 def lineage(artifact: Artifact) -> list[Manifest]:
-    """The manifests of all that it was made from, itself last, as far as the store still has them."""
-    found: dict[str, Manifest] = {}
+    """Manifests of the artifact and of everything that it was made from, if the store still has them. The
+    artifact's own comes last."""
+    manifests: dict[str, Manifest] = {}
 
     def visit(stage: str, key: str) -> None:
         path = artifact.path.parents[1] / stage / key
-        if key in found or not path.is_dir():
+        if key in manifests or not path.is_dir():
             return
         manifest = read_manifest(path)
-        for name, below in manifest.recipe.get("inputs", {}).items():
-            visit(name, below)
-        found[key] = manifest
+        for name, input_key in manifest.recipe.get("inputs", {}).items():
+            visit(name, input_key)
+        manifests[key] = manifest
 
     visit(artifact.manifest.stage, artifact.key)
-    return [*found.values()]
+    return [*manifests.values()]
 
 
-def stages(run: RunFiles, made: Sequence[Manifest]) -> Cells:
-    """One row a stage."""
+def stages(run: RunFiles, manifests: Sequence[Manifest]) -> Cells:
+    """A table with one row per stage."""
     rows = []
-    for manifest in made:
+    for manifest in manifests:
         knobs: Mapping[str, Any] = manifest.recipe["knobs"]
         inputs = manifest.recipe.get("inputs", {})
         method = knobs.get("peft")
@@ -140,20 +143,24 @@ def stages(run: RunFiles, made: Sequence[Manifest]) -> Cells:
     return Cells(["stage", "reads", "trains", "time", "key"], rows)
 
 
-def data(run: RunFiles, made: Sequence[Manifest]) -> Cells:
-    """The data sets that the stages learned from. Of a file only its name: its place may be private."""
-    rows = [[key, *said(source)] for role in roles_of(made) for key, source in sources_of(run, role)]
+def data(run: RunFiles, manifests: Sequence[Manifest]) -> Cells:
+    """A table of the data sets that the stages read. Shows only a file's name: its path may be private."""
+    rows = [
+        [key, *described_source(source)]
+        for role in roles_of(manifests)
+        for key, source in sources_of(run, role)
+    ]
     return Cells(["key", "source", "licence"], rows)
 
 
-def roles_of(made: Sequence[Manifest]) -> list[str]:
+def roles_of(manifests: Sequence[Manifest]) -> list[str]:
     """The roles of data that the stages read."""
-    return [*dict.fromkeys(role for manifest in made for role in manifest.recipe.get("data", {}))]
+    return [*dict.fromkeys(role for manifest in manifests for role in manifest.recipe.get("data", {}))]
 
 
 def sources_of(run: RunFiles, role: str) -> Iterator[tuple[str, Any]]:
-    """Key and source of a role's data, as the config names them. Prompts may be those of another key's rows:
-    then it is their source."""
+    """Key and source of a role's data, as the config names them. If the value is another data key, such as
+    the prompts of `sft.data`, gives that key's sources."""
     kind, at, label = role.partition("@")
     if kind not in ROLES:
         yield role, "named by that stage"
@@ -171,20 +178,20 @@ def sources_of(run: RunFiles, role: str) -> Iterator[tuple[str, Any]]:
             yield ROLES[kind].key, source
 
 
-def hub_sets(run: RunFiles, made: Sequence[Manifest]) -> list[str]:
-    """Names of the data sets of the Hub."""
-    sources = [source for role in roles_of(made) for _, source in sources_of(run, role)]
+def hub_sets(run: RunFiles, manifests: Sequence[Manifest]) -> list[str]:
+    """Names of the data sets that come from the Hub."""
+    sources = [source for role in roles_of(manifests) for _, source in sources_of(run, role)]
     named = [each.get("hub") if isinstance(each, Mapping) else each.partition("hub:")[2] for each in sources]
     return sorted({name for name in named if name})
 
 
-def said(source: Any) -> tuple[str, str]:
-    """A source in words, and its licence."""
+def described_source(source: Any) -> tuple[str, str]:
+    """A source in words and its licence."""
     if isinstance(source, Mapping):
         kind, value = next(
             (kind, source[kind]) for kind in ("path", "samples", "hub", "stage") if source.get(kind)
         )
-        return said(value if kind == "path" else f"{kind}:{value}")
+        return described_source(value if kind == "path" else f"{kind}:{value}")
     kind, _, rest = source.partition(":")
     if kind == "samples":
         return f"{rest}, packaged with rlhf-chain", APACHE
@@ -195,22 +202,22 @@ def said(source: Any) -> tuple[str, str]:
     return Path(source).name, UNKNOWN
 
 
-def measured(run: RunFiles, policy: str) -> Cells:
-    """What `evaluate` says of this policy and of the others, with intervals where there are any."""
-    _, found = last_evaluation(run.summary["stages"])
-    metrics = {name: value for name, value in found.items() if value is not None}
+def evaluation_table(run: RunFiles, policy: str) -> Cells:
+    """A table with the metrics of `evaluate` for this policy and the others, with known intervals."""
+    _, evaluation = last_evaluation(run.summary["stages"])
+    metrics = {name: value for name, value in evaluation.items() if value is not None}
     names = [name.removeprefix("length_mean/") for name in metrics if name.startswith("length_mean/")]
     rows = []
-    for figure in FIGURES:
-        cells = [shown(metrics, f"{figure}/{name}") for name in names]
+    for figure in CARD_METRICS:
+        cells = [with_interval(metrics, f"{figure}/{name}") for name in names]
         if any(cell != "-" for cell in cells):
             rows.append([figure, *cells])
     heading = f"{metrics.get('prompts', 0):.0f} prompts"
     return Cells([heading, *names], rows if policy in names else [])
 
 
-def shown(metrics: Mapping[str, float], figure: str) -> str:
-    """A figure with its 95% interval."""
+def with_interval(metrics: Mapping[str, float], figure: str) -> str:
+    """A metric with its 95% interval, if it has one."""
     value, sampled = metrics.get(figure), Sampled.found(figure, metrics)
     if value is None or sampled is None:
         return _number(value)
@@ -218,7 +225,7 @@ def shown(metrics: Mapping[str, float], figure: str) -> str:
 
 
 def gates(run: RunFiles) -> Cells:
-    """One row a gate."""
+    """A table with one row per gate."""
     rows = [
         [f"{gate['stage']}/{gate['name']}", _number(gate["value"]), gate["bound"], gate["outcome"]]
         for gate in run.summary["gates"]
@@ -256,9 +263,11 @@ model = PeftModel.from_pretrained(base, "{name}")
 ```"""
 
 
-def usage(run: RunFiles, name: str, below: str | None) -> str:
-    """Code that loads it."""
+def usage(run: RunFiles, name: str, base_name: str | None) -> str:
+    """Code that loads the exported model."""
     remote = ", trust_remote_code=True" if run.config["model"].get("trust_remote_code") else ""
-    if below is None:
+    if base_name is None:
         return WITH_TRANSFORMERS.format(name=name, remote=remote)
-    return WITH_PEFT.format(name=name, remote=remote, base=f"{name}/base" if below == "base" else below)
+    return WITH_PEFT.format(
+        name=name, remote=remote, base=f"{name}/base" if base_name == "base" else base_name
+    )

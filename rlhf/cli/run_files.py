@@ -1,4 +1,4 @@
-"""What a run's directory holds, for the commands that use its models. Needs no torch."""
+"""Reads a run's directory, for the commands that use its models. Needs no torch."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class RunFiles:
 
     @property
     def store_dir(self) -> Path:
-        """Where the artifacts are."""
-        made = [stage for stage, each in self.summary["stages"].items() if each["artifact"] is not None]
-        if not made:
+        """The store that has the run's artifacts."""
+        stages = [stage for stage, each in self.summary["stages"].items() if each["artifact"] is not None]
+        if not stages:
             raise ConfigError(f"{self.directory}: no stage of this run has made anything.")
-        return self._place(made[0]).parents[1]
+        return self._artifact_path(stages[0]).parents[1]
 
     @property
     def policies(self) -> list[str]:
@@ -46,7 +46,7 @@ class RunFiles:
         return [name for name in self.summary["stages"] if self._is_policy(name)]
 
     def chosen_policy(self, name: str) -> str:
-        """This stage; without a name the one that `evaluate` judged, or the last one that made a policy.
+        """The policy of this stage. Without a name: the one that `evaluate` judged, or the last one.
 
         Raises:
             ConfigError: there is no such policy.
@@ -66,23 +66,23 @@ class RunFiles:
         return name
 
     def artifact(self, stage: str) -> Artifact:
-        """What a stage made: read, and equal to its manifest.
+        """A stage's artifact. Its files are read and compared with the manifest.
 
         Raises:
-            ConfigError: it is not there any more, or is damaged.
+            ConfigError: it is gone or damaged.
         """
-        path = self._place(stage)
-        found = Store(path.parents[1]).find(path.parent.name, path.name, read=True)
-        if found is None:
+        path = self._artifact_path(stage)
+        artifact = Store(path.parents[1]).find(path.parent.name, path.name, read=True)
+        if artifact is None:
             raise ConfigError(f"{path}: it is no longer there. The run's command makes it again.")
-        return found
+        return artifact
 
     def _is_policy(self, stage: str) -> bool:
         made = self.summary["stages"][stage]["artifact"] is not None
-        return made and (self._place(stage) / "generation_config.json").is_file()
+        return made and (self._artifact_path(stage) / "generation_config.json").is_file()
 
-    def _place(self, stage: str) -> Path:
-        """By the link first: run and store may have moved together."""
+    def _artifact_path(self, stage: str) -> Path:
+        """Directory of a stage's artifact. Tries the link first: run and store may have moved together."""
         link = self.directory / "artifacts" / stage
         return link.resolve() if link.exists() else Path(self.summary["stages"][stage]["artifact"])
 
@@ -90,9 +90,9 @@ class RunFiles:
         path = self.directory / name
         try:
             text = path.read_text(encoding="utf-8")
-            found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}). Name the directory of a run.") from None
-        if not isinstance(found, dict):
+        if not isinstance(values, dict):
             raise ConfigError(f"{path}: it is not what a run writes.")
-        return found
+        return values

@@ -1,4 +1,4 @@
-"""`python -m rlhf status` and `ls`: how runs are, from the files that they write. Needs no torch."""
+"""`python -m rlhf status` and `ls`: the state of runs, from the files that they write. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rich.console import Console
 from rlhf.cli.command import read
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.exit_codes import DONE
-from rlhf.locks import lives
+from rlhf.locks import is_alive
 from rlhf.pipeline.run import headed
-from rlhf.tracking.position import NAME, read_position
+from rlhf.tracking.position import FILE_NAME, read_position
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells, shown
 
@@ -33,98 +33,101 @@ LS_HELP = """python -m rlhf ls [runs_dir=DIR]
 All runs, the newest first: how each is, when it last wrote, and its verdict.
 """
 TRIAL = "trial.json"
-"""In the directory of every run that is a trial of a sweep."""
+"""File in the run directory of every trial of a sweep."""
 SILENT_SECONDS = 120.0
-"""A run on another host that has said nothing for so long may be dead."""
+"""Seconds without a new position after which a run on another host is `silent`: it may be dead."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How a run is."""
+    """The state of a run."""
 
     directory: Path
-    word: str
-    """running, done, failed, stopped, dead, or silent: on another host, and nothing was heard for long."""
+    status: str
+    """running, done, failed, stopped, dead, or silent (see `SILENT_SECONDS`)."""
     stages: Mapping[str, Mapping[str, Any]]
-    """Of summary.json: those that have ended."""
+    """Finished stages, from summary.json."""
     verdict: str | None
     gates: Sequence[Mapping[str, Any]]
     position: Mapping[str, Any]
-    """Of position.json; empty if the run has written none."""
+    """Content of position.json; empty without this file."""
 
     @property
-    def place(self) -> str:
-        """Where it runs and how far it is; empty if it does not run."""
-        at = self.position
-        if self.word not in ("running", "silent"):
+    def activity(self) -> str:
+        """Process, stage and progress of a running run; else empty."""
+        position = self.position
+        if self.status not in ("running", "silent"):
             return ""
-        seen = f"last sign {clock(time.time() - at['time'])} ago" if at else "no sign yet"
-        where = f"pid {at['pid']} on {at['host']}, " if at else ""
-        total = f"/{at['total']}" if at.get("total") else ""
-        task = f" ({at['task']} {at['done']}{total})" if at.get("task") else ""
-        return f"{where}{at.get('stage', 'starting')}{task}, {seen}"
+        last_sign = f"last sign {clock(time.time() - position['time'])} ago" if position else "no sign yet"
+        process = f"pid {position['pid']} on {position['host']}, " if position else ""
+        total = f"/{position['total']}" if position.get("total") else ""
+        progress = f" ({position['task']} {position['done']}{total})" if position.get("task") else ""
+        return f"{process}{position.get('stage', 'starting')}{progress}, {last_sign}"
 
     @property
-    def left(self) -> list[str]:
-        """The stages that are still to end."""
+    def unfinished(self) -> list[str]:
+        """Stages that have not finished yet."""
         return [name for name in self.position.get("needed", []) if name not in self.stages]
 
     @property
     def seconds_left(self) -> float | None:
-        """How long it will still take: the stage that runs by its steps, the others as was predicted."""
-        at, expected = self.position, self.position.get("expected", {})
-        if self.word != "running" or not self.left:
+        """Seconds until the run ends: the current stage by its speed, later stages by the forecast. None if
+        not known."""
+        position, expected = self.position, self.position.get("expected", {})
+        if self.status != "running" or not self.unfinished:
             return None
-        now, *later = self.left
-        own = at["left"] if at.get("left") is not None else expected.get(now)
-        return None if own is None else own + sum(expected.get(name, 0.0) for name in later)
+        now, *later = self.unfinished
+        stage_seconds = position["left"] if position.get("left") is not None else expected.get(now)
+        return (
+            None if stage_seconds is None else stage_seconds + sum(expected.get(name, 0.0) for name in later)
+        )
 
 
 def state_of(directory: Path) -> RunState:
-    """How the run in this directory is."""
+    """Read the state of the run in this directory."""
     summary, position = _read(directory / "summary.json"), read_position(directory)
     stages = summary.get("stages", {})
-    ended = {stage["status"] for stage in stages.values()}
+    statuses = {stage["status"] for stage in stages.values()}
     if position.get("ended"):
-        word = position["ended"]
+        run_status = position["ended"]
     elif summary.get("verdict") is not None:
-        word = "done"
-    elif "failed" in ended or "stopped" in ended:
-        word = "failed" if "failed" in ended else "stopped"
+        run_status = "done"
+    elif "failed" in statuses or "stopped" in statuses:
+        run_status = "failed" if "failed" in statuses else "stopped"
     elif not position:
-        word = "dead"
+        run_status = "dead"
     elif position["host"] != socket.gethostname():
-        word = "running" if time.time() - position["time"] < SILENT_SECONDS else "silent"
+        run_status = "running" if time.time() - position["time"] < SILENT_SECONDS else "silent"
     else:
-        word = "running" if lives(position["pid"], position["started"]) else "dead"
+        run_status = "running" if is_alive(position["pid"], position["started"]) else "dead"
     verdict = summary.get("verdict")
-    said = None if verdict is None else headed(summary.get("outcome"), verdict)
+    headed_verdict = None if verdict is None else headed(summary.get("outcome"), verdict)
     finished = {name: stage for name, stage in stages.items() if stage["status"] in ("ran", "reused")}
-    return RunState(directory, word, finished, said, summary.get("gates", []), position)
+    return RunState(directory, run_status, finished, headed_verdict, summary.get("gates", []), position)
 
 
 def runs_in(root: Path) -> list[Path]:
-    """The directories of runs, the newest first.
+    """Directories of runs, newest first.
 
     Raises:
         ConfigError: there is no such directory.
     """
     if not root.is_dir():
         raise ConfigError(f"runs_dir={root}: there is no such directory.")
-    found = [path for path in root.iterdir() if (path / "summary.json").is_file()]
-    return sorted(found, key=_written, reverse=True)
+    directories = [path for path in root.iterdir() if (path / "summary.json").is_file()]
+    return sorted(directories, key=_written, reverse=True)
 
 
 def sweep_of(path: Path) -> str | None:
-    """The sweep whose trial a run is; None if it is none."""
+    """Name of the sweep that a trial belongs to; None if the run is no trial."""
     return path.name.rpartition("-")[0] if (path / TRIAL).is_file() else None
 
 
 def find_run(root: Path, name: str) -> Path:
-    """The directory of a run; without a name, of the newest one.
+    """The directory of a run. Without a name: of the newest run.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such run.
     """
     runs = runs_in(root)
     names = [path.name for path in runs]
@@ -141,7 +144,7 @@ def find_run(root: Path, name: str) -> Path:
 
 
 def status(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
-    """Tell how a run is."""
+    """Print the state of a run."""
     keys = read("status", arguments, {"run_name": "", "runs_dir": defaults["runs_dir"]}, STATUS_HELP)
     if keys is None:
         return DONE
@@ -151,14 +154,14 @@ def status(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
 
 
 def lines_of(state: RunState) -> Iterator[str]:
-    """What `status` prints."""
-    yield f"{state.directory}: {state.word}"
-    if state.place:
-        yield f"  {state.place}"
+    """Lines that `status` prints."""
+    yield f"{state.directory}: {state.status}"
+    if state.activity:
+        yield f"  {state.activity}"
     for name, stage in state.stages.items():
         yield f"  {name} {stage['status']}" + (f", {clock(stage['seconds'])}" if stage["seconds"] else "")
-    if state.left:
-        yield f"  left: {', '.join(state.left)}"
+    if state.unfinished:
+        yield f"  left: {', '.join(state.unfinished)}"
     if state.seconds_left is not None:
         end = datetime.fromtimestamp(time.time() + state.seconds_left)
         yield f"  about {clock(state.seconds_left)} to go, until {end:%H:%M}"
@@ -169,7 +172,7 @@ def lines_of(state: RunState) -> Iterator[str]:
             yield f"  gate failed: {name} = {figure}, wanted {gate['bound']}"
     if state.verdict:
         yield from (f"  {line}" for line in state.verdict.split("\n"))
-    if state.word in ("dead", "stopped", "failed"):
+    if state.status in ("dead", "stopped", "failed"):
         yield "  The same command continues: finished stages and the last checkpoint are kept."
 
 
@@ -181,7 +184,7 @@ def ls(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     states = [state_of(path) for path in runs_in(Path(keys["runs_dir"]))]
     rows = [
         [
-            state.directory.name, state.word, f"{_written(state.directory):%Y-%m-%d %H:%M}",
+            state.directory.name, state.status, f"{_written(state.directory):%Y-%m-%d %H:%M}",
             ", ".join(state.stages), re.split(r"\.(?:\s|$)", state.verdict or "")[0],
         ]
         for state in states
@@ -192,12 +195,12 @@ def ls(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # not there; or replaced on another host while NFS reads it
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # no such file, or replaced on another host while NFS reads it
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _written(directory: Path) -> datetime:
-    paths = (directory / name for name in ("summary.json", NAME))
+    paths = (directory / name for name in ("summary.json", FILE_NAME))
     return datetime.fromtimestamp(max(path.stat().st_mtime for path in paths if path.exists()))

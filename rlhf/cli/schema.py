@@ -1,4 +1,4 @@
-"""A JSON schema of an experiment's file, from the classes that check it: editors complete YAML with it."""
+"""JSON schema of an experiment file, from the config classes. Editors complete YAML with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOURCE = {"$ref": "#/$defs/SourceConfig"}
 
 
 def packaged() -> tuple[dict[str, Any], Mapping[str, Stage]]:
-    """The packaged config, where `${...}` still stands for another key's value, and its stages."""
+    """The packaged config, with `${...}` not resolved, and its stages."""
     with hydra.initialize_config_module("rlhf.conf", version_base="1.3"):
         node = hydra.compose("config")
     values, resolved = (OmegaConf.to_container(node, resolve=resolve) for resolve in (False, True))
@@ -29,11 +29,11 @@ def packaged() -> tuple[dict[str, Any], Mapping[str, Stage]]:
 
 
 def _typed(field: dict[str, Any], value: Any) -> dict[str, Any]:
-    """What YAML may say of a key beside what its class holds: one source for several, one name for a list,
-    `auto` where that is the default, and another key's value."""
+    """A field's schema, extended by what YAML also accepts: a source or a name instead of a list, `auto` if
+    it is the default, and `${...}`."""
     if "$ref" in field:
         return field
-    kept = {name: field.pop(name) for name in ("description",) if name in field}
+    description = {name: field.pop(name) for name in ("description",) if name in field}
     choices = field.get("anyOf", [field])
     if any(choice.get("items") == SOURCE for choice in choices):
         choices = [SOURCE, *choices]
@@ -41,30 +41,29 @@ def _typed(field: dict[str, Any], value: Any) -> dict[str, Any]:
         choices = [ANY_TEXT, *choices]
     if not any(choice in (ANY_TEXT, SOURCE) for choice in choices):
         choices = [*choices, *([{"const": value}] if value == "auto" else []), INTERPOLATION]
-    return kept | (choices[0] if len(choices) == 1 else {"anyOf": choices})
+    return description | (choices[0] if len(choices) == 1 else {"anyOf": choices})
 
 
 def _plain(node: Any) -> Any:
-    """A part of pydantic's schema without titles and defaults, and with nothing required: a file says what it
-    changes."""
+    """A part of pydantic's schema without titles, defaults and required keys: a file sets only some keys."""
     if isinstance(node, list):
         return [_plain(each) for each in node]
     if not isinstance(node, dict):
         return node
-    found = {key: _plain(value) for key, value in node.items() if key not in ("title", "default", "required")}
+    plain = {key: _plain(value) for key, value in node.items() if key not in ("title", "default", "required")}
     if "properties" in node:
-        found["properties"] = {name: _plain(value) for name, value in node["properties"].items()}
-    if "description" in found:
-        found["description"] = " ".join(found["description"].split())
-    return found
+        plain["properties"] = {name: _plain(value) for name, value in node["properties"].items()}
+    if "description" in plain:
+        plain["description"] = " ".join(plain["description"].split())
+    return plain
 
 
 def json_schema() -> str:
-    """The whole text of the schema: an experiment file, or the composed config."""
+    """Text of the schema for an experiment file or the composed config."""
     values, stages = packaged()
     models = [Settings, *map(type, stages.values())]
-    _, found = models_json_schema([(model, "validation") for model in models])
-    sections = {name: _plain(section) for name, section in found["$defs"].items()}
+    _, schema = models_json_schema([(model, "validation") for model in models])
+    sections = {name: _plain(section) for name, section in schema["$defs"].items()}
     named = {"Settings": values} | {type(stage).__name__: values[name] for name, stage in stages.items()}
     for name, section in sections.items():
         default = named.get(name, {})
@@ -82,9 +81,9 @@ def json_schema() -> str:
     sections["SourceConfig"] = {"anyOf": [ANY_TEXT, sections["SourceConfig"]]}
     methods = sections["PeftConfig"]["properties"]["method"]["anyOf"][0]
     sections["PeftConfig"] = {"anyOf": [methods, sections["PeftConfig"]]}
-    whole = sections.pop("Settings")
-    whole["properties"] |= {
+    root = sections.pop("Settings")
+    root["properties"] |= {
         name: {"$ref": f"#/$defs/{type(stage).__name__}"} for name, stage in stages.items()
     } | {"defaults": {"type": "array"}, "hydra": {"type": "object"}}
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "rlhf"}
-    return json.dumps(head | whole | {"$defs": sections}, indent=1) + "\n"
+    return json.dumps(head | root | {"$defs": sections}, indent=1) + "\n"

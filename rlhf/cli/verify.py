@@ -1,4 +1,4 @@
-"""`python -m rlhf verify`: reads a whole store and compares it with its manifests. Needs no torch.
+"""`python -m rlhf verify`: read a whole store and compare it with its manifests. Needs no torch.
 
 Exit codes: 0 nothing is damaged, 2 there is no such store, 3 something is damaged.
 """
@@ -39,21 +39,21 @@ def verify(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     root = Path(keys["store_dir"])
     if not root.is_dir():
         raise ConfigError(f"store_dir={root}: there is no such directory.")
-    number, bad = 0, 0
+    num_checked, num_damaged = 0, 0
     for complaint in complaints(root):
-        number += 1
+        num_checked += 1
         if complaint is not None:
-            bad += 1
+            num_damaged += 1
             print(printable(complaint), flush=True)
-    kept = len(list(root.glob("[!.]*/*damaged-*")) + list(root.glob("[!.]*/.*.checkpoints/damaged-*")))
-    aside = f" {kept} were set aside earlier (*damaged-*)." if kept else ""
-    outcome = f"{bad} damaged" if bad else "all as they were written"
-    print(f"{number} artifacts and checkpoints in {root}: {outcome}.{aside}")
-    return GATE_FAILED if bad else DONE
+    num_aside = len(list(root.glob("[!.]*/*damaged-*")) + list(root.glob("[!.]*/.*.checkpoints/damaged-*")))
+    aside_note = f" {num_aside} were set aside earlier (*damaged-*)." if num_aside else ""
+    outcome = f"{num_damaged} damaged" if num_damaged else "all as they were written"
+    print(f"{num_checked} artifacts and checkpoints in {root}: {outcome}.{aside_note}")
+    return GATE_FAILED if num_damaged else DONE
 
 
 def complaints(root: Path) -> Iterator[str | None]:
-    """The damage of each artifact and checkpoint of a store; None for a sound one."""
+    """One complaint per artifact and checkpoint of a store; None if it is not damaged."""
     store = Store(root)
     for path in sorted(root.glob("[!.]*/[!.]*")):
         if path.is_dir():
@@ -65,9 +65,9 @@ def complaints(root: Path) -> Iterator[str | None]:
 
 def _complaint(store: Store, path: Path) -> str | None:
     try:
-        found = store.find(path.parent.name, path.name)
-        if found is not None:
-            store.verify(found, read=True)
+        artifact = store.find(path.parent.name, path.name)
+        if artifact is not None:
+            store.verify(artifact, read=True)
     except ConfigError as error:
         return str(error)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""`python -m rlhf watch`: a run's page while it goes on, from the files that it writes. Needs no torch.
+"""`python -m rlhf watch`: serve a run's page during the run, from the files that it writes. Needs no torch.
 
-It answers this machine alone, and only GET; it hands out no file, only pages that it makes.
+The server answers only this machine and only GET. It sends no files, only pages that it makes.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ def watch(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     """Serve pages until Ctrl-C.
 
     Raises:
-        ConfigError: there is no such run, or the port cannot be had.
+        ConfigError: there is no such run, or the port cannot be used.
     """
     known = {"run_name": "", "runs_dir": defaults["runs_dir"], "port": str(PORT)}
     keys = read("watch", arguments, known, HELP)
     if keys is None:
         return DONE
     root, name = Path(keys["runs_dir"]), keys["run_name"]
-    shown = chosen(root, name)
+    path = shown_path(root, name)
     try:
         with make_server(root, name, keys["port"]) as server:
             address = f"http://{HOST}:{server.server_port}/"
-            print(f"{shown}: {address} (Ctrl-C ends the watch, not the run)", flush=True)
+            print(f"{path}: {address} (Ctrl-C ends the watch, not the run)", flush=True)
             server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
         print()
@@ -64,14 +64,14 @@ def watch(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
 
 
 def make_server(root: Path, name: str, port: str) -> ThreadingHTTPServer:
-    """A server for the runs of a directory; it does not serve yet.
+    """A server for the runs of a directory. It does not serve yet.
 
     Args:
-        name: of the run or the sweep that `/` shows; empty for the newest.
-        port: 0 takes a free one.
+        name: the run or sweep that `/` shows; empty for the newest.
+        port: 0 takes a free port.
 
     Raises:
-        ConfigError: the port cannot be had.
+        ConfigError: the port cannot be used.
     """
     if not (port.isascii() and port.isdigit() and int(port) < 2**16):
         raise ConfigError(f"port={port}: a port is a number from 0 to 65535.")
@@ -81,14 +81,14 @@ def make_server(root: Path, name: str, port: str) -> ThreadingHTTPServer:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
         raise ConfigError(
-            f"port={port}: it cannot be had ({error.strerror}). Use another, or port=0."
+            f"port={port}: it cannot be used ({error.strerror}). Use another, or port=0."
         ) from None
     server.daemon_threads = True
     return server
 
 
-def chosen(root: Path, name: str) -> Path:
-    """What `/` shows: the directory of a run, or the name that a sweep's trials have in common.
+def shown_path(root: Path, name: str) -> Path:
+    """What `/` shows: the directory of a run, or the common name of a sweep's trials in this directory.
 
     Raises:
         ConfigError: there is no such run.
@@ -105,8 +105,8 @@ def chosen(root: Path, name: str) -> Path:
     return root / name
 
 
-class Answer(NamedTuple):
-    """What a request gets."""
+class Response(NamedTuple):
+    """The response to a request."""
 
     status: HTTPStatus
     stamp: str = ""
@@ -119,76 +119,77 @@ class Pages:
     def __init__(self, root: Path, name: str) -> None:
         self._root, self._name = root, name
 
-    def answer(self, path: str, stamp: str) -> Answer:
-        """A page; without its text where the reader has what `stamp` stands for.
+    def answer(self, path: str, stamp: str) -> Response:
+        """A page. Without text if nothing changed since `stamp`.
 
         Args:
             path: `/`, `/runs` or `/run/NAME`.
+            stamp: ETag of the page that the browser has, or empty.
         """
         try:
             return self._answer(path, stamp)
-        except (OSError, ValueError, KeyError, ConfigError):  # the run begins anew while its files are read
-            return Answer(HTTPStatus.SERVICE_UNAVAILABLE)
+        except (OSError, ValueError, KeyError, ConfigError):  # the run starts again while its files are read
+            return Response(HTTPStatus.SERVICE_UNAVAILABLE)
 
-    def _answer(self, path: str, stamp: str) -> Answer:
+    def _answer(self, path: str, stamp: str) -> Response:
         runs = {each.name: each for each in runs_in(self._root)}
         if path == "/runs":
             return self._list(f"Runs in {self._root}", [*runs.values()], stamp)
         if path == "/":
-            name = chosen(self._root, self._name).name
+            name = shown_path(self._root, self._name).name
         elif path.startswith("/run/"):
             name = unquote(path.removeprefix("/run/"))
         else:
-            return Answer(HTTPStatus.NOT_FOUND)
+            return Response(HTTPStatus.NOT_FOUND)
         if name in runs:
             return self._run(runs[name], stamp)
         trials = [each for each in runs.values() if sweep_of(each) == name]
-        return self._list(f"Sweep {name}", trials, stamp) if trials else Answer(HTTPStatus.NOT_FOUND)
+        return self._list(f"Sweep {name}", trials, stamp) if trials else Response(HTTPStatus.NOT_FOUND)
 
-    def _run(self, directory: Path, stamp: str) -> Answer:
+    def _run(self, directory: Path, stamp: str) -> Response:
         state = state_of(directory)
         lines = [*lines_of(state)]
         files = [directory / name for name in ("summary.json", "metrics.jsonl")]
-        new = _stamp(state.word, *lines, *map(_written, files))
+        new = _stamp(state.status, *lines, *map(_written, files))
         if new == stamp:
-            return Answer(HTTPStatus.NOT_MODIFIED, new)
-        return Answer(HTTPStatus.OK, new, run_page(read_run(directory), Live(state.word, lines, new)))
+            return Response(HTTPStatus.NOT_MODIFIED, new)
+        return Response(HTTPStatus.OK, new, run_page(read_run(directory), Live(state.status, lines, new)))
 
-    def _list(self, title: str, runs: Sequence[Path], stamp: str) -> Answer:
+    def _list(self, title: str, runs: Sequence[Path], stamp: str) -> Response:
         states = [state_of(path) for path in runs]
         rows = [
             RunLine(
-                state.directory.name, f"/run/{quote(state.directory.name, safe='')}", state.word,
-                f"{datetime.fromtimestamp(_time(state.directory)):%Y-%m-%d %H:%M}",
-                ", ".join(state.stages), state.place or state.verdict or "",
+                state.directory.name, f"/run/{quote(state.directory.name, safe='')}", state.status,
+                f"{datetime.fromtimestamp(_summary_time(state.directory)):%Y-%m-%d %H:%M}",
+                ", ".join(state.stages), state.activity or state.verdict or "",
             )
             for state in states
         ]  # fmt: skip
         new = _stamp(*(text for row in rows for text in row))
         if new == stamp:
-            return Answer(HTTPStatus.NOT_MODIFIED, new)
-        return Answer(HTTPStatus.OK, new, list_page(title, rows, Live("", [], new)))
+            return Response(HTTPStatus.NOT_MODIFIED, new)
+        return Response(HTTPStatus.OK, new, list_page(title, rows, Live("", [], new)))
 
 
 def lines_of(state: RunState) -> Iterator[str]:
-    """Where a run is, in words."""
-    if state.place:
-        yield state.place
-    if state.word == "silent":
-        yield "It runs on another host, and nothing was heard of it for long: it may be dead."
-    if state.word == "dead":
+    """Lines about the state of a run."""
+    if state.activity:
+        yield state.activity
+    if state.status == "silent":
+        yield "It runs on another host and has not written for long: it may be dead."
+    if state.status == "dead":
         yield "Its process is gone."
-    if state.word in ("dead", "stopped", "failed"):
+    if state.status in ("dead", "stopped", "failed"):
         yield "The same command continues: finished stages and the last checkpoint are kept."
-    if state.left and state.word != "done":
-        yield f"Left: {', '.join(state.left)}."
+    if state.unfinished and state.status != "done":
+        yield f"Left: {', '.join(state.unfinished)}."
     if state.seconds_left is not None:
         end = datetime.fromtimestamp(time.time() + state.seconds_left)
         yield f"About {clock(state.seconds_left)} to go, until {end:%H:%M}."
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET alone."""
+    """Answers GET requests."""
 
     server_version, sys_version = "rlhf", ""
 
@@ -197,31 +198,31 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        """One page."""
+        """Send one page."""
         assert isinstance(self.server, ThreadingHTTPServer)
-        ours = (f"{HOST}:{self.server.server_port}", f"localhost:{self.server.server_port}")
-        if self.headers.get("Host") not in ours:  # a page of somebody's whose name now means this machine
-            self._send(Answer(HTTPStatus.MISDIRECTED_REQUEST))
+        own_hosts = (f"{HOST}:{self.server.server_port}", f"localhost:{self.server.server_port}")
+        if self.headers.get("Host") not in own_hosts:  # DNS rebinding by a foreign page
+            self._send(Response(HTTPStatus.MISDIRECTED_REQUEST))
             return
         stamp = self.headers.get("If-None-Match", "")
         self._send(self._pages.answer(urlsplit(self.path).path, stamp))
 
-    def _send(self, answer: Answer) -> None:
-        text = answer.page
-        if not text and answer.status is not HTTPStatus.NOT_MODIFIED:
-            text = f"<!doctype html><title>rlhf</title><p>{answer.status.phrase}</p>"
+    def _send(self, response: Response) -> None:
+        text = response.page
+        if not text and response.status is not HTTPStatus.NOT_MODIFIED:
+            text = f"<!doctype html><title>rlhf</title><p>{response.status.phrase}</p>"
         body = text.encode()
-        self.send_response(answer.status)
+        self.send_response(response.status)
         for name, value in HEADERS.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
-        if answer.stamp:
-            self.send_header("ETag", answer.stamp)
+        if response.stamp:
+            self.send_header("ETag", response.stamp)
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing of each request: the page asks every two seconds."""
+        """Log nothing: the page asks every two seconds."""
 
 
 def _stamp(*parts: object) -> str:
@@ -231,9 +232,9 @@ def _stamp(*parts: object) -> str:
 def _written(path: Path) -> str:
     if not path.exists():
         return ""
-    found = path.stat()
-    return f"{found.st_mtime_ns} {found.st_size}"
+    status = path.stat()
+    return f"{status.st_mtime_ns} {status.st_size}"
 
 
-def _time(directory: Path) -> float:
+def _summary_time(directory: Path) -> float:
     return (directory / "summary.json").stat().st_mtime

@@ -1,4 +1,4 @@
-"""`python -m rlhf.cli.worker RUN_DIR`: one rank of those that the launcher starts."""
+"""`python -m rlhf.cli.worker RUN_DIR`: one of the ranks that the launcher starts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rlhf.tracking.redaction import redacted_output
 
 @redacted_output()
 def main() -> None:
-    """One rank."""
+    """Run one rank."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives its launcher
     if os.getppid() != int(os.environ["RLHF_LAUNCHER"]):
         raise SystemExit("the launcher is gone")
     try:
-        with StopSignals().installed():  # at once: importing torch takes seconds
+        with StopSignals().installed():  # before torch is imported, which takes seconds
             code = execute(json.load(sys.stdin), Path(sys.argv[1]).name)
     except Stopped as stop:  # before the run began
         code = INTERRUPTED if stop.signum == signal.SIGINT else STOPPED

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import portable
-from rlhf.distributed.signals import STOPPING, uninterrupted
+from rlhf.distributed.signals import STOP_SIGNALS, uninterrupted
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -97,7 +97,7 @@ def _begin(function: Callable[[Any], Any], stopped: Connection) -> None:
     gc.freeze()  # the parent's objects would be searched again and again
     gc.set_threshold(GARBAGE_THRESHOLD)
     signal.set_wakeup_fd(-1)
-    for signum in STOPPING:
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # the parent gets it too, and stops us
     signal.signal(STOP, _give_up)
     threading.Thread(target=_hear_parent, args=(threading.get_ident(),), daemon=True).start()

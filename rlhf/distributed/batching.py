@@ -1,4 +1,4 @@
-"""Token-budget micro-batches."""
+"""Batches of rows, and micro-batches with a token budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
 
 
 def budget_batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """The indices in this order, in groups of at most max_tokens tokens (or of a single longer row)."""
+    """Group the indices in this order, at most max_tokens tokens per group. A longer row gets its own."""
     groups: list[list[int]] = []
     used = 0
     for index in order:
@@ -35,17 +35,17 @@ def budget_batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int
 
 
 def num_batches(rows: int, batch_rows: int, epochs: float) -> int:
-    """Number of batches that a training needs; `epochs` may be a fraction."""
+    """Number of batches in a training. `epochs` may be a fraction."""
     return math.ceil(Fraction(str(epochs)) * math.ceil(rows / batch_rows))  # in floats 1.1 x 50 > 55
 
 
 class Batches(Sequence[Sequence[Item]]):
-    """Batches of rows. Their rows are taken when they are asked for; in memory are numbers."""
+    """Batches of rows. Holds only indices in memory; a batch's rows are read on access."""
 
     def __init__(self, rows: Sequence[Item], order: array[int], ends: array[int]) -> None:
         """Args:
-        order: indices of the rows of all batches, one after the other.
-        ends: where each batch ends in it.
+        order: row indices of all batches, one batch after the other.
+        ends: end of each batch in `order`.
         """
         self._rows, self._order, self._ends = rows, order, ends
 
@@ -66,7 +66,7 @@ class Batches(Sequence[Sequence[Item]]):
 
 
 def shuffled_batches(rows: Sequence[Item], batch_rows: int, epochs: float, seed: int) -> Batches[Item]:
-    """The batches of a whole training, in order: each epoch shuffles the rows anew."""
+    """All batches of a training, in order. Each epoch shuffles the rows again."""
     order, ends, places = array("i"), array("q"), range(len(rows))
     for epoch in range(math.ceil(epochs) if rows else 0):
         order.extend(random.Random(seed + epoch).sample(places, len(places)))
@@ -82,6 +82,6 @@ def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def equal_tokens(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the prefix that both have."""
+    """Length of the common prefix."""
     different = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(different, min(len(first), len(second)))

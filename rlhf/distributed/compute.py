@@ -1,8 +1,8 @@
-"""Ranks: who computes what, and what all ranks must know. Device and precision.
+"""Ranks and how they share work; device and precision.
 
-Every rank runs the same program with the same seeds and the same global batches. The lengths of a batch's
-rows alone decide which rank gets which rows. So no rank has to ask another one, and the results do not depend
-on the number of ranks, up to rounding.
+Every rank runs the same program with the same seeds and the same global batches. Only the lengths of a
+batch's rows decide which rank gets which rows. So ranks need not ask each other, and the results do not
+depend on the number of ranks, up to rounding.
 """
 
 from __future__ import annotations
@@ -34,34 +34,33 @@ if TYPE_CHECKING:
 
 Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp"]
 LOOPBACK = "lo"
-"""The network interface that leads nowhere else."""
+"""The loopback network interface, which no other host can reach."""
 TURN_SECONDS = 1.0
-"""Time between two messages of rank 0 to the ranks that wait for it; distributed.timeout is longer."""
+"""Seconds between messages of rank 0 to the ranks that wait for it. `distributed.timeout` is longer."""
 Result = TypeVar("Result")
 
 
 class DistributedConfig(Strict):
-    """`distributed.*`: how ranks wait for each other."""
+    """`distributed.*`: how long ranks wait for each other."""
 
     timeout: PositiveFloat
     """Seconds that a rank waits for the others. Then the run ends and names the missing one."""
 
 
 class MicroBatch(NamedTuple):
-    """This rank's part of a batch that fits one forward pass."""
+    """Rows of a batch for one forward pass of this rank."""
 
     indices: list[int]
-    """Into the whole batch."""
+    """Row indices in the whole batch."""
     weight: float
-    """1; or 0 if the results do not count, and the pass only keeps this rank in step with the others."""
+    """1; or 0 for a pass whose results do not count, which only keeps this rank in step with the others."""
     last: bool
-    """Whether it is the last one of the batch."""
+    """Whether it is the last micro-batch of the batch."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Device, dtype and ranks. Device and dtype are names until a stage runs: importing torch takes a
-    second."""
+    """Device, dtype and ranks. Device and dtype are stored as names, because importing torch is slow."""
 
     device_name: str
     """`cpu`, `cuda:0`, ..."""
@@ -71,15 +70,15 @@ class Compute:
     rank: int = 0
     world_size: int = 1
     node_ranks: int = 1
-    """Ranks on each node. Those of a node follow each other."""
+    """Ranks per node. The ranks of a node have consecutive numbers."""
     position: dict[str, Any] = field(default_factory=dict)
-    """Where this rank is (stage and step), and how often it has `moved`. It shows which rank hangs."""
+    """This rank's stage, step and number of `count_progress` calls. Shows which rank hangs."""
     timeout: float = 1800.0
     """Seconds that a rank waits for the others (`distributed.timeout`)."""
 
     @cached_property
     def device(self) -> torch.device:
-        """Where this rank's tensors live."""
+        """The device of this rank's tensors."""
         import torch
 
         return torch.device(self.device_name)
@@ -94,7 +93,7 @@ class Compute:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and talks to the user."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
@@ -104,54 +103,53 @@ class Compute:
 
     @property
     def uses_fsdp(self) -> bool:
-        """Whether torch's FSDP2 shards, instead of DeepSpeed."""
+        """Whether torch's FSDP2 shards the model, and not DeepSpeed."""
         return self.zero in ("fsdp2", "hsdp")
 
     @property
     def num_shards(self) -> int:
-        """Ranks that hold a model together: with hsdp those of a node, otherwise all."""
+        """Number of ranks that share one copy of the model: with hsdp the ranks of a node, otherwise all."""
         return self.node_ranks if self.zero == "hsdp" else self.world_size
 
     @property
     def shard(self) -> int:
-        """Which of these ranks this one is."""
+        """Index of this rank among the ranks that share a copy."""
         return self.rank % self.num_shards
 
     @property
     def num_replicas(self) -> int:
-        """Groups of ranks that each hold a model together: with hsdp one a node, otherwise one."""
+        """Number of copies of the model: with hsdp one per node, otherwise one."""
         return self.world_size // self.num_shards
 
     @property
     def replica(self) -> int:
-        """Which of these groups this rank is in."""
+        """Index of the copy that this rank has a part of."""
         return self.rank // self.num_shards
 
     @property
     def loads_on(self) -> torch.device:
-        """The device that a model is loaded to before an engine takes it. An engine that shards weights
-        copies this rank's slices from the files, which the host maps. So neither holds a whole model."""
+        """Device to load a model to before an engine takes it. An engine that shards weights copies this
+        rank's slices from memory-mapped files. So neither the GPU nor the host holds a full model."""
         import torch
 
         return torch.device("cpu") if self.shards_weights else self.device
 
     def ask_once(self, work: Callable[[], Result]) -> Result:
-        """The result of work that looks at a whole model. If ranks shard weights, only rank 0 does it, and
-        tells the others.
+        """The result of work that inspects a full model. If ranks shard weights, only rank 0 does the work
+        and sends the result to the others.
 
         Raises:
-            Exception: what the work raised.
+            Exception: the error of `work`.
         """
         return self.main_only(work) if self.shards_weights else work()
 
-    def moved(self) -> None:
-        """Count one finished piece of work. This shows that the rank does not hang."""
+    def count_progress(self) -> None:
+        """Count one finished piece of work. Shows others that this rank does not hang."""
         self.position["moves"] = self.position.get("moves", 0) + 1
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """While open, this rank counts as alive, even if nothing else shows it (for example on a slow
-        disk)."""
+        """While open, this rank counts as alive even without progress, for example on a slow disk."""
         self.position["busy"] = True
         try:
             yield
@@ -160,9 +158,9 @@ class Compute:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """While open, the heartbeat ends this rank if it does not move for `timeout` seconds. For waits for
-        other ranks that know no limit: in an engine that they run together."""
-        self.moved()
+        """While open, the heartbeat ends this rank after `timeout` seconds without progress. For waits
+        without a limit of their own, such as in an engine that ranks run together."""
+        self.count_progress()
         self.position["limited"] = True
         try:
             yield
@@ -189,11 +187,11 @@ class Compute:
 
         box = [value]
         distributed.broadcast_object_list(box, src=0)
-        self.moved()
+        self.count_progress()
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         import torch
 
         self.global_sum(torch.zeros(1))
@@ -202,59 +200,60 @@ class Compute:
         """Run `work` on rank 0, with no time limit. Every rank gets its result, or its error.
 
         Raises:
-            Exception: what rank 0's work raised.
+            Exception: the error of `work` on rank 0.
         """
-        outcome: tuple[Any, Exception | None] | None = None  # None: not yet
+        outcome: tuple[Any, Exception | None] | None = None  # None: not done yet
         if self.is_main:
             with self.others_waiting() if self.world_size > 1 else nullcontext():
                 try:
                     outcome = (work(), None)
                 except Exception as error:  # raised below, on every rank
                     outcome = (None, error if self.world_size == 1 else portable(error))
-        while (heard := self.broadcast(outcome)) is None:
+        while (received := self.broadcast(outcome)) is None:
             pass
-        result, failure = heard
+        result, failure = received
         if failure is not None:
             raise failure
-        return result  # type: ignore[no-any-return]  # it came by pickle
+        return result  # type: ignore[no-any-return]  # it was pickled
 
     @contextmanager
     def others_waiting(self) -> Iterator[None]:
-        """While open, rank 0 tells the others every second that it still works, so that none times out.
+        """While open, rank 0 sends the others a message every second, so that none times out.
 
-        The work stays in this thread, because only the main thread gets signals.
+        The messages come from a second thread. The work stays in this thread, because only the main thread
+        gets signals.
         """
-        over = threading.Event()
+        done = threading.Event()
 
-        def tell() -> None:
-            with suppress(RuntimeError):  # a rank is lost, as the outcome's broadcast will say
-                while not over.wait(TURN_SECONDS):
+        def send_messages() -> None:
+            with suppress(RuntimeError):  # a rank is lost; the broadcast of the outcome will report it
+                while not done.wait(TURN_SECONDS):
                     self.broadcast(None)
 
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
+        sender = threading.Thread(target=send_messages, daemon=True)
+        sender.start()
         try:
             yield
         finally:
-            over.set()
-            teller.join()
+            done.set()
+            sender.join()
 
     def shard_indices(self, lengths: Sequence[int]) -> list[int]:
-        """Indices of the items that this rank works on: sorted by falling length, every n-th of n ranks."""
+        """Indices of this rank's items: of all items sorted by decreasing length, every n-th, for n ranks."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         return order[self.rank :: self.world_size]
 
     def collect(self, mine: Sequence[Result], lengths: Sequence[int]) -> list[Result]:
-        """All items' results, in the items' order, on every rank. `mine` are those of `shard_indices`."""
+        """The results of all items in order, on every rank. `mine` are the results for `shard_indices`."""
         indices = self.shard_indices(lengths)
         return self.collect_taken(dict(zip(indices, mine, strict=True)), len(lengths))
 
     def collect_taken(self, mine: Mapping[int, Result], count: int) -> list[Result]:
-        """All items' results, in the items' order, on every rank.
+        """The results of all items in order, on every rank.
 
         Args:
-            mine: index -> result, of the items that this rank worked on. Ranks that worked on an item
-                together may all have its result.
+            mine: index -> result of this rank's items. Several ranks may have the result of the same item.
+            count: number of all items.
         """
         parts = [mine]
         if self.world_size > 1:
@@ -262,20 +261,20 @@ class Compute:
 
             parts = [{} for _ in range(self.world_size)]
             distributed.all_gather_object(parts, dict(mine))
-            self.moved()
-        found = {index: result for part in parts for index, result in part.items()}
-        return [found[index] for index in range(count)]
+            self.count_progress()
+        results = {index: result for part in parts for index, result in part.items()}
+        return [results[index] for index in range(count)]
 
     def micro_batches(
         self, lengths: Sequence[int], max_tokens: int, units: Sequence[Sequence[int]] | None = None
     ) -> Iterator[MicroBatch]:
-        """This rank's share of a batch, as forward passes of at most max_tokens tokens.
+        """This rank's share of a batch, as micro-batches of at most max_tokens tokens.
 
         Every rank gets the same number of passes, because sharded models need all ranks in each pass. A rank
         with fewer passes repeats the batch's shortest row with weight 0.
 
         Args:
-            units: all rows, in groups that should not be separated; None if each may be anywhere.
+            units: all rows, in groups that should stay together; None if every row may go anywhere.
         """
         if units is None:
             units = [[index] for index in range(len(lengths))]
@@ -290,17 +289,17 @@ class Compute:
         filled += [([shortest], 0.0)] * (count - len(filled))
         for place, (group, weight) in enumerate(filled):
             yield MicroBatch(group, weight, place == count - 1)
-            self.moved()
+            self.count_progress()
 
-    def undivided(self, key: str, value: int, unit: int = 1) -> Iterator[Complaint]:
-        """A complaint about a batch that the ranks cannot share equally, with the nearest sizes that they
-        can. `unit`: sizes must be multiples of it too."""
+    def uneven_batch(self, key: str, value: int, unit: int = 1) -> Iterator[Complaint]:
+        """A complaint if the ranks cannot share a batch equally, with the nearest sizes that fit. `unit`:
+        sizes must also be multiples of it."""
         if value % self.world_size:
             step = math.lcm(self.world_size, unit)
             below = value // step * step
-            near = f"{below} or {below + step}" if below else str(step)
+            fitting = f"{below} or {below + step}" if below else str(step)
             why = f"it cannot be divided equally over {self.world_size} ranks."
-            yield Complaint(f"{key}={value}", why, f"Use {near}.")
+            yield Complaint(f"{key}={value}", why, f"Use {fitting}.")
 
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
         if self.world_size == 1:
@@ -309,7 +308,7 @@ class Compute:
 
         total = values.detach().clone()
         distributed.all_reduce(total, op=operation)
-        self.moved()
+        self.count_progress()
         return total
 
 
@@ -317,7 +316,7 @@ def portable(error: Exception) -> Exception:
     """The error, or a RuntimeError with the same text if the error cannot be sent to other ranks."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its class does when it is pickled; what it says is kept
+    except Exception:  # a class can raise anything when pickled; the text is kept
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
@@ -328,15 +327,15 @@ def make_compute(
     """Join the other ranks, if the environment names any. Choose device and precision.
 
     Returns:
-        The second value says which precision was taken and why.
+        The compute object, and a text about the precision and the reason for it.
     """
     on_cpu = device == "cpu" or not has_gpu()
     rank, world_size = find_rank(os.environ)
     if on_cpu:
         keep_freed_memory()
-    is_alone = on_cpu and world_size == 1 and zero == "none"  # which needs no torch before a stage runs
-    found = "cpu" if is_alone else _joined(on_cpu, rank, world_size, zero, timeout)
-    name, reason = (precision, "as configured") if precision != "auto" else choose_precision(found)
+    is_alone = on_cpu and world_size == 1 and zero == "none"  # then torch is not needed before a stage runs
+    device_name = "cpu" if is_alone else _joined(on_cpu, rank, world_size, zero, timeout)
+    name, reason = (precision, "as configured") if precision != "auto" else choose_precision(device_name)
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[name]
     ranks = f", {world_size} ranks" if world_size > 1 else ""
     node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
@@ -345,16 +344,16 @@ def make_compute(
     sharding = f", {zero}" if zero != "none" else ""
     if zero == "hsdp" and node_ranks == world_size:
         sharding += " (on one node it is fsdp2)"
-    kind = found.partition(":")[0]
-    compute = Compute(found, dtype, zero, rank, world_size, node_ranks, timeout=timeout)
+    kind = device_name.partition(":")[0]
+    compute = Compute(device_name, dtype, zero, rank, world_size, node_ranks, timeout=timeout)
     return compute, f"{name} on {kind} ({reason}){ranks}{sharding}"
 
 
 def check_nodes(rank: int, world_size: int, node_ranks: int) -> None:
-    """Refuse nodes with different numbers of ranks, or whose ranks do not follow each other.
+    """Refuse nodes with different numbers of ranks, or with ranks that are not consecutive.
 
     Raises:
-        ConfigError: on every rank.
+        ConfigError: the nodes are refused. Raised on every rank.
     """
     if world_size == 1:
         return
@@ -383,26 +382,26 @@ def _joined(on_cpu: bool, rank: int, world_size: int, zero: Zero, timeout: float
         from torch import distributed
 
     on_one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world_size
-    if on_one_host:  # the backends' own sockets too; by default they listen where the host's name leads
+    if on_one_host:  # for the backends' own sockets: by default they listen on the address of the host's name
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
     if world_size == 1 and zero != "none" and not distributed.is_initialized():
         store = distributed.HashStore()  # type: ignore[attr-defined]  # torch's stub lacks it
-        distributed.init_process_group(  # sharding needs a group, if only of one
+        distributed.init_process_group(  # sharding needs a group, even with one rank
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1
         )
     if world_size > 1 and not distributed.is_initialized():
         if on_cpu and "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-        waits = timedelta(seconds=timeout)
-        # torchrun may have a store of its own, which its ranks find by the environment
+        time_limit = timedelta(seconds=timeout)
+        # torchrun may have its own store, which its ranks find through the environment
         is_ours = on_one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         distributed.init_process_group(
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-            store=store_of_this_host(rank, world_size, waits) if is_ours else None,
+            store=store_of_this_host(rank, world_size, time_limit) if is_ours else None,
             rank=rank,
             world_size=world_size,
-            timeout=waits,
+            timeout=time_limit,
         )
     return str(PartialState(cpu=on_cpu).device)
 
@@ -414,27 +413,30 @@ def leave_group(compute: Compute) -> None:
 
         deepspeed: Any = sys.modules.get("deepspeed")
         if deepspeed is not None and deepspeed.comm.is_initialized():
-            deepspeed.comm.destroy_process_group()  # torch's, and what DeepSpeed remembers of it
+            deepspeed.comm.destroy_process_group()  # also DeepSpeed's own reference to the group
         elif distributed.is_initialized():
             distributed.destroy_process_group()
         if "RANK" not in os.environ:
-            os.environ.pop("LOCAL_RANK", None)  # of DeepSpeed's group of one; others believe it
+            os.environ.pop("LOCAL_RANK", None)  # set by DeepSpeed; other libraries would use it
 
 
-MEETINGS = count()
-"""Numbers the groups that this process joins, as in a sweep under torchrun: a rank may join the next one
-while another still holds the file of the last."""
+GROUP_NUMBERS = count()
+"""Number of each group that this process joins, as in a sweep under torchrun. Each group needs its own file:
+a rank may join the next group while another still has the file of the last one."""
 
 
 def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
-    """The meeting point for ranks of one host: a file in RLHF_MEETING, a directory that our launchers make
-    and nobody else can read. Without one MASTER_PORT of 127.0.0.1, which no network reaches, but every user
-    of this host; by default torch listens on every address of the host."""
+    """The rendezvous store for ranks of one host.
+
+    It is a file in RLHF_MEETING, a directory that our launchers make and only this user can read. Without
+    this variable it is MASTER_PORT of 127.0.0.1: no network reaches it, but every user of this host does.
+    torch's default would listen on every address of the host.
+    """
     from torch import distributed
 
     if "RLHF_MEETING" in os.environ:
         store = distributed.FileStore(  # type: ignore[attr-defined]  # torch's stub lacks it
-            f"{os.environ['RLHF_MEETING']}/store{next(MEETINGS)}", world_size
+            f"{os.environ['RLHF_MEETING']}/store{next(GROUP_NUMBERS)}", world_size
         )
         store.set_timeout(timeout)
         return store
@@ -444,16 +446,16 @@ def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
         listener.listen()
-        listening = listener.detach()  # the store's from now on
+        listening = listener.detach()  # from now on the store owns the socket
     return distributed.TCPStore(  # type: ignore[attr-defined]  # torch's stub lacks it
         "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
     )
 
 
 def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
-    """(rank, world size) as torchrun, srun, Kubernetes or our own launcher set them; (0, 1) without them.
+    """(rank, world size) from the variables of torchrun, srun, Kubernetes or our own launcher; else (0, 1).
 
-    Under srun, the variables that torch reads are set from SLURM's.
+    Under srun, sets the variables that torch reads from those of SLURM.
 
     Raises:
         ConfigError: SLURM started several tasks, but MASTER_ADDR is not set.
@@ -482,8 +484,8 @@ def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
 
 
 def tasks_on_node(environment: Mapping[str, str]) -> int:
-    """Tasks of this srun step on this node. SLURM writes `4(x2),3` for two nodes with four and one with
-    three."""
+    """Number of this srun step's tasks on this node. SLURM writes `4(x2),3` for two nodes with four tasks and
+    one with three."""
     counts: list[int] = []
     for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
         count, _, repeat = part.partition("(x")

@@ -1,4 +1,4 @@
-"""Device, precision and hardware."""
+"""Detects the device, its precision, memory and speed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 
 DRIVERS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
 """Names under /dev of GPU drivers: NVIDIA's, Jetson's, AMD's, and those of Windows under WSL."""
-WARMING_SECONDS, MULTIPLYING_SECONDS = 0.05, 0.1
-"""Of a measurement of the speed."""
+WARM_UP_SECONDS, MEASURED_SECONDS = 0.05, 0.1
+"""Seconds of warm-up and of measurement for `matmul_speed`."""
 
 
 def has_gpu() -> bool:
-    """What `torch.cuda.is_available()` says. If Linux has no GPU driver, the answer is no without importing
-    torch, which takes a second."""
+    """Whether torch can use a GPU. Without a GPU driver under Linux, does not import torch, which is slow."""
     if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in DRIVERS):
         return False
     import torch
@@ -33,7 +32,7 @@ def has_gpu() -> bool:
 
 
 def hardware() -> str:
-    """This machine: processor, threads, GPU."""
+    """This machine in words: processor, threads, GPU."""
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if has_gpu() else ""
@@ -64,14 +63,14 @@ Precision = Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_offered)
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of malloc.h."""
+"""Constants of malloc.h."""
 
 
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next tensors.
 
     By default glibc returns large blocks to the kernel. The kernel then fills them with zeros, page by page,
-    when they are needed again. This took a quarter of a training step on CPUs (malloc(3), mallopt(3)).
+    when they are needed again. That makes training steps on CPUs much slower (malloc(3), mallopt(3)).
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -80,44 +79,42 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the kernel back what `keep_freed_memory` kept: between stages, so that one does not hold
-    what another needed (malloc_trim(3)).
-    """
+    """Return freed memory to the kernel (malloc_trim(3)): a stage need not hold what an earlier one used."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
-GROUPS = Path("/sys/fs/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def host_memory() -> float:
-    """Bytes that processes here can still take: what the kernel can free, within the limits of this process's
-    control groups (a container's, a SLURM job's)."""
+    """Bytes of host memory that processes can still take: the kernel's available memory, within the limits of
+    this process's control groups (of a container or a SLURM job)."""
     import psutil
 
-    listed = Path("/proc/self/cgroup").read_text(encoding="utf-8") if GROUPS.exists() else ""
-    path = listed.rpartition("::")[2].strip()
-    groups = [GROUPS / path.strip("/"), *(GROUPS / path.strip("/")).parents]
-    rooms = (room_in(group) for group in groups if group.is_relative_to(GROUPS))
-    return min(float(psutil.virtual_memory().available), *rooms)
+    cgroups = Path("/proc/self/cgroup").read_text(encoding="utf-8") if CGROUP_ROOT.exists() else ""
+    path = cgroups.rpartition("::")[2].strip()
+    groups = [CGROUP_ROOT / path.strip("/"), *(CGROUP_ROOT / path.strip("/")).parents]
+    group_limits = (cgroup_memory_left(group) for group in groups if group.is_relative_to(CGROUP_ROOT))
+    return min(float(psutil.virtual_memory().available), *group_limits)
 
 
-def room_in(group: Path) -> float:
-    """Bytes left in a control group (version 2); infinite without a limit."""
+def cgroup_memory_left(group: Path) -> float:
+    """Bytes left in a control group (cgroup v2); infinite without a limit."""
     limit = group / "memory.max"
-    if not limit.exists() or (most := limit.read_text(encoding="utf-8").strip()) == "max":
+    if not limit.exists() or (max_bytes := limit.read_text(encoding="utf-8").strip()) == "max":
         return float("inf")
     caches = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-    held = int((group / "memory.current").read_bytes()) - int(caches["inactive_file"])  # given up when asked
-    return float(int(most) - held)
+    used = int((group / "memory.current").read_bytes()) - int(caches["inactive_file"])  # can be freed
+    return float(int(max_bytes) - used)
 
 
 def choose_precision(device: str) -> tuple[str, str]:
-    """bf16 if it is faster than fp32 here.
+    """The precision and the reason: bf16 if it is faster than fp32 on this device.
 
     CPUs with AVX512-BF16 or AMX multiply bf16 several times faster than fp32; other CPUs emulate it. The
-    CPU's flags decide, if the system shows them: a busy moment must not change the precision, because it is
-    part of every artifact's key. Otherwise a short measurement decides.
+    CPU's flags decide, if the system shows them. A measurement depends on the load of the machine, and the
+    precision is part of every artifact's key. Without flags, a short measurement decides.
     """
     if device != "cpu":
         import torch
@@ -126,8 +123,8 @@ def choose_precision(device: str) -> tuple[str, str]:
         return ("bf16", "supported") if fast else ("fp32", "this GPU has no bf16, and fp16 is not offered")
     flags = Path("/proc/cpuinfo")
     if flags.exists():
-        words = set(flags.read_text(encoding="utf-8").split())
-        found = sorted(words & {"avx512_bf16", "amx_bf16", "bf16"})
+        cpu_flags = set(flags.read_text(encoding="utf-8").split())
+        found = sorted(cpu_flags & {"avx512_bf16", "amx_bf16", "bf16"})
         return ("bf16", f"the CPU has {found[0]}") if found else ("fp32", "the CPU has no bf16 instructions")
     import torch
 
@@ -136,26 +133,26 @@ def choose_precision(device: str) -> tuple[str, str]:
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """The median of square matrix products during a tenth of a second, in GFLOP/s. The first ones, in which
-    threads start and clocks rise, are left out."""
+    """Median speed of square matrix products, in GFLOP/s. Excludes the warm-up, in which threads start and
+    clocks rise."""
     import torch
 
     size = 768 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
-    def take() -> float:
+    def time_once() -> float:
         start = time.perf_counter()
         left @ right
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    def take_for(seconds: float) -> list[float]:
-        end, found = time.perf_counter() + seconds, [take()]
+    def times_for(seconds: float) -> list[float]:
+        end, times = time.perf_counter() + seconds, [time_once()]
         while time.perf_counter() < end:
-            found.append(take())
-        return found
+            times.append(time_once())
+        return times
 
-    take()  # it loads the library, which on a GPU takes longer than all that follows
-    take_for(WARMING_SECONDS)
-    return 2 * size**3 / median(take_for(MULTIPLYING_SECONDS)) / 1e9
+    time_once()  # loads the library, which on a GPU is slow
+    times_for(WARM_UP_SECONDS)
+    return 2 * size**3 / median(times_for(MEASURED_SECONDS)) / 1e9

@@ -1,9 +1,9 @@
-"""Each rank writes every second where it is and what it did. So the others can name a rank that is missing.
+"""Each rank writes its position and progress every second, so that others can name a missing rank.
 
-What it did, its *progress*, is everything that a rank that hangs does not do: steps, micro-batches, tokens of
-a response, finished collectives (rank 0 calls one every second while the others wait for its work), and bytes
-that its main thread reads or writes. On a CPU the thread's seconds of computing count too. On a GPU they do
-not, because a thread that waits for a GPU also uses the CPU.
+*Progress* is everything that a rank cannot do while it hangs: steps, micro-batches, tokens of a response,
+finished collectives (rank 0 calls one every second while the others wait for its work), and bytes that its
+main thread reads or writes. On a CPU the thread's CPU seconds count too. On a GPU they do not, because a
+thread that waits for a GPU also uses the CPU.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from rlhf.distributed.compute import Compute
 
 INTERVAL_SECONDS = 1.0
 STALE_SECONDS = 5.0
-"""A rank is missing if its last beat is this much older than the reader's own. The file system's clock
-counts, because the clocks of the hosts may differ."""
-BEFORE_NCCL = 0.9
-"""Of `distributed.timeout`. On a GPU a rank that waits cannot be interrupted: after the whole time NCCL's
-watchdog would abort the process, and nobody would say which rank is missing."""
+"""A rank is missing if its last beat is this much older than the reader's own. Compares file times, because
+the clocks of the hosts may differ."""
+NCCL_TIMEOUT_SHARE = 0.9
+"""Share of `distributed.timeout` after which a waiting rank on a GPU is taken for hung. A wait in NCCL cannot
+be interrupted: after the full time NCCL's watchdog aborts the process, without naming the missing rank."""
 
 
 class Heartbeat:
     """A thread that writes RUN_DIR/ranks/rankN.json during the run, if there are several ranks."""
 
-    def __init__(self, directory: Path, compute: Compute, hung: Callable[[str], object]) -> None:
+    def __init__(self, directory: Path, compute: Compute, on_hang: Callable[[str], object]) -> None:
         """
         Args:
-            hung: called once, by another thread, if the main thread has not moved for `compute.timeout` while
-                it is `compute.limited`; on a GPU also if it has not for most of that, and a rank is missing.
-                It gets the reason, as `explain` gives it.
+            on_hang: called once, by another thread, with the reason from `explain`. It is called if the main
+                thread made no progress for `compute.timeout` within `compute.limited`. On a GPU it is also
+                called after `NCCL_TIMEOUT_SHARE` of that time without progress, if a rank is missing.
         """
-        self._directory, self._compute, self._hung = directory, compute, hung
+        self._directory, self._compute, self._on_hang = directory, compute, on_hang
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._beats, self._told = 0, False
+        self._beats, self._has_reported = 0, False
         self._main = threading.main_thread()
 
     def __enter__(self) -> Heartbeat:
@@ -57,21 +57,21 @@ class Heartbeat:
         self._over.set()
 
     def progress(self) -> list[str]:
-        """The last report of each rank. Two results are equal if no rank did anything in between."""
-        said = [""] * self._compute.world_size
+        """The last report of each rank. Two results are equal if no rank made progress in between."""
+        reports = [""] * self._compute.world_size
         for rank in range(self._compute.world_size):
-            with suppress(OSError):  # not there yet, or replaced on another host while NFS reads it
-                said[rank] = self._file(rank).read_text(encoding="utf-8")
-        return said
+            with suppress(OSError):  # no file yet, or replaced on another host while NFS reads it
+                reports[rank] = self._file(rank).read_text(encoding="utf-8")
+        return reports
 
     def explain(self) -> str:
-        """Which rank is missing, and the stage and step of that rank and of this one."""
+        """Names the missing rank, with the stage and step of that rank and of this one."""
         deadline = time.monotonic() + STALE_SECONDS + 2 * INTERVAL_SECONDS
-        while not (silent := self._silent()) and time.monotonic() < deadline:  # it may just have died
+        while not (missing_ranks := self._missing()) and time.monotonic() < deadline:  # it may just have died
             time.sleep(INTERVAL_SECONDS / 4)
         rank = self._compute.rank
-        if silent:
-            return f"{self.place}: rank {rank} waited for {', '.join(silent)} in vain."
+        if missing_ranks:
+            return f"{self.place}: rank {rank} waited for {', '.join(missing_ranks)} in vain."
         return (
             f"{self.place}: rank {rank} waited longer than distributed.timeout={self._compute.timeout:g} s, "
             f"all alive: {self.others()}. Where the steps differ one hangs; where not, see the network."
@@ -79,74 +79,74 @@ class Heartbeat:
 
     @property
     def place(self) -> str:
-        """Where this rank is."""
+        """Stage and step of this rank, in words."""
         return f"{self._compute.position.get('stage')}, step {self._compute.position.get('step')}"
 
     def others(self) -> str:
-        """Where the other ranks are, or where they were last seen."""
-        said = [json.loads(text) if text else {} for text in self.progress()]
-        silent = self._silent()
-        found = []
-        for rank, at in enumerate(said):
+        """Stage and step of the other ranks; for a missing rank, when and where it was last seen."""
+        positions = [json.loads(text) if text else {} for text in self.progress()]
+        missing_ranks = self._missing()
+        described = []
+        for rank, at in enumerate(positions):
             if rank != self._compute.rank:
-                missing = [words for words in silent if words.startswith(f"rank {rank} ")]
-                found += missing or [f"rank {rank} (in {at.get('stage')}, step {at.get('step')})"]
-        return ", ".join(found)
+                last_seen = [words for words in missing_ranks if words.startswith(f"rank {rank} ")]
+                described += last_seen or [f"rank {rank} (in {at.get('stage')}, step {at.get('step')})"]
+        return ", ".join(described)
 
     def _is_missing(self) -> bool:
-        """Whether a rank is silent; no, if that cannot be read now."""
+        """Whether a rank is missing. False if the files cannot be read now."""
         with suppress(OSError, ValueError):  # as in `progress`; the next beat looks again
-            return bool(self._silent())
+            return bool(self._missing())
         return False
 
-    def _silent(self) -> list[str]:
-        """Ranks whose last sign of life is much older than this one's."""
+    def _missing(self) -> list[str]:
+        """Ranks whose last beat is older than this rank's by more than `STALE_SECONDS`."""
         now = self._file(self._compute.rank).stat().st_mtime
-        silent = []
+        missing_ranks = []
         for rank in range(self._compute.world_size):
             file = self._file(rank)
             if not file.exists():
-                silent.append(f"rank {rank} (never seen)")
+                missing_ranks.append(f"rank {rank} (never seen)")
             elif (age := now - file.stat().st_mtime) > STALE_SECONDS:
                 at = json.loads(file.read_text(encoding="utf-8"))
                 seen = f"last seen {age:.0f} s ago in {at.get('stage')}, step {at.get('step')}"
-                silent.append(f"rank {rank} ({seen})")
-        return silent
+                missing_ranks.append(f"rank {rank} ({seen})")
+        return missing_ranks
 
     def _file(self, rank: int) -> Path:
         return self._directory / f"rank{rank}.json"
 
-    def _said(self) -> dict[str, Any]:
-        said = {**self._compute.position, "bytes": bytes_moved(self._main)}
-        said.pop("limited", None)
+    def _report(self) -> dict[str, Any]:
+        report = {**self._compute.position, "bytes": bytes_moved(self._main)}
+        report.pop("limited", None)
         if self._compute.device.type == "cpu":
             assert self._main.ident is not None
-            said["cpu"] = int(time.clock_gettime(time.pthread_getcpuclockid(self._main.ident)))
-        if said.pop("busy", False):
+            report["cpu"] = int(time.clock_gettime(time.pthread_getcpuclockid(self._main.ident)))
+        if report.pop("busy", False):
             self._beats += 1
-        return said | {"beats": self._beats}
+        return report | {"beats": self._beats}
 
     def _beat(self) -> None:
-        quiet, moves = 0, None
+        quiet_beats, moves = 0, None
         while True:
-            with suppress(OSError):  # a full disk, say: others hear nothing of this rank until it has room
-                replace_text(self._file(self._compute.rank), json.dumps(self._said()))
+            with suppress(OSError):  # such as a full disk: then this rank looks missing
+                replace_text(self._file(self._compute.rank), json.dumps(self._report()))
             if self._over.wait(INTERVAL_SECONDS):
                 return
-            # beats count, not a clock: it would go on while somebody stops the whole run for a while
-            at, limit = self._compute.position, self._compute.timeout
-            is_limited = at.get("limited", False)
-            by_nccl = not is_limited and self._compute.device.type == "cuda" and not at.get("busy")
-            now = at.get("moves", 0) if is_limited or by_nccl else None
-            quiet, moves = (0, now) if now is None or now != moves else (quiet + 1, moves)
-            is_over = quiet * INTERVAL_SECONDS >= (BEFORE_NCCL * limit if by_nccl else limit)
-            if is_over and not self._told and (is_limited or self._is_missing()):
-                self._told = True
-                threading.Thread(target=lambda: self._hung(self.explain()), daemon=True).start()
+            # counts beats and not time: a clock would run on while the whole process is suspended
+            position, limit = self._compute.position, self._compute.timeout
+            is_limited = position.get("limited", False)
+            in_nccl = not is_limited and self._compute.device.type == "cuda" and not position.get("busy")
+            now = position.get("moves", 0) if is_limited or in_nccl else None
+            quiet_beats, moves = (0, now) if now is None or now != moves else (quiet_beats + 1, moves)
+            is_hung = quiet_beats * INTERVAL_SECONDS >= (NCCL_TIMEOUT_SHARE * limit if in_nccl else limit)
+            if is_hung and not self._has_reported and (is_limited or self._is_missing()):
+                self._has_reported = True
+                threading.Thread(target=lambda: self._on_hang(self.explain()), daemon=True).start()
 
 
 def bytes_moved(thread: threading.Thread) -> int:
-    """Bytes that a thread of this process has read and written so far; 0 if the kernel does not say."""
+    """Bytes that a thread of this process has read and written so far; 0 if the kernel does not tell."""
     try:
         words = Path(f"/proc/self/task/{thread.native_id}/io").read_text(encoding="ascii").split()
     except OSError:

@@ -1,4 +1,4 @@
-"""The largest memory that a rank held while a stage ran."""
+"""Measures the peak memory of the ranks during a stage."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import psutil
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.device import return_freed_memory
 
-STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def forget_peak(compute: Compute) -> bool:
-    """Begin to measure. What earlier stages left behind is not counted.
+def reset_peak(compute: Compute) -> bool:
+    """Start a new measurement of the peak, without what earlier stages used.
 
     Returns:
-        Whether this system can: not macOS, nor a container that must not write to /proc.
+        Whether this system can measure it. macOS cannot, nor a container that must not write to /proc.
     """
     if compute.device.type == "cuda":
         import torch
@@ -25,33 +25,35 @@ def forget_peak(compute: Compute) -> bool:
         return True
     return_freed_memory()
     try:
-        FORGET.write_text("5", encoding="ascii")  # the largest resident size: proc(5)
+        CLEAR_REFS.write_text("5", encoding="ascii")  # resets the peak resident size: proc(5)
     except OSError:
         return False
     return True
 
 
 def peak_bytes(compute: Compute, *, is_measured: bool) -> float | None:
-    """Since `forget_peak`, of the rank that held most: on a GPU what torch allocated there; else the resident
-    memory of the process, with libraries and mapped files. None if no rank measured it. All ranks call it.
+    """Highest peak of all ranks in bytes, since `reset_peak`. None if no rank measured it. All ranks call it.
+
+    On a GPU these are bytes that torch allocated there. Otherwise they are the resident memory of the
+    process, with libraries and mapped files.
 
     Args:
-        is_measured: what `forget_peak` returned.
+        is_measured: result of `reset_peak`.
     """
     import torch
 
-    found = 0.0
+    own_peak = 0.0
     if is_measured and compute.device.type == "cuda":
-        found = float(torch.cuda.max_memory_allocated(compute.device))
+        own_peak = float(torch.cuda.max_memory_allocated(compute.device))
     elif is_measured:
         lines = STATUS.read_text(encoding="utf-8").splitlines()
         (line,) = (each for each in lines if each.startswith("VmHWM"))
-        found = 1024.0 * int(line.split()[1])
-    return float(compute.global_max(torch.tensor(found, dtype=torch.float64))) or None
+        own_peak = 1024.0 * int(line.split()[1])
+    return float(compute.global_max(torch.tensor(own_peak, dtype=torch.float64))) or None
 
 
 def held_bytes(compute: Compute) -> float:
-    """What this rank holds now: on a GPU what torch allocated there; else the process's resident memory."""
+    """Bytes that this rank holds now: on a GPU allocated by torch, else resident memory of the process."""
     if compute.device_name.startswith("cuda"):
         import torch
 

@@ -198,7 +198,7 @@ class PolicyModel:
                 pad_id=self.pad_id,
                 batch_rows=batch_rows,
                 together=together,
-                on_token=lambda ids: self.compute.moved(),
+                on_token=lambda ids: self.compute.count_progress(),
                 uniform_BR=uniform_BR[mine],
                 on_rows=lambda rows: on_rows(rows * self.compute.world_size),
                 **settings,

@@ -304,7 +304,7 @@ class Vllm:
                     if len(outputs) == len(taken):
                         break
                     outputs += [each for each in engine.step() if each.finished]
-                    self._compute.moved()
+                    self._compute.count_progress()
                     tell(len(outputs))
             except BaseException:  # whatever it is: what is left would be answered in the next rollout
                 engine.abort_request(list(engine.output_processor.request_states), internal=True)

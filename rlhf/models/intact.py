@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlhf.config import ConfigError, asked_by
+from rlhf.config import ConfigError, in_user_keys
 from rlhf.data.chat_template import PLAIN, end_of_turn_id, exchange_ids, prompt_ids, unopened
 from rlhf.data.schema import Message
 from rlhf.models.base import BaseModelFiles, load_tokenizer
@@ -80,7 +80,7 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
     own = base.config.chat_template
     template = "its chat template" if own is None else f"model.chat_template={own}"
     try:
-        with asked_by({str(base.directory): key}):
+        with in_user_keys({str(base.directory): key}):
             tokenizer = base.load_tokenizer()
             ids, _ = exchange_ids(tokenizer, [QUESTION], ANSWER)
             is_shown = ids != exchange_ids(tokenizer, [OTHER_QUESTION], ANSWER)[0]
@@ -112,7 +112,7 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
             f"{key}: its tokenizer does not encode {ANSWER!r} (ids: {text_ids}). Check that it is the "
             f"tokenizer of this model. Its files are in {base.directory}."
         )
-    with asked_by({str(base.directory): key}):
+    with in_user_keys({str(base.directory): key}):
         rows = base.architecture.get_text_config().vocab_size
     if max(ids) >= rows:
         raise ConfigError(

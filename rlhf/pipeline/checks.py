@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rlhf.config import Complaint, ConfigError, asked_by
+from rlhf.config import Complaint, ConfigError, in_user_keys
 from rlhf.data.schema import Row
 from rlhf.models.start import check_start, misfits
 from rlhf.pipeline.graph import naming_keys, root_of
@@ -32,7 +32,7 @@ def complaints(stage: Stage, view: View) -> list[Complaint | str]:
     """What does not fit, in the user's own keys."""
     found: list[Complaint | str] = []
     try:
-        with asked_by(naming_keys(stage, view.base), stage.name):
+        with in_user_keys(naming_keys(stage, view.base), stage.name):
             if view.base is not None:
                 for key, model in stage.reads().models.items():
                     check_start(f"{stage.name}.{key}", model, view.base)
@@ -40,7 +40,7 @@ def complaints(stage: Stage, view: View) -> list[Complaint | str]:
             for each in [told] if isinstance(told, Complaint | str) else told or ():
                 found.append(each)  # one by one: what stands before an error is told too
     except ConfigError as error:
-        found += error.told
+        found += error.complaints
     return found
 
 

@@ -103,7 +103,7 @@ def chain_of(name: str, chain: Mapping[str, Stage]) -> set[str]:
 
 
 def naming_keys(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:
-    """Directories and sources that a stage reads -> the settings that name them: see `rlhf.config.asked_by`.
+    """Directories and sources that a stage reads -> the settings that name them (`rlhf.config.in_user_keys`).
 
     Args:
         base: the base model's files, once they are known.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.config import asked_by
+from rlhf.config import in_user_keys
 from rlhf.data.prepared import role_digest
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, Recipe, directory_digest
@@ -119,7 +119,7 @@ def external_digests(
         digest: takes those of directories; by default everything is read.
     """
     kind, found, reads = type(stage), dict[str, str](), stage.reads()
-    with asked_by(naming_keys(stage), stage.name):
+    with in_user_keys(naming_keys(stage), stage.name):
         for source in reads.rewards.values():
             found |= reward_digest(source, digest)
         for key, model in reads.models.items():
@@ -130,7 +130,7 @@ def external_digests(
         for key, value, marks in marked(stage):
             is_function = any(isinstance(each, Function) for each in marks)
             if is_function and isinstance(value, str) and value.startswith("python:"):
-                with asked_by({value: f"{stage.name}.{key}={value}"}):
+                with in_user_keys({value: f"{stage.name}.{key}={value}"}):
                     imported_object(value)
                     found |= imported_code(value)
         return found | stage.external_digests(digest, chain) | own_code(kind.__module__, kind.__name__)

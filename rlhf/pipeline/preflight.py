@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf.config import ConfigError, asked_by
+from rlhf.config import ConfigError, in_user_keys
 from rlhf.costs.hardware import GIB, found_machine, kept_speed, quick_speed
 from rlhf.costs.memory import SAMPLING, Allocation, MemoryPhase, amount, over, vllm_row, weight_bytes
 from rlhf.costs.model_shape import ModelShape, counted
@@ -196,7 +196,7 @@ def check_tunes(
     peft = peft_of(stage)
     if peft is None:
         return
-    with asked_by({}, stage.name):
+    with in_user_keys({}, stage.name):
         check(base, peft)
 
 

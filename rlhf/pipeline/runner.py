@@ -14,12 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf.config import Complaint, ConfigError, asked_by
+from rlhf.config import Complaint, ConfigError, in_user_keys
 from rlhf.data.prepared import PreparedData
 from rlhf.digests import Recipe
 from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
-from rlhf.distributed.peak import forget_peak, held_bytes, peak_bytes
+from rlhf.distributed.peak import held_bytes, peak_bytes, reset_peak
 from rlhf.distributed.signals import StopSignals
 from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.models.intact import check_tokenizer, check_weights
@@ -94,7 +94,7 @@ class Pipeline:
         """What the preflight found."""
         self._has_begun = False
         self.position = Position(directory, writes=compute.is_main)
-        self.forecast = Forecast({}, self.position.tell, self.log)
+        self.forecast = Forecast({}, self.position.update, self.log)
 
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
             identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
@@ -189,7 +189,7 @@ class Pipeline:
             run.begin()
             content = to_yaml(redacted(self.experiment.resolved))
             (run.directory / "config.yaml").write_text(content, encoding="utf-8")
-            self.position.tell(needed=self.experiment.needed(), ended=None, now=True)
+            self.position.update(needed=self.experiment.needed(), ended=None, now=True)
         except OSError as error:
             raise run.unwritable(error) from None
 
@@ -208,7 +208,7 @@ class Pipeline:
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
                 self.compute.position.update(stage=name, step=0)
-                self.position.tell(stage=name, key=None, task=None, left=None, now=True)
+                self.position.update(stage=name, key=None, task=None, left=None, now=True)
                 artifacts[name] = self.finish(name, artifacts, base, tracker)
                 if name == "prepare":
                     self.check_before(artifacts["prepare"], base)
@@ -228,7 +228,7 @@ class Pipeline:
         # a record may be on rank 0's disk alone
         recipe = self.compute.main_only(lambda: self.recipe(stage, artifacts))
         key = recipe_key(recipe)
-        self.position.tell(key=key, now=True)
+        self.position.update(key=key, now=True)
         forced = self.is_forced(stage)
 
         def find() -> Artifact | None:
@@ -324,9 +324,9 @@ class Pipeline:
         if is_new and (other := self.compute.main_only(lambda: self.left_behind(recipe))) is not None:
             self.log(f"{name}: starts again; {other}")
         torch.manual_seed(job.seed)
-        is_measured = forget_peak(self.compute)
+        is_measured = reset_peak(self.compute)
         try:
-            with progress.shown(name), naming(scratch), asked_by(naming_keys(stage, base), stage.name):
+            with progress.shown(name), naming(scratch), in_user_keys(naming_keys(stage, base), stage.name):
                 if makers(stage, chain):
                     self.compute.main_only(lambda: prepare_rows(stage, chain, inputs, base, rows, progress))
                     check(stage, self.view(data=job.data, base=base, compute=self.compute))
@@ -479,7 +479,7 @@ class Pipeline:
         self.expected = check_before_loading(self.experiment, pending, base, *args)
         if self.vllm is not None:
             self.vllm.longest = self.expected.longest
-        self.forecast = Forecast(self.expected.stages, self.position.tell, self.log)
+        self.forecast = Forecast(self.expected.stages, self.position.update, self.log)
         if self.needs_weights:
             fetch_weights(settings.model)
             check_weights(base.directory, settings.model.said)

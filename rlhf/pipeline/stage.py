@@ -127,7 +127,7 @@ class Stage(Strict, ABC):
         """
         if view.compute is not None:
             for name in fields_of(type(self), Mark.BATCH):
-                yield from view.compute.undivided(f"{self.name}.{name}", getattr(self, name), self.unit())
+                yield from view.compute.uneven_batch(f"{self.name}.{name}", getattr(self, name), self.unit())
 
     def unit(self) -> int:
         """Sizes of batches are multiples of it."""

@@ -28,8 +28,8 @@ from rlhf.digests import (
     directory_digest,
     file_digests,
     files_below,
+    first_outside,
     flush,
-    leads_out,
 )
 from rlhf.disk import content_of, naming
 from rlhf.locks import Lock
@@ -96,7 +96,7 @@ class DamagedError(ConfigError):
         self.path, self.complaint, self.extra = path, complaint, extra
 
     @property
-    def told(self) -> list[Complaint | str]:
+    def complaints(self) -> list[Complaint | str]:
         """One sentence."""
         return [
             f"{self.path} is damaged: {self.complaint}. The next command that needs it sets it aside "
@@ -198,7 +198,7 @@ class Store:
             ConfigError: a name or a link leads out of its directory.
         """
         path, files = artifact.path, artifact.manifest.files
-        outside = leads_out(path, files)
+        outside = first_outside(path, files)
         if outside is not None:
             raise ConfigError(
                 f"{path}: {outside} leads out of the directory, or to itself. It was tampered with: remove "

@@ -28,7 +28,7 @@ from rlhf.rewards.judge import NOT_IN_KEY, Judge, check_judge, is_judge, judge_d
 from rlhf.rewards.reward import Reward, vader_reward
 from rlhf.rewards.trl_functions import trl_digest, trl_needs, trl_reward
 from rlhf.rewards.verify import VERIFIERS, check_verifier, verifier, verifier_digest, verifier_needs
-from rlhf.tracking.redaction import USER_INFO, redacted, without_environment
+from rlhf.tracking.redaction import USER_INFO, redacted, without_environment_secrets
 
 
 def _no_args(source: str, args: Mapping[str, Any]) -> None:
@@ -259,7 +259,7 @@ def _digest_of_function(part: RewardPart, digest: DirectoryDigest) -> dict[str, 
 def _digest_of_url(part: RewardPart, digest: DirectoryDigest) -> dict[str, str]:
     # of the full URL except secrets from the environment: ?key=A and ?key=B may be two rewards, but both
     # are shown as ?key=<redacted>
-    full = digest_of(USER_INFO.sub("", without_environment(part.source)))
+    full = digest_of(USER_INFO.sub("", without_environment_secrets(part.source)))
     return {f"{redacted(part.source.partition('?')[0])} ({full[:8]})": full}
 
 

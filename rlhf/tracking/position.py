@@ -1,4 +1,4 @@
-"""Where a run is, in a file that `python -m rlhf status` reads: position.json in the run's directory."""
+"""Writes the position of a run to position.json in its directory, which `python -m rlhf status` reads."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ import psutil
 
 from rlhf.disk import replace_text
 
-NAME = "position.json"
-EVERY_SECONDS = 1.0
+FILE_NAME = "position.json"
+WRITE_SECONDS = 1.0
 
 
 def read_position(directory: Path) -> dict[str, Any]:
-    """What a run said last of where it is; empty if it said nothing."""
+    """The last position that a run wrote; empty if there is none."""
     try:
-        found = json.loads((directory / NAME).read_bytes())
-    except (OSError, ValueError):  # not there; or replaced on another host while NFS reads it
+        values = json.loads((directory / FILE_NAME).read_bytes())
+    except (OSError, ValueError):  # no such file, or replaced on another host while NFS reads it
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 class Position:
-    """The file, written by rank 0 at most once a second. A run that cannot write it goes on without."""
+    """The position file. Rank 0 writes it at most once a second. A run that cannot write it continues."""
 
     def __init__(self, directory: Path, *, writes: bool) -> None:
-        self._path, self._writes, self._written = directory / NAME, writes, 0.0
-        self._said: dict[str, Any] = {
+        self._path, self._writes, self._written = directory / FILE_NAME, writes, 0.0
+        self._values: dict[str, Any] = {
             "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time(),
         }  # fmt: skip
 
     @contextmanager
     def end(self) -> Iterator[None]:
-        """Say how the run ended, if it did not reach its end: a process that is gone is not always dead."""
+        """If an error or a signal ends the block, write `ended`. So a stopped or failed run is not taken for
+        a dead process."""
         try:
             yield
         except BaseException as error:
-            self.tell(ended="stopped" if isinstance(error, KeyboardInterrupt) else "failed", now=True)
+            self.update(ended="stopped" if isinstance(error, KeyboardInterrupt) else "failed", now=True)
             raise
 
-    def tell(self, *, now: bool = False, **said: Any) -> None:
-        """Say more; `now` writes it at once."""
-        self._said |= said
-        if self._writes and (now or time.monotonic() - self._written >= EVERY_SECONDS):
+    def update(self, *, now: bool = False, **values: Any) -> None:
+        """Update these values. `now` writes the file at once."""
+        self._values |= values
+        if self._writes and (now or time.monotonic() - self._written >= WRITE_SECONDS):
             self._written = time.monotonic()
-            with suppress(OSError):  # a full disk: what the run itself writes will say so
-                replace_text(self._path, json.dumps(self._said | {"time": time.time()}))
+            with suppress(OSError):  # a full disk: the run's own writes will report it
+                replace_text(self._path, json.dumps(self._values | {"time": time.time()}))

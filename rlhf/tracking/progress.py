@@ -18,12 +18,12 @@ from rich.text import Text
 
 Item = TypeVar("Item")
 LINE_EVERY_SECONDS = 20.0
-WATCHED = (
+PANEL_METRICS = (
     "score", "kl", "stop_rate", "loss", "accuracy", "margin", "grad_norm", "lr", "explained_variance",
 )  # fmt: skip
-"""Metrics of steps; the panel shows the first three that a stage logs."""
-NARROW = 60
-"""Columns of a terminal that has no room for bars."""
+"""Metrics for the live panel. It shows the first three that a stage logs."""
+MIN_BAR_COLUMNS = 60
+"""Smallest width of a terminal, in characters, for progress bars."""
 
 
 def clock(seconds: float) -> str:
@@ -34,7 +34,7 @@ def clock(seconds: float) -> str:
 
 
 class Task:
-    """Counts the progress of one loop."""
+    """Counts the finished items of one loop."""
 
     def __init__(self, progress: Progress, label: str, total: int | None, *, is_main: bool) -> None:
         self._progress, self._label, self._total, self._done = progress, label, total, 0
@@ -42,17 +42,17 @@ class Task:
         self._start = self._last_line = time.monotonic()
         self._bar = None
         if progress.live is not None:
-            short = label.removeprefix(f"{progress.live.stage}: ")
-            self._bar = progress.live.add_task(escape(short), total=total)
+            short_label = label.removeprefix(f"{progress.live.stage}: ")
+            self._bar = progress.live.add_task(escape(short_label), total=total)
 
     def skip(self, count: int) -> None:
-        """Count what an earlier attempt did. The estimate of the time left does not use it."""
+        """Count items that an earlier attempt did. The estimate of the time left ignores them."""
         self._done, self._earlier = self._done + count, self._earlier + count
         if self._progress.live and self._bar is not None:
             self._progress.live.reset(self._bar, completed=self._done)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more as done; `note` is part of a line. The panel shows `Progress.figures`."""
+        """Count `count` more items. A printed line ends with `note`; the panel shows `Progress.figures`."""
         self._done += count
         now, left = time.monotonic(), None
         if self._total is not None and self._done > self._earlier:
@@ -74,34 +74,34 @@ class Task:
             )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._progress.live and self._bar is not None:
             self._progress.live.remove_task(self._bar)
 
 
 class TimeLeft(TimeRemainingColumn):
-    """Says what the time is; nothing where nobody knows how much there is to do."""
+    """The time left, followed by "left"; empty if the total is unknown."""
 
     def render(self, task: RichTask) -> Text:
-        """As rich does, with a word behind it."""
+        """Render like rich, and append "left"."""
         time_left = super().render(task)
         return time_left.append(" left") if time_left.plain else time_left
 
 
 class StagePanel(RichProgress):
-    """The live panel of a stage: its tasks with the time left, three figures, and memory."""
+    """The live panel of a stage: its tasks with the time left, three metrics, and memory."""
 
     def __init__(self, stage: str, console: Console, memory: Callable[[], float] | None) -> None:
-        self.stage, self._memory = stage, memory  # first: rich draws it while it is made
+        self.stage, self._memory = stage, memory  # first: rich draws the panel in its own __init__
         self.figures: list[str] = []
-        bars = () if console.width < NARROW else (BarColumn(bar_width=None),)
+        bars = () if console.width < MIN_BAR_COLUMNS else (BarColumn(bar_width=None),)
         super().__init__(
             TextColumn("{task.description}"), *bars, MofNCompleteColumn(), TimeLeft(compact=True),
             console=console, transient=True, refresh_per_second=4, expand=bool(bars),
         )  # fmt: skip
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """What rich draws."""
+        """What rich draws: tasks, metrics and memory."""
         parts: list[RenderableType] = [self.make_tasks_table(self.tasks)] if self.tasks else []
         memory = [] if self._memory is None else [f"memory {self._memory() / 2**30:.2f} GiB"]
         parts.append(Columns([Text(each) for each in (*self.figures, *memory)], padding=(0, 3)))
@@ -109,7 +109,7 @@ class StagePanel(RichProgress):
 
 
 class Progress:
-    """Makes tasks. On a terminal they are in a panel, elsewhere single lines."""
+    """Makes tasks, and shows them in a panel on a terminal, or as single lines elsewhere."""
 
     def __init__(
         self,
@@ -119,18 +119,18 @@ class Progress:
     ) -> None:
         """
         Args:
-            tell: hears of every task how far it is: see rlhf/pipeline/forecast.py.
-            memory: bytes that this rank holds now; None does not show them.
+            tell: called with the progress of every task: see rlhf/pipeline/forecast.py.
+            memory: gives the bytes that this rank holds now; None hides them.
         """
         self.console, self.tell, self._memory = console, tell, memory
         self.live: StagePanel | None = None
 
     def figures(self, metrics: Mapping[str, float]) -> None:
-        """Show the three of a step's metrics that matter most."""
+        """Show the three most important metrics of a step."""
         if self.live is not None:
-            found = [name for name in WATCHED if name in metrics][:3]
-            if found:
-                self.live.figures = [f"{name} {metrics[name]:.3g}" for name in found]
+            names = [name for name in PANEL_METRICS if name in metrics][:3]
+            if names:
+                self.live.figures = [f"{name} {metrics[name]:.3g}" for name in names]
 
     @contextmanager
     def shown(self, stage: str = "") -> Iterator[None]:
@@ -146,10 +146,11 @@ class Progress:
 
     @contextmanager
     def task(self, label: str, total: int | None, *, is_main: bool = False) -> Iterator[Task]:
-        """A counted task, removed when the block ends. Without a total nobody knows how much there is.
+        """A counted task, removed when the block ends.
 
         Args:
-            is_main: it is most of its stage's work, which ends soon after it.
+            total: number of items; None if unknown.
+            is_main: whether it is most of its stage's work, so that the stage ends soon after it.
         """
         task = Task(self, label, total, is_main=is_main)
         try:
@@ -158,7 +159,7 @@ class Progress:
             task.close()
 
     def track(self, items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
-        """Yield items, counting each one once it has been worked on."""
+        """Yield the items. Count each one when the next is requested."""
         with self.task(label, total) as task:
             for item in items:
                 yield item

@@ -1,9 +1,8 @@
-"""What must not be written down: secrets from the environment, values whose name says so, credentials in
-URLs.
+"""Removes secrets from text: values of secret environment variables and keys, and credentials in URLs.
 
-It happens in two places. Config and recipes are redacted before they are written, which keeps their
-structure. Everything that goes to stdout or stderr is redacted too: tracebacks, output of libraries and of a
-user's code.
+This happens in two places. Config and recipes are redacted before they are written, which keeps their
+structure. Everything that goes to stdout or stderr is redacted too: tracebacks, output of libraries and of
+the user's code.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from rich.text import Text
 
 from rlhf.printable import printable
 
-UNFOLDED = 10_000
-"""Width of the output if it is not a terminal: no line is folded."""
+FILE_WIDTH = 10_000
+"""Width of output that is no terminal, in characters: wide enough to fold no line."""
 PLACEHOLDER = "<redacted>"
 ENVIRONMENT_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD|(?:CREDS?|PAT|PASS|PASSWD|_PWD)$", re.I)
-SHORTEST, SHORTEST_NUMBER = 6, 8
-"""A value in the environment that is shorter is not a secret. TOKENIZERS_PARALLELISM=false and
+MIN_SECRET_CHARACTERS, MIN_NUMBER_CHARACTERS = 6, 8
+"""Fewest characters of a secret in the environment; a number needs more. TOKENIZERS_PARALLELISM=false and
 MAX_TOKENS=8192 are not secrets, and redacting their values would redact half of every file."""
 
 KEY_NAME = re.compile(
@@ -38,15 +37,15 @@ KEY_NAME = re.compile(
     r"|(?-i:[a-z](?:Token|Secret|Password)$)",
     re.I,
 )
-"""Ends of keys whose value is a secret. Plurals (max_tokens) are numbers, not secrets."""
-NO_SECRET = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_?token$", re.I)
+"""Matches the end of a key whose value is a secret. Plurals (max_tokens) are numbers, not secrets."""
+PUBLIC_TOKEN_NAME = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_?token$", re.I)
 USER_INFO = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
-"""user:password in a URL, or the user alone, who is often the token."""
+"""user:password in a URL; or only the user, which is often the token."""
 ASSIGNMENT = re.compile(r"(?:([?&])|(?<![\w.-]))([\w.-]+\\?)=")
 """`name=` in a URL's query or on a command line. A name starts at the start of a word. Trying every letter
 would take quadratic time for long words without `=`."""
 VALUE = re.compile(r"""("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
-"""The value after it."""
+"""The value after `name=`."""
 FIELD = re.compile(
     r"""(?<![\w.-])([\w.-]*(?:key|token|secret|password|passwd|passphrase|pwd|pass|pat|creds?|credentials?))"""
     r"""(\\*["']\s*:\s*|:[ \t]+)"""
@@ -54,25 +53,25 @@ FIELD = re.compile(
     re.I,
 )
 """`"name": "value"` in JSON, also inside a string; `name: value` in a header."""
-PROBABLE = re.compile(r"\S*[\d_~+/=]|\S{20}")
-"""What looks like a secret after `password:`. In prose, words follow that have no digits or marks."""
-EMPTY = ("null", "None", "true", "false", "True", "False")
+LIKELY_SECRET = re.compile(r"\S*[\d_~+/=]|\S{20}")
+"""Matches a likely secret after `password:`. In prose, words without digits and marks follow."""
+CONSTANTS = ("null", "None", "true", "false", "True", "False")
 AUTHORIZATION = re.compile(
     r"""(\bAuthorization["']?\s*[:=]\s*["']?[\w-]+\s+|\bBearer\s+(?=\S*[\d_~+/=]|\S{20}))[\w.~+/=-]{6,}""",
     re.I,
 )
-"""The value of a header. In prose, words without digits or marks follow "bearer"."""
+"""The value of an Authorization header. In prose, words without digits and marks follow "bearer"."""
 HARMLESS_QUERY = re.compile(
     r"^(?:a|b|n|v|x|y|page|limit|offset|size|count|seed|top_?[kpn]|temperature|max_?\w*|min_?\w*|model|name|split"
     r"|subset|config|revision|version|api[-_]version|format|lang(?:uage)?|locale|mode|type|kind|task|stage|run|step"
     r"|sort|order|timeout|date|time|id|x-amz-(?:date|expires|algorithm|signedheaders))$",
     re.I,
 )
-"""Names in a URL's query whose value is shown. What others mean nobody knows: ?code= and ?pw= are secrets."""
+"""Names in a URL's query whose value is shown. All others are redacted: ?code= and ?pw= are secrets."""
 
 
 def redacted(value: Any) -> Any:
-    """The config value or text with every secret replaced, also in the keys of mappings."""
+    """A config value or text with every secret replaced, also in the keys of mappings."""
     return _redacted(value, _environment_secrets())
 
 
@@ -82,7 +81,7 @@ def _redacted(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, Mapping):
         return {
             _redacted(key, secrets): PLACEHOLDER
-            if says_secret(str(key)) and item is not None
+            if is_secret_name(str(key)) and item is not None
             else _redacted(item, secrets)
             for key, item in value.items()
         }
@@ -92,7 +91,7 @@ def _redacted(value: Any, secrets: list[str]) -> Any:
 
 
 def redacted_text(text: str) -> str:
-    """A text without secrets."""
+    """A text with every secret replaced."""
     return _redacted_text(text, _environment_secrets())
 
 
@@ -102,8 +101,8 @@ def _redacted_text(text: str, secrets: list[str]) -> str:
     return _without_values(text)
 
 
-def without_environment(text: str) -> str:
-    """The text without the values of environment variables whose names say that they are secret."""
+def without_environment_secrets(text: str) -> str:
+    """The text with the values of secret environment variables replaced."""
     return _without(_environment_secrets(), text)
 
 
@@ -113,16 +112,16 @@ def _without(secrets: list[str], text: str) -> str:
     return text
 
 
-def says_secret(key: str) -> bool:
-    """Whether a key's name says that its value is a secret. Paths and `model:DIR` are not such names."""
+def is_secret_name(key: str) -> bool:
+    """Whether this name is of a secret value. Paths and `model:DIR` are not."""
     is_place = ":" in key or "/" in key
-    return not is_place and KEY_NAME.search(key) is not None and NO_SECRET.search(key) is None
+    return not is_place and KEY_NAME.search(key) is not None and PUBLIC_TOKEN_NAME.search(key) is None
 
 
 def _without_field(found: re.Match[str]) -> str:
     name, colon, value = found.groups()
-    is_prose = colon.startswith(":") and name.isalpha() and not PROBABLE.match(value)
-    if not says_secret(name) or value in EMPTY or is_prose:
+    is_prose = colon.startswith(":") and name.isalpha() and not LIKELY_SECRET.match(value)
+    if not is_secret_name(name) or value in CONSTANTS or is_prose:
         return found[0]
     quotes = re.match(r"""\\*["']""", value)
     mark = quotes[0] if quotes else ""
@@ -130,12 +129,12 @@ def _without_field(found: re.Match[str]) -> str:
 
 
 def _without_values(text: str) -> str:
-    """The text without values assigned to the name of a secret, also in `a=token=v`."""
+    """The text with values of secret names replaced, also in `a=token=v`."""
     parts, end = [], 0
     for found in ASSIGNMENT.finditer(text):
         word = found[2].removesuffix("\\")  # Hydra wants `=` in a value escaped
         is_unknown = bool(found[1]) and not HARMLESS_QUERY.match(word)
-        if found.start() < end or not (says_secret(word) or is_unknown):
+        if found.start() < end or not (is_secret_name(word) or is_unknown):
             continue
         if value := VALUE.match(text, found.end()):
             parts += [text[end : found.end()], PLACEHOLDER]
@@ -144,15 +143,16 @@ def _without_values(text: str) -> str:
 
 
 def _environment_secrets() -> list[str]:
-    """All forms of these secrets in a text. The longest comes first, because one may be part of another."""
-    found: set[str] = set()
+    """Secret values of the environment, in all forms that a text may have. The longest comes first, because
+    one may be part of another."""
+    forms: set[str] = set()
     for name, value in os.environ.items():
         if ENVIRONMENT_NAME.search(name) and not _is_path(value):
             for secret in (value, *value.splitlines()):  # a private key has several lines
-                shortest = SHORTEST_NUMBER if _is_number(secret) else SHORTEST
-                if len(secret.strip()) >= shortest:
-                    found |= {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")}
-    return sorted(found, key=len, reverse=True)
+                min_characters = MIN_NUMBER_CHARACTERS if _is_number(secret) else MIN_SECRET_CHARACTERS
+                if len(secret.strip()) >= min_characters:
+                    forms |= {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")}
+    return sorted(forms, key=len, reverse=True)
 
 
 def _is_number(text: str) -> bool:
@@ -168,28 +168,28 @@ def _is_path(text: str) -> bool:
     secret."""
     try:
         return text.startswith(("/", "./")) and Path(text).exists()
-    except (OSError, ValueError):  # too long to be one
+    except (OSError, ValueError):  # too long for a path
         return False
 
 
 class RedactingConsole(Console):
-    """Removes secrets before a line is folded: the second filter would not find one that is cut in two.
-    Control characters become visible.
+    """A rich console that removes secrets before it folds lines: `RedactingStream` would not find a secret
+    that is cut in two. Control characters become visible.
 
-    If the output is not a terminal, nothing is folded, tables are as wide as needed, and each line begins
-    with the time of day.
+    If the output is no terminal, no line is folded, tables are as wide as needed, and each line begins with
+    the time of day.
     """
 
     has_times = True
-    """Whether lines begin with the time if the output is not a terminal. A report needs no times."""
+    """Whether lines begin with the time if the output is no terminal. A report needs no times."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if not self.is_terminal:
-            self.width = UNFOLDED
+            self.width = FILE_WIDTH
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich does, with the time before a single text that does not begin with an empty line."""
+        """Print like rich. Put the time before a single text, unless it begins with an empty line."""
         if self.has_times and not self.is_terminal and len(objects) == 1 and isinstance(objects[0], str):
             (text,) = objects
             if text and not text.startswith("\n"):
@@ -197,29 +197,28 @@ class RedactingConsole(Console):
         super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
-        """Nobody reads the output any more. rich would end the process here."""
+        """Called when the output was closed. rich would end the process here."""
         raise BrokenPipeError
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """A string, or a table's cell, as rich renders it."""
+        """Render a string or a table's cell like rich, without secrets."""
         return super().render_str(printable(redacted_text(text)), **options)
 
 
 class RedactingStream:
-    """A text stream that removes secrets. A character that the terminal does not have becomes a question
-    mark."""
+    """A text stream that removes secrets. A character that the encoding lacks becomes a question mark."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Pass on the text without secrets."""
+        """Write the text without secrets."""
         encoding = self._stream.encoding or "utf-8"
         self._stream.write(redacted_text(text).encode(encoding, "replace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Pass on each one without secrets."""
+        """Write each line without secrets."""
         for line in lines:
             self.write(line)
 

@@ -1,4 +1,4 @@
-"""A table as text, for the terminal and for files."""
+"""Tables of text, for the terminal and for Markdown files."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from rich.table import Table
 
 
 class Cells(NamedTuple):
-    """Headings and rows."""
+    """A table's headings and rows."""
 
     headings: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """As a Markdown table; a `|` in a cell ends none."""
+        """The table as Markdown. A `|` in a cell is escaped."""
         lines = [self.headings, ["---"] * len(self.headings), *self.rows]
         escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
         return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def shown(cells: Cells, right: Collection[int] = ()) -> Table:
-    """As a table of the terminal.
+    """The table for a terminal.
 
     Args:
-        right: columns of numbers.
+        right: indices of right-aligned columns, for numbers.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, heading in enumerate(cells.headings):

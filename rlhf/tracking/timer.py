@@ -1,4 +1,4 @@
-"""Where a PPO step's time goes."""
+"""Times the phases of a PPO step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class StepTimer:
-    """Seconds of each phase of one step, in the order in which they were first entered."""
+    """Seconds per phase of one step, in the order in which the phases began."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -20,13 +20,13 @@ class StepTimer:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time what runs inside, as a part of the phase `name`."""
+        """Add the time of the block to the phase `name`."""
         start = self._now()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
 
     def taken(self) -> dict[str, float]:
-        """The times as `seconds_NAME`. After this call all times are 0 again."""
+        """The times as metrics `seconds_NAME`. Resets all times to 0."""
         seconds, self.seconds = self.seconds, {}
         return {f"seconds_{name}": value for name, value in seconds.items()}
 

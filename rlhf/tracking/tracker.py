@@ -1,4 +1,4 @@
-"""Where metrics and samples go: metrics.jsonl and samples.jsonl always; wandb or tensorboard by choice."""
+"""Writes metrics.jsonl and samples.jsonl, and optionally logs to wandb or tensorboard."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from rlhf.tracking.tables import Cells
 
 
 class TrackerConfig(Strict):
-    """`tracker.*`: where metrics go, in addition to the files."""
+    """`tracker.*`: a tracker for metrics, in addition to the files."""
 
     kind: Literal["none", "wandb", "tensorboard"]
-    """Set it by `tracker=NAME`."""
+    """The tracker. Choose it with `tracker=NAME`."""
     mode: Literal["offline", "online"] = "offline"
-    """wandb only: nothing leaves the machine unless this is `online`."""
+    """wandb only: with `offline`, nothing leaves the machine."""
     project: str = "rlhf"
-    """wandb only: the project of the run."""
+    """wandb only: the run's project."""
 
 
-SILENT: dict[str, Any] = {
+PRIVACY_SETTINGS: dict[str, Any] = {
     "x_disable_meta": True,  # the command line, the host and the user's name
-    "console": "off",  # it would copy what is printed before secrets are taken out
+    "console": "off",  # it would copy printed text before secrets are removed
     "disable_git": True,  # the remote's URL may carry a token, and an uncommitted change anything
 }
-"""So wandb gets only metrics and the config, and nothing else that it finds on the machine."""
+"""Settings with which wandb gets only metrics, samples and the config, and nothing else from the machine."""
 
 
 INIT_TIMEOUT_SECONDS = 60.0
-MOST_SAMPLES = 1000
-"""Of a stage, in a tracker's table: the last ones. samples.jsonl has all."""
+MAX_TABLE_SAMPLES = 1000
+"""Samples per stage in a tracker's table: the last ones. samples.jsonl has all."""
 
 
 class Sink(Protocol):
-    """A tracker beside the files."""
+    """A tracker, in addition to the files."""
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
-        """Record metrics whose names already carry their stage's."""
+        """Record metrics whose names begin with the stage's name."""
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
-        """Record a stage's final figures, separate from the curves with the same names."""
+        """Record a stage's final metrics, separate from the curves with the same names."""
 
     def sample(self, stage: str, row: Mapping[str, Any]) -> None:
-        """Record one generated text, for a table."""
+        """Record one generated text for a table."""
 
     def close(self) -> None:
         """Write everything and close."""
@@ -64,12 +64,12 @@ class SampleTables:
     """The last generated texts of each stage, as tables."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, deque[dict[str, Any]]] = defaultdict(lambda: deque(maxlen=MOST_SAMPLES))
+        self._rows: dict[str, deque[dict[str, Any]]] = defaultdict(lambda: deque(maxlen=MAX_TABLE_SAMPLES))
         self.counts: dict[str, int] = {}
-        """Texts that each stage has generated."""
+        """Stage -> number of generated texts."""
 
     def add(self, stage: str, row: Mapping[str, Any]) -> None:
-        """One more."""
+        """Add one text."""
         self._rows[stage].append({name: _cell(value) for name, value in row.items() if name != "stage"})
         self.counts[stage] = self.counts.get(stage, 0) + 1
 
@@ -78,12 +78,12 @@ class SampleTables:
         return [*dict.fromkeys(name for row in self._rows[stage] for name in row)]
 
     def rows(self, stage: str) -> list[list[Any]]:
-        """Its rows; None where one lacks a column."""
+        """The rows of a stage's table; None if a row lacks a column."""
         return [[row.get(name) for name in self.columns(stage)] for row in self._rows[stage]]
 
 
 def _cell(value: Any) -> Any:
-    """A number as it is; a conversation and everything else as text."""
+    """A table cell: numbers stay, everything else becomes text."""
     if isinstance(value, int | float) or value is None:
         return value
     if isinstance(value, list) and all(isinstance(each, Mapping) and "role" in each for each in value):
@@ -94,9 +94,9 @@ def _cell(value: Any) -> Any:
 class WandbSink:
     """Weights & Biases, offline by default.
 
-    RUN_DIR/wandb.json keeps the run's id and the number of lines that each stage has logged. The same
+    RUN_DIR/wandb.json has the wandb run's id and the number of lines that each stage has logged. The same
     command, run again, logs the same lines in the same order. So it continues the same wandb run after the
-    known lines.
+    lines that wandb already has.
     """
 
     def __init__(self, config: TrackerConfig, directory: Path, resolved: Mapping[str, Any]) -> None:
@@ -108,35 +108,35 @@ class WandbSink:
         known = json.loads(self._note.read_text(encoding="utf-8")) if self._note.exists() else {}
         content = digest_of(redacted(resolved))
         self._id = known["id"] if known.get("config") == content else uuid4().hex[:8]
-        self._told: dict[str, int] = known.get("lines", {}) if known.get("config") == content else {}
-        self._said: dict[str, int] = {}
-        """Lines that each stage has logged in this process."""
+        self._wandb_lines: dict[str, int] = known.get("lines", {}) if known.get("config") == content else {}
+        self._logged_lines: dict[str, int] = {}
+        """Stage -> lines that it has logged in this process."""
         self._content = content
         self._teardown = wandb.teardown
         try:
             self._run = wandb.init(
                 project=redacted(config.project), name=directory.name, dir=str(directory), mode=config.mode,
                 config=redacted(resolved), id=self._id, resume="allow",
-                settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, **SILENT),
+                settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, **PRIVACY_SETTINGS),
             )  # fmt: skip
         except (wandb.Error, OSError) as error:
-            self._teardown()  # else its process, whose address is in the environment, serves later runs
+            self._teardown()  # else later runs would use its process, whose address is in the environment
             raise ConfigError(
                 f"tracker=wandb tracker.mode={config.mode}: wandb cannot start ({redacted(str(error))}). "
                 "Check the network and `wandb login`, or use tracker.mode=offline; nothing was run."
             ) from None
         self._stages: set[str] = set()
         self._tables = SampleTables()
-        self._shown: dict[str, int] = known.get("samples", {}) if known.get("config") == content else {}
-        """Texts that each stage's table had when it was written last."""
+        self._table_rows: dict[str, int] = known.get("samples", {}) if known.get("config") == content else {}
+        """Stage -> rows of its table when it was last written."""
         self._make_table = wandb.Table
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
-        """Each stage counts its own steps, so each gets its own x axis."""
-        self._said[stage] = said = self._said.get(stage, 0) + 1
-        if said <= self._told.get(stage, 0):
+        """Log metrics on the stage's own x axis, because each stage counts its own steps."""
+        self._logged_lines[stage] = line = self._logged_lines.get(stage, 0) + 1
+        if line <= self._wandb_lines.get(stage, 0):
             return
-        self._told[stage] = said
+        self._wandb_lines[stage] = line
         self._write_note()
         if stage not in self._stages:
             self._stages.add(stage)
@@ -145,36 +145,42 @@ class WandbSink:
         self._run.log({**metrics, f"{stage}/step": step})
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
-        """Write them to the run's summary, which the table of runs shows."""
+        """Write the metrics to the run's summary, which wandb's table of runs shows."""
         self._run.summary.update(dict(metrics))
 
     def sample(self, stage: str, row: Mapping[str, Any]) -> None:
-        """For the stage's table, which is written at the end: wandb keeps a whole table each time."""
+        """Collect a row for the stage's table. The table is written at the end, because wandb stores a full
+        copy each time."""
         self._tables.add(stage, row)
 
     def close(self) -> None:
-        """Write the tables that have grown, finish the wandb run and wait until it is on the disk: `finish`
-        may return before wandb's own process has written everything."""
+        """Write the tables that have grown, finish the wandb run and end wandb's own process. `finish` may
+        return before that process has written everything to the disk."""
         for stage, count in self._tables.counts.items():
-            if count != self._shown.get(stage):
+            if count != self._table_rows.get(stage):
                 columns: list[str | int] = [*self._tables.columns(stage)]
                 table = self._make_table(
                     columns=columns, data=self._tables.rows(stage), allow_mixed_types=True
                 )
                 self._run.log({f"{stage}/samples": table})
-        self._shown |= self._tables.counts
+        self._table_rows |= self._tables.counts
         self._write_note()
         self._run.finish()
         self._teardown()
 
     def _write_note(self) -> None:
-        said = {"id": self._id, "config": self._content, "lines": self._told, "samples": self._shown}
-        self._note.write_text(json.dumps(said), encoding="utf-8")
+        note = {
+            "id": self._id,
+            "config": self._content,
+            "lines": self._wandb_lines,
+            "samples": self._table_rows,
+        }
+        self._note.write_text(json.dumps(note), encoding="utf-8")
 
 
 class TensorboardSink:
-    """TensorBoard event files under the run directory. The same command, run again, logs the same lines
-    again: so it replaces them, and nothing is there twice."""
+    """TensorBoard event files in the run directory. The same command, run again, logs the same lines again.
+    So it replaces the old files, and no line is there twice."""
 
     def __init__(self, directory: Path, resolved: Mapping[str, Any]) -> None:
         try:
@@ -190,21 +196,21 @@ class TensorboardSink:
         self._tables = SampleTables()
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
-        """One scalar for each metric."""
+        """Write one scalar per metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
-        """One scalar for each figure, under `summary/`."""
+        """Write one scalar per metric, under `summary/`."""
         for name, value in metrics.items():
             self._writer.add_scalar(f"summary/{name}", value)
 
     def sample(self, stage: str, row: Mapping[str, Any]) -> None:
-        """For the stage's table, which is written at the end."""
+        """Collect a row for the stage's table, which is written at the end."""
         self._tables.add(stage, row)
 
     def close(self) -> None:
-        """Write the tables, and flush the event file."""
+        """Write the tables and flush the event file."""
         for stage in self._tables.counts:
             rows = [[" ".join(f"{cell}".split()) for cell in row] for row in self._tables.rows(stage)]
             table = Cells(self._tables.columns(stage), rows).markdown()
@@ -215,8 +221,8 @@ class TensorboardSink:
 class Tracker:
     """Writes each stage's lines into its artifact, and the lines of all stages into the run directory.
 
-    Because the artifact has the stage's lines, a run that reuses it still shows its curve. Without a run
-    directory (on ranks other than 0) nothing is written.
+    The artifact has the stage's lines, so a run that reuses it can show its curve. Without a run directory
+    (on ranks other than 0) nothing is written.
     """
 
     METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -229,7 +235,7 @@ class Tracker:
                 (run_directory / name).write_text("", encoding="utf-8")
 
     def begin(self, stage_directory: Path) -> None:
-        """From now on, also write to this directory."""
+        """Begin a stage: from now on, also write to its directory."""
         self._stage_directory = stage_directory if self._run_directory else None
 
     def keep(self, checkpoint: Path) -> None:
@@ -239,7 +245,7 @@ class Tracker:
                 shutil.copyfile(self._stage_directory / name, checkpoint / name)
 
     def restore(self, checkpoint: Path) -> None:
-        """Go back to the lines at that checkpoint, so that nothing is missing or written twice."""
+        """Restore the lines of a checkpoint, so that none is missing or written twice."""
         if self._stage_directory is None:
             return
         for name in (self.METRICS, self.SAMPLES):
@@ -273,14 +279,14 @@ class Tracker:
                 sink.sample(row["stage"], row)
 
     def log(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
-        """Record one step of one stage. The stage's name is put before each metric's name."""
+        """Record one step of a stage. Puts the stage's name before each metric's name."""
         named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
         self._append(self.METRICS, {"stage": stage, "step": step, "time": _now(), **_finite(named)})
         for sink in self._sinks:
             sink.log(named, stage, step)
 
     def summarize(self, stage: str, metrics: Mapping[str, float]) -> None:
-        """Record a stage's final figures, in a line with `"summary": true`."""
+        """Record a stage's final metrics, in a line with `"summary": true`."""
         named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
         self._append(self.METRICS, {"stage": stage, "summary": True, "time": _now(), **_finite(named)})
         for sink in self._sinks:
@@ -288,13 +294,13 @@ class Tracker:
 
     def sample(self, stage: str, row: Mapping[str, Any]) -> None:
         """Record one generated text."""
-        shown = redacted(row)
-        self._append(self.SAMPLES, {"stage": stage, **shown})
+        public_row = redacted(row)
+        self._append(self.SAMPLES, {"stage": stage, **public_row})
         for sink in self._sinks:
-            sink.sample(stage, shown)
+            sink.sample(stage, public_row)
 
     def close(self) -> None:
-        """Flush the sinks."""
+        """Close the sinks."""
         for sink in self._sinks:
             sink.close()
 
@@ -316,7 +322,7 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def make_tracker(config: TrackerConfig, run_directory: Path, resolved: Mapping[str, Any]) -> Tracker:
-    """The files, and the tracker that `tracker=` chose."""
+    """A tracker for the files and for the choice in `tracker=`."""
     sinks: list[Sink] = []
     if config.kind == "wandb":
         sinks.append(WandbSink(config, run_directory, resolved))

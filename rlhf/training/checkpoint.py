@@ -36,7 +36,7 @@ from uuid import uuid4
 from pydantic import PositiveFloat, PositiveInt
 
 from rlhf.config import ConfigError, Strict
-from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, flush, leads_out
+from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, first_outside, flush
 from rlhf.disk import content_of
 from rlhf.distributed.compute import Compute, portable
 from rlhf.distributed.device import host_memory
@@ -86,7 +86,7 @@ def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
             return None, f"{MANIFEST} is not what was written"
         if manifest["name"] != checkpoint.name:
             return None, f"{MANIFEST} belongs to {manifest['name']}"
-        outside = leads_out(checkpoint, manifest["files"])
+        outside = first_outside(checkpoint, manifest["files"])
         if outside is not None:
             return None, f"{outside} leads out of its directory, or to itself"
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing lets other threads run

@@ -200,7 +200,7 @@ class Engine(ABC):
             if is_owner:
                 files.add(name, weight)
             del weight
-            self.compute.moved()
+            self.compute.count_progress()
         with self.compute.busy():
             files.close()
         self.compute.barrier()

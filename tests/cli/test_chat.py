@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chains import Chain, Outcome, run_main
 from helpers.jobs import TINY, on_cpu
-from rlhf.cli.chat import Manner
-from rlhf.cli.speaker import Speaker
+from rlhf.cli.chat import SamplingParams
+from rlhf.cli.chat_session import ChatSession
 from rlhf.generation.policy_model import PolicyModel
 
-GREEDY = Manner(
+GREEDY = SamplingParams(
     max_new_tokens=12, temperature=0.0, top_p=1.0, seed=0, precision="fp32", device="cpu", system=""
 )
 STYLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -122,19 +122,19 @@ def test_what_a_model_writes_does_not_command_the_terminal(finished_chain: tuple
 
 
 @pytest.fixture
-def speaker(tiny_model: Path) -> Speaker:
-    return Speaker("tiny", PolicyModel.load(tiny_model, TINY, on_cpu()), GREEDY)
+def session(tiny_model: Path) -> ChatSession:
+    return ChatSession("tiny", PolicyModel.load(tiny_model, TINY, on_cpu()), GREEDY)
 
 
 def test_each_turn_is_asked_behind_the_ones_before_it_until_they_are_forgotten(
-    speaker: Speaker, tiny_model: Path
+    session: ChatSession, tiny_model: Path
 ) -> None:
     said: list[str] = []
-    speaker.answer("One", said.append)
+    session.answer("One", said.append)
     first = "".join(said).strip()
     assert first == greedy(tiny_model, [{"role": "user", "content": "One"}])
     said.clear()
-    assert speaker.answer("Two", said.append) == "cut"
+    assert session.answer("Two", said.append) == "cut"
     assert "".join(said).strip() == greedy(
         tiny_model,
         [
@@ -142,13 +142,13 @@ def test_each_turn_is_asked_behind_the_ones_before_it_until_they_are_forgotten(
             {"role": "user", "content": "Two"},
         ],
     )  # fmt: skip
-    speaker.reset()
+    session.reset()
     said.clear()
-    speaker.answer("One", said.append)
-    assert "".join(said).strip() == first and len(speaker.turns) == 2
+    session.answer("One", said.append)
+    assert "".join(said).strip() == first and len(session.turns) == 2
 
 
-def test_ctrl_c_stops_an_answer_whose_begin_stays_in_the_conversation(speaker: Speaker) -> None:
+def test_ctrl_c_stops_an_answer_whose_begin_stays_in_the_conversation(session: ChatSession) -> None:
     said: list[str] = []
 
     def show(piece: str) -> None:
@@ -156,16 +156,16 @@ def test_ctrl_c_stops_an_answer_whose_begin_stays_in_the_conversation(speaker: S
         if len(said) == 5:
             raise KeyboardInterrupt
 
-    assert speaker.answer("One", show) == "stopped"
-    assert speaker.turns[-1]["role"] == "assistant" and len(speaker.turns) == 2
+    assert session.answer("One", show) == "stopped"
+    assert session.turns[-1]["role"] == "assistant" and len(session.turns) == 2
 
 
-def test_a_full_context_is_said_and_the_turn_is_not_kept(speaker: Speaker) -> None:
+def test_a_full_context_is_said_and_the_turn_is_not_kept(session: ChatSession) -> None:
     from rlhf.config import ConfigError
 
     with pytest.raises(ConfigError, match=r"tiny: the conversation has \d+ tokens, and the model reads 1024"):
-        speaker.answer("x" * 1100, lambda piece: None)
-    assert speaker.turns == []
+        session.answer("x" * 1100, lambda piece: None)
+    assert session.turns == []
 
 
 class Terminal:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from helpers.chains import Chain, Outcome, run_main
-from rlhf.cli.execute import SPINS
+from rlhf.cli.execute import OPENMP_SPINS
 from rlhf.config import ConfigError
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.metrics import check_metric
@@ -337,7 +337,7 @@ def test_a_run_whose_reader_leaves_ends_quietly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("users", "spins", "is_run"),
     [
-        ({}, SPINS, True),
+        ({}, OPENMP_SPINS, True),
         ({"GOMP_SPINCOUNT": "5"}, 5, False),
         ({"OMP_WAIT_POLICY": "PASSIVE"}, 0, False),
     ],

@@ -173,7 +173,7 @@ def test_a_summary_of_another_form_breaks_no_list(tmp_path: Path) -> None:
     assert (listed.code, "odd" in listed.out) == (0, True)
     (tmp_path / "store").mkdir()
     collected = say(tmp_path, "gc")
-    assert collected.code == 2 and "nobody knows what that run uses" in collected.err
+    assert collected.code == 2 and "it is not known what that run uses" in collected.err
 
 
 def test_a_file_under_two_names_counts_once(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_run_is_running_then_dead_and_what_it_left_is_told(
     directory = chain.directory / "runs" / "long"
     wait_until(lambda: "sft: training" in (_said(directory).get("task") or ""), process)
     state = state_of(directory)
-    assert (state.word, state.left) == ("running", ["sft"])
+    assert (state.status, state.unfinished) == ("running", ["sft"])
     assert state.seconds_left is not None and state.seconds_left > 0
     said = say(chain.directory, "status").out
     assert (
@@ -224,7 +224,7 @@ def test_a_run_on_another_host_is_believed_while_it_speaks(tmp_path: Path) -> No
     for age, word in ((5.0, "running"), (900.0, "silent")):
         (tmp_path / "summary.json").write_text(json.dumps({"stages": {}, "gates": [], "verdict": None}))
         (tmp_path / "position.json").write_text(json.dumps(said | {"time": time.time() - age}))
-        assert state_of(tmp_path).word == word
+        assert state_of(tmp_path).status == word
 
 
 def test_a_run_and_its_store_can_move_together(tmp_path: Path) -> None:

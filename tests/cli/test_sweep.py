@@ -22,7 +22,7 @@ from helpers.chains import (
     sweep_file,
     trial_run,
 )
-from rlhf.cli.messages import in_our_words
+from rlhf.cli.messages import explain_error
 from rlhf.cli.sweep.optuna_study import JOURNAL, Study
 from rlhf.cli.sweep.trial import NOTE, read_note, write_note
 from rlhf.config import ConfigError
@@ -228,11 +228,11 @@ def test_missing_packages_are_named(chain: Chain, monkeypatch: pytest.MonkeyPatc
     assert outcome.code == 2 and "pip install -e '.[optuna]'" in outcome.err
     launcher = "hydra/launcher/submitit_slurm"
     hydras = MissingConfigException(f"In 'config': Could not find '{launcher}'", launcher, ["basic"])
-    assert in_our_words(hydras, []) == (
+    assert explain_error(hydras, []) == (
         "hydra/launcher=submitit_slurm needs submitit: pip install -e '.[slurm]'."
     )
     mistyped = MissingConfigException("", "hydra/launcher/submitit_lcoal", ["basic"])
-    assert in_our_words(mistyped, []) == (
+    assert explain_error(mistyped, []) == (
         "hydra/launcher=submitit_lcoal: there is no such choice. Did you mean submitit_local? There are: "
         "basic, submitit_local, submitit_slurm."
     )

@@ -130,7 +130,7 @@ def test_mistakes(root: Path, arguments: list[str], complaint: str) -> None:
 
 
 def test_a_port_that_is_taken(root: Path, port: int) -> None:
-    with pytest.raises(ConfigError, match=f"port={port}: it cannot be had .* Use another, or port=0"):
+    with pytest.raises(ConfigError, match=f"port={port}: it cannot be used .* Use another, or port=0"):
         watch([f"runs_dir={root}", f"port={port}"], DEFAULTS)
 
 

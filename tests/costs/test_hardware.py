@@ -11,17 +11,17 @@ import pytest
 from helpers.jobs import on_cpu
 from rlhf.costs.hardware import LIBRARIES, NCCL_BUFFERS, Speed, found_machine
 from rlhf.distributed.compute import Compute
-from rlhf.distributed.device import host_memory, room_in
+from rlhf.distributed.device import cgroup_memory_left, host_memory
 
 
 def test_a_control_group_counts_what_the_kernel_would_not_give_up(tmp_path: Path) -> None:
-    assert math.isinf(room_in(tmp_path))
+    assert math.isinf(cgroup_memory_left(tmp_path))
     (tmp_path / "memory.max").write_text("max\n")
-    assert math.isinf(room_in(tmp_path))
+    assert math.isinf(cgroup_memory_left(tmp_path))
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
-    assert room_in(tmp_path) == 1000 - (700 - 250)
+    assert cgroup_memory_left(tmp_path) == 1000 - (700 - 250)
 
 
 def test_a_rank_on_a_cpu_may_have_what_is_left_and_what_it_has() -> None:

@@ -138,7 +138,7 @@ def interrupted():
             pass
     return workers[-1]
 os.fork = interrupted
-with signals.installed(), signals.heard(lambda signum, is_second: os._exit(3)):
+with signals.installed(), signals.watchdog(lambda signum, is_second: os._exit(3)):
     try:
         list(on_all_cores(str, range(100)))
     except Stopped:

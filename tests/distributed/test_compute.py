@@ -131,9 +131,9 @@ def test_rows_of_a_unit_are_on_one_rank_and_side_by_side() -> None:
 
 
 def test_sizes_that_the_ranks_and_the_groups_can_share() -> None:
-    (complaint,) = on_cpu(0, 6).undivided("grpo.batch_episodes", 52, unit=4)
+    (complaint,) = on_cpu(0, 6).uneven_batch("grpo.batch_episodes", 52, unit=4)
     assert complaint.fix == "Use 48 or 60."
-    assert not [*on_cpu(0, 6).undivided("grpo.batch_episodes", 48, unit=4)]
+    assert not [*on_cpu(0, 6).uneven_batch("grpo.batch_episodes", 48, unit=4)]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_sizes_that_the_ranks_and_the_groups_can_share() -> None:
     [(100, 8, "Use 96 or 104."), (3, 8, "Use 8."), (9, 8, "Use 8 or 16."), (15, 2, "Use 14 or 16.")],
 )
 def test_a_batch_that_cannot_be_shared_equally(value: int, world_size: int, advice: str) -> None:
-    (complaint,) = on_cpu(0, world_size).undivided("ppo.batch_episodes", value)
+    (complaint,) = on_cpu(0, world_size).uneven_batch("ppo.batch_episodes", value)
     assert str(complaint) == (
         f"ppo.batch_episodes={value}: it cannot be divided equally over {world_size} ranks. {advice}"
     )
@@ -149,7 +149,7 @@ def test_a_batch_that_cannot_be_shared_equally(value: int, world_size: int, advi
 
 @pytest.mark.parametrize(("value", "world_size"), [(96, 8), (8, 8), (7, 1)])
 def test_a_batch_that_can_be_shared(value: int, world_size: int) -> None:
-    assert not [*on_cpu(0, world_size).undivided("ppo.batch_episodes", value)]
+    assert not [*on_cpu(0, world_size).uneven_batch("ppo.batch_episodes", value)]
 
 
 TORCHRUN = {

@@ -25,7 +25,7 @@ from rlhf.distributed import heartbeat as beating
 from rlhf.distributed import signals as interrupt
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.heartbeat import Heartbeat, bytes_moved
-from rlhf.distributed.signals import Heard, StopSignals
+from rlhf.distributed.signals import ReceivedSignals, StopSignals
 
 TORCHRUN = Path(__file__).parents[2] / "launch" / "torchrun.sh"
 WAITING = """
@@ -34,7 +34,7 @@ from pathlib import Path
 from rlhf.distributed import signals as interrupt
 from rlhf.distributed.compute import make_compute
 from rlhf.distributed.heartbeat import Heartbeat
-from rlhf.distributed.signals import Heard, StopSignals
+from rlhf.distributed.signals import ReceivedSignals, StopSignals
 
 directory, interrupt.QUIET_SECONDS = Path(sys.argv[1]), float(sys.argv[2])
 compute, _ = make_compute("cpu", "fp32", timeout=600)
@@ -45,7 +45,7 @@ def end(signum, is_second):
     sys.stdout.flush()
     os._exit(75)
 
-with Heartbeat(directory / "ranks", compute, print) as heartbeat, signals.installed(), signals.heard(end):
+with Heartbeat(directory / "ranks", compute, print) as heartbeat, signals.installed(), signals.watchdog(end):
     signals.progress = heartbeat.progress
     with signals.deferred():
         compute.barrier()
@@ -91,7 +91,7 @@ def free_port() -> str:
 
 def test_only_a_run_without_progress_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupt, "QUIET_SECONDS", 0.2)
-    monkeypatch.setattr(interrupt, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(interrupt, "CHECK_SECONDS", 0.01)
     signals, ended, states = StopSignals(), threading.Event(), iter(range(100))
     signals.progress = lambda: next(states, None)
     heard: list[tuple[int, bool, int | None]] = []
@@ -101,7 +101,7 @@ def test_only_a_run_without_progress_is_ended(monkeypatch: pytest.MonkeyPatch) -
         ended.set()
         monkeypatch.setattr(interrupt, "QUIET_SECONDS", float("inf"))
 
-    with signals.installed(), signals.heard(end), pytest.raises(interrupt.Stopped), signals.deferred():
+    with signals.installed(), signals.watchdog(end), pytest.raises(interrupt.Stopped), signals.deferred():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert ended.wait(60)
     assert heard == [(signal.SIGUSR1, False, None)]  # none of the hundred states is left
@@ -111,7 +111,7 @@ def test_on_a_gpu_a_pass_may_take_as_long_as_steps_take(monkeypatch: pytest.Monk
     """Nothing shows there that it goes on. It is simulated: no state changes while the step lasts."""
     monkeypatch.setattr(interrupt, "QUIET_SECONDS", 0.01)
     monkeypatch.setattr(interrupt, "FIRST_START_SECONDS", 0.02)
-    monkeypatch.setattr(interrupt, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(interrupt, "CHECK_SECONDS", 0.01)
     signals = StopSignals()
     assert signals.quiet_seconds == 0.01
     signals.on_gpu, signals.progress = True, list
@@ -119,7 +119,7 @@ def test_on_a_gpu_a_pass_may_take_as_long_as_steps_take(monkeypatch: pytest.Monk
     signals.longest_step = 60.0
     assert signals.quiet_seconds == 180.0
     ended = threading.Event()
-    heard = signals.heard(lambda *_: ended.set())
+    heard = signals.watchdog(lambda *_: ended.set())
     with signals.installed(), heard, pytest.raises(interrupt.Stopped), signals.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         assert not ended.wait(0.2), "the step may finish, and be saved"
@@ -129,7 +129,7 @@ def test_on_a_gpu_a_pass_may_take_as_long_as_steps_take(monkeypatch: pytest.Monk
 
 def test_whoever_ends_by_itself_is_left_alone() -> None:
     signals = StopSignals()
-    with pytest.raises(interrupt.Stopped), signals.installed(), signals.heard(lambda *_: os._exit(1)):
+    with pytest.raises(interrupt.Stopped), signals.installed(), signals.watchdog(lambda *_: os._exit(1)):
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the handler ran")
     assert signal.set_wakeup_fd(-1) == -1
@@ -144,7 +144,7 @@ def test_the_same_signal_again_at_once_is_the_same_stop(
     first: signal.Signals, second: signal.Signals, counts: bool, is_heard: bool
 ) -> None:
     signals = StopSignals()
-    ends = signals.heard(lambda *_: os._exit(1)) if is_heard else nullcontext()
+    ends = signals.watchdog(lambda *_: os._exit(1)) if is_heard else nullcontext()
     came = threading.Event()
 
     def work() -> None:
@@ -163,9 +163,9 @@ def test_the_same_signal_again_at_once_is_the_same_stop(
 
 
 def test_the_same_signal_later_is_another_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupt, "SAME_SECONDS", 0.0)
+    monkeypatch.setattr(interrupt, "REPETITION_SECONDS", 0.0)
     signals = StopSignals()
-    ends = signals.heard(lambda *_: os._exit(1))
+    ends = signals.watchdog(lambda *_: os._exit(1))
     with signals.installed(), ends, pytest.raises(interrupt.Stopped), signals.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM
@@ -177,7 +177,7 @@ def test_the_same_signal_later_is_another_stop(monkeypatch: pytest.MonkeyPatch) 
 def test_it_ends_before_a_process_that_it_forked() -> None:
     """The child holds the sockets too. The thread would wait for it, and it ends last here."""
     signals, (reader, writer) = StopSignals(), os.pipe()
-    with signals.heard(lambda signum, is_second: None):
+    with signals.watchdog(lambda signum, is_second: None):
         child = os.fork()
         if child == 0:
             os.close(writer)
@@ -192,22 +192,22 @@ def test_it_ends_before_a_process_that_it_forked() -> None:
 
 
 def test_a_launcher_passes_one_on_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = Heard()
+    heard = ReceivedSignals()
     assert [heard.is_new(signal.SIGTERM), heard.is_new(signal.SIGTERM), heard.is_new(signal.SIGINT)] == [
         True, False, True,
     ]  # fmt: skip
-    monkeypatch.setattr(interrupt, "SAME_SECONDS", 0.0)
+    monkeypatch.setattr(interrupt, "REPETITION_SECONDS", 0.0)
     assert heard.is_new(signal.SIGINT)
     assert heard.signums == [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
 
 
 def test_only_signals_that_stop_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library may have a handler of its own, such as one for SIGCHLD."""
-    monkeypatch.setattr(interrupt, "AT_ONCE_SECONDS", 0.0)
+    monkeypatch.setattr(interrupt, "SECOND_SIGNAL_SECONDS", 0.0)
     ended: list[tuple[int, bool]] = []
     before = signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
-        with StopSignals().heard(lambda *how: ended.append(how)):
+        with StopSignals().watchdog(lambda *how: ended.append(how)):
             for _ in range(3):
                 signal.raise_signal(signal.SIGCHLD)
     finally:
@@ -225,12 +225,12 @@ def test_progress_is_what_a_rank_that_hangs_does_not_do(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as other:  # the thread that says it may not count itself
 
         def said() -> dict[str, Any]:
-            return other.submit(heartbeat._said).result()
+            return other.submit(heartbeat._report).result()
 
         before = said()
         other.submit(read).result()
         assert said() == before
-        for do in (read, compute.moved, lambda: list(compute.micro_batches([1], 1))):
+        for do in (read, compute.count_progress, lambda: list(compute.micro_batches([1], 1))):
             before = said()
             do()
             assert said() != before
@@ -271,12 +271,12 @@ def test_only_a_limited_wait_ends_and_once(tmp_path: Path, monkeypatch: pytest.M
     with Heartbeat(tmp_path, compute, end) as heartbeat:
         beats(80)
         with compute.limited():
-            beats(80, compute.moved)
+            beats(80, compute.count_progress)
         assert not said
         with compute.limited():
             assert hung.wait(60)
             beats(80)
-        compute.moved()
+        compute.count_progress()
         beats(80)
     assert said == ["ppo, step 3: rank 0 waited for rank 1 (never seen) in vain."]
 
@@ -322,10 +322,10 @@ def test_on_a_gpu_a_missing_rank_is_named_before_nccl_aborts(
 
 def test_on_a_cpu_computing_is_progress(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, Compute("cpu", "float32", world_size=2), pytest.fail)
-    said, start = heartbeat._said(), time.thread_time()
+    said, start = heartbeat._report(), time.thread_time()
     while time.thread_time() < start + 1.0:
         pass
-    assert heartbeat._said()["cpu"] > said["cpu"]
+    assert heartbeat._report()["cpu"] > said["cpu"]
 
 
 SLOW_TORCHRUN = """#!{python}
@@ -338,7 +338,7 @@ from rlhf.distributed.signals import Stopped, StopSignals, leave_exit_code
 
 signals = StopSignals()
 try:
-    with signals.installed(), signals.heard(sys.exit), signals.deferred():
+    with signals.installed(), signals.watchdog(sys.exit), signals.deferred():
         Path("ready").touch()
         threading.Event().wait()
 except Stopped:

@@ -12,7 +12,7 @@ import pytest
 from helpers.chains import Chain
 from helpers.experiments import build
 from helpers.verdicts import mounted
-from rlhf.config import STAGE, Complaint, ConfigError, asked_by
+from rlhf.config import STAGE, Complaint, ConfigError, in_user_keys
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.graph import naming_keys
@@ -36,7 +36,7 @@ IA3 = Complaint(f"{STAGE}.peft=ia3", "no.", f"Use {STAGE}.peft=lora.")
     ],
 )
 def test_what_a_complaint_is_about_becomes_the_users_key(inside: Complaint | str, outside: str) -> None:
-    with pytest.raises(ConfigError) as error, asked_by(KEYS, "sft"):
+    with pytest.raises(ConfigError) as error, in_user_keys(KEYS, "sft"):
         raise ConfigError(inside)
     assert str(error.value) == outside
 

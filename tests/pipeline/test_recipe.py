@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.experiments import build, compose
-from rlhf.cli.messages import readable
+from rlhf.cli.messages import hydra_arguments
 from rlhf.config import ConfigError
 from rlhf.data.roles import ROLES
 from rlhf.pipeline.experiment import Experiment, build_experiment
@@ -26,7 +26,7 @@ def instances(names: dict[str, Any], *overrides: str) -> Experiment:
 
 
 def on_command_line(*overrides: str) -> Experiment:
-    return build(*readable(overrides))
+    return build(*hydra_arguments(overrides))
 
 
 def test_a_recipe_says_what_all_means_and_what_is_compared() -> None:
@@ -156,8 +156,8 @@ def test_ppo_after_ppo_is_told_what_it_needs() -> None:
 @pytest.mark.parametrize("argument", ["dpo@.beta=1", "dpo@a/b.beta=1", "dpo@2=5"])
 def test_a_label_that_is_none_is_told(argument: str) -> None:
     with pytest.raises(ConfigError, match=r"write STAGE@LABEL.KEY=VALUE, such as dpo@2.beta=0.3"):
-        readable([argument])
-    assert readable(["+stages@toy=toy"]) == ["+stages@toy=toy"]
+        hydra_arguments([argument])
+    assert hydra_arguments(["+stages@toy=toy"]) == ["+stages@toy=toy"]
 
 
 def test_values_and_other_keys_stay_as_they_are() -> None:

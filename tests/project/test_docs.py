@@ -19,7 +19,7 @@ from helpers.chains import Chain, Outcome, run_main
 from helpers.experiments import build
 from rlhf.__main__ import is_command
 from rlhf.cli.command import KEYED
-from rlhf.cli.messages import readable
+from rlhf.cli.messages import hydra_arguments
 from rlhf.distributed.compute import Compute
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.stage import View
@@ -56,7 +56,7 @@ def test_a_documented_command_builds(command: str, tmp_path: Path, monkeypatch: 
     if " -m " in command.removeprefix("python -m rlhf") + " ":  # a sweep: its first trial
         swept = [word for word in overrides if "interval(" not in word]
         overrides = [word if "=[" in word else word.partition(",")[0] for word in swept]
-    build(*readable(overrides))
+    build(*hydra_arguments(overrides))
 
 
 NOT_HERE = re.compile(

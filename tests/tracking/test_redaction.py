@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf.cli.keys import sections
-from rlhf.tracking.redaction import RedactingConsole, redacted, redacted_output, redacted_text, says_secret
+from rlhf.tracking.redaction import RedactingConsole, is_secret_name, redacted, redacted_output, redacted_text
 
 PLANTED = "correct-horse/battery"
 
@@ -220,7 +220,7 @@ def test_a_place_is_no_name_of_a_secret() -> None:
 def test_no_key_of_the_config_says_that_its_value_is_a_secret() -> None:
     keys = [key.name for section in sections({}) for key in section.keys]
     assert len(keys) > 200
-    assert [key for key in keys if says_secret(key)] == []
+    assert [key for key in keys if is_secret_name(key)] == []
 
 
 def test_whatever_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Optuna's study of a sweep, in a file that a shared file system may hold. The only importer of optuna.
+"""A sweep's optuna study, in a file that may be on a shared file system. Only this module imports optuna.
 
 A trial without a reported result stays open. The next start runs it again with the same values.
 """
@@ -25,7 +25,7 @@ JOURNAL = "study.journal"
 
 
 class Study:
-    """Proposes values, and gets the results."""
+    """Proposes values for trials and gets their results."""
 
     def __init__(
         self,
@@ -34,17 +34,17 @@ class Study:
         overrides: Sequence[str],
         distributions: Mapping[str, BaseDistribution],
     ) -> None:
-        """Begin the study, or continue the one that is there.
+        """Begin the study, or continue the existing one.
 
         Raises:
-            ConfigError: the study that is there is another search's.
+            ConfigError: the existing study is of another search.
         """
         self._knobs, self._distributions = knobs, dict(distributions)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        journal = (directory / JOURNAL).resolve()  # its lock is a link to it, from beside it
+        journal = (directory / JOURNAL).resolve()  # absolute: optuna's lock is a symbolic link to it
         if journal.exists():
             lines = journal.read_bytes()
-            journal.write_bytes(lines[: lines.rfind(b"\n") + 1])  # a process killed in mid-write left a part
+            journal.write_bytes(lines[: lines.rfind(b"\n") + 1])  # a killed process may have left half a line
         self._study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(journal))),
             study_name=directory.name,
@@ -62,19 +62,19 @@ class Study:
         self._study.set_user_attr("search", search)
 
     def known(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """Number and values of all trials so far."""
+        """Number and values of each trial so far."""
         for trial in self._study.get_trials(deepcopy=False):
             yield trial.number, {key: _text(value) for key, value in trial.params.items()}
 
     def unfinished(self) -> list[int]:
-        """Trials that were killed or stopped."""
-        found = []
+        """Numbers of trials that were killed or stopped."""
+        numbers = []
         for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if trial.params.keys() == self._distributions.keys():
-                found.append(trial.number)
-            else:  # killed while it was being proposed: nothing is lost
+                numbers.append(trial.number)
+            else:  # killed while its values were proposed: nothing is lost
                 self._study.tell(trial.number, state=TrialState.FAIL)
-        return found
+        return numbers
 
     def ask(self) -> tuple[int, dict[str, str]] | None:
         """Number and values of a new trial; None if there are `sweep.trials` of them.
@@ -92,7 +92,7 @@ class Study:
         """Report a trial's result.
 
         Raises:
-            ConfigError: the trial is done, but has no such metric.
+            ConfigError: the trial is done, but has no metric `sweep.metric`.
         """
         assert self._knobs.metric is not None
         if outcome.goes_on:

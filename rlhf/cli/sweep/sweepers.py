@@ -1,7 +1,7 @@
-"""Sweepers behind `python -m rlhf -m`: every combination of listed values, or proposals by optuna.
+"""Sweepers for `python -m rlhf -m`: every combination of listed values, or proposals by optuna.
 
-Both start their trials through Hydra's launcher (one by one here, or as submitit's jobs), go on when one
-fails, and write a table of all. The same command goes on with a study of optuna's: see optuna_study.py.
+Both start trials through Hydra's launcher (one by one here, or as submitit jobs), continue when one fails,
+and write a table of all trials. The same command continues an optuna study: see optuna_study.py.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.sweep_table import SweepTable
 from rlhf.report.trial import Outcome, Trial
-from rlhf.tracking.redaction import RedactingConsole, redacted, says_secret
+from rlhf.tracking.redaction import RedactingConsole, is_secret_name, redacted
 
 if TYPE_CHECKING:  # `--help` needs neither of these
     from optuna.distributions import BaseDistribution
 
     from rlhf.pipeline.stage import Stage
 
-OF_THE_SWEEP = ("sweep", "run_name", "runs_dir")
-MAY_CHANGE = ("sweep.trials", "sweep.parallel", "run_name")
-"""Overrides that leave a study what it is."""
+SHARED_KEYS = ("sweep", "run_name", "runs_dir")
+CHANGEABLE_OVERRIDES = ("sweep.trials", "sweep.parallel", "run_name")
+"""Overrides that may change when a study continues."""
 
 
 class GridSweep(Sweeper):
@@ -57,11 +57,12 @@ class GridSweep(Sweeper):
     config: DictConfig
     launcher: Launcher
     directory: Path
-    """The sweep's; named like the sweep."""
+    """Directory of the sweep, with the sweep's name."""
     knobs: SweepConfig
     fixed: dict[str, str]
-    """Key -> the override that all trials have."""
+    """Key -> its override, the same for all trials."""
     swept: dict[str, Override]
+    """Key -> its override with several values."""
 
     def __init__(self, params: Mapping[str, str] | None) -> None:
         self.params = params or {}
@@ -93,10 +94,10 @@ class GridSweep(Sweeper):
             raise SystemExit(code)
 
     def read(self, arguments: Sequence[str]) -> None:
-        """Read the command line; check all that can be checked before the first trial.
+        """Read the command line, and check everything that can be checked before the first trial.
 
         Raises:
-            ConfigError: a key of the sweep's or of a trial's.
+            ConfigError: a key of the sweep or of a trial is wrong.
         """
         given = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -104,9 +105,9 @@ class GridSweep(Sweeper):
         self.swept = {key: each for key, each in overrides.items() if each.is_sweep_override()}
         self.fixed = {key: str(each.input_line) for key, each in overrides.items() if key not in self.swept}
         for key, override in self.swept.items():
-            if key.partition(".")[0] in OF_THE_SWEEP:
+            if key.partition(".")[0] in SHARED_KEYS:
                 raise ConfigError(f"{key}: a sweep's trials share it. Give it one value.")
-            if redacted(override.input_line) != override.input_line or says_secret(key):
+            if redacted(override.input_line) != override.input_line or is_secret_name(key):
                 raise ConfigError(
                     f"{key}: there is a secret among its values, and a sweep writes the values of its trials "
                     "to files. Give it one value, from the environment: '${oc.env:NAME}'."
@@ -127,13 +128,13 @@ class GridSweep(Sweeper):
         self.knobs.check(stages)
 
     def trial(self, number: int, values: Mapping[str, str]) -> Trial:
-        """A trial of it, RUNNAME-NUM."""
+        """The trial with this number, in RUNNAME-NUM."""
         return Trial(number, self.directory.with_name(f"{self.directory.name}-{number}"), values)
 
     def compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         """The resolved config of a trial with these overrides."""
-        every = [*self.fixed.values(), *overrides]
-        node = self.hydra_context.config_loader.load_sweep_config(self.config, every)
+        all_overrides = [*self.fixed.values(), *overrides]
+        node = self.hydra_context.config_loader.load_sweep_config(self.config, all_overrides)
         with read_write(node), open_dict(node):
             del node["hydra"]
         resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
@@ -141,10 +142,10 @@ class GridSweep(Sweeper):
         return {str(key): value for key, value in resolved.items()}
 
     def to_check(self) -> list[Trial]:
-        """Trials to be checked beforehand: here, all.
+        """Trials to check before the first one starts: here all.
 
         Raises:
-            ConfigError: an interval is no list of values.
+            ConfigError: a key has an interval, which only optuna can search.
         """
         for key, override in self.swept.items():
             if override.is_interval_sweep():
@@ -155,17 +156,17 @@ class GridSweep(Sweeper):
         return self.trials
 
     def begin(self) -> None:
-        """Find what an earlier start left; here, the content of the store is enough."""
+        """Find what an earlier start left. Nothing to do here: finished stages are in the store."""
 
     def proposals(self) -> Iterator[Trial]:
-        """The trials to run, each asked for when it can be started."""
+        """The trials to run. The next one is taken when it can start."""
         yield from self.trials
 
     def ended(self, trial: Trial) -> None:
-        """A trial came to its end, or was lost."""
+        """Called when a trial ended or was lost."""
 
     def run(self) -> int:
-        """Run the trials and show what they came to; the highest exit code."""
+        """Run the trials and print their table. Returns the highest exit code."""
         codes, main = [0], is_main_process()
         console = RedactingConsole(quiet=not main)
         table = SweepTable(self.directory, self.knobs, self.trials)
@@ -188,20 +189,20 @@ class GridSweep(Sweeper):
         return max(codes)
 
     def run_trials(self, console: Console) -> Iterator[Trial]:
-        """Keep as many trials running as the launcher can; each one is handed out when it has ended."""
+        """Keep as many trials running as the launcher can. Yields each trial when it has ended."""
         finished: queue.Queue[Trial] = queue.Queue()
         proposals = self.proposals()
         one_by_one = self.config.hydra.launcher._target_.endswith(".BasicLauncher")
-        most, num_running = 1 if one_by_one else self.knobs.parallel, 0
+        max_running, num_running = 1 if one_by_one else self.knobs.parallel, 0
         while True:
-            while num_running < most and (proposal := next(proposals, None)):
-                trial, words = proposal, escape(as_typed(" ".join(proposal.overrides)))
-                console.print(f"[bold]Trial {trial.number}[/]: {words}", highlight=False)
+            while num_running < max_running and (proposal := next(proposals, None)):
+                trial, shown_overrides = proposal, escape(as_typed(" ".join(proposal.overrides)))
+                console.print(f"[bold]Trial {trial.number}[/]: {shown_overrides}", highlight=False)
                 trial.outcome = Outcome()
                 num_running += 1
                 if one_by_one:
                     self.launch(trial, finished)
-                else:  # a thread for each, so that a lost job leaves the others alone
+                else:  # a thread per trial, so that a lost job does not end the others
                     threading.Thread(target=self.launch, args=(trial, finished), daemon=True).start()
             if not num_running:
                 return
@@ -213,7 +214,7 @@ class GridSweep(Sweeper):
             console.print(f"[bold]Trial {trial.number}[/]: {trial.outcome.status}{where}", highlight=False)
             yield trial
             if one_by_one and trial.outcome.code in (STOPPED, INTERRUPTED):
-                return  # the signal was meant for all
+                return  # the signal was meant for the whole sweep
 
     def launch(self, trial: Trial, finished: queue.Queue[Trial]) -> None:
         """Run one trial and wait for its end."""
@@ -225,25 +226,25 @@ class GridSweep(Sweeper):
             try:
                 results = self.launcher.launch([overrides], initial_job_idx=trial.number)
                 trial.outcome = results[0].return_value
-            except Exception as error:  # a job that was killed may have noted more
+            except Exception as error:  # a job that was killed may have left a note
                 print(f"Trial {trial.number} was lost: {error}", file=sys.stderr)
                 trial.outcome = Outcome()
                 with suppress(ConfigError):  # it cannot be read
                     trial.outcome = read_note(trial.directory) or Outcome()
             assert trial.outcome is not None
-            if trial.outcome.code != STOPPED:  # by the scheduler: it goes on from its checkpoint
+            if trial.outcome.code != STOPPED:  # by the scheduler: it continues from its checkpoint
                 break
         finished.put(trial)
 
 
 class OptunaSweep(GridSweep):
-    """Values that optuna proposes, by what earlier trials came to."""
+    """Values that optuna proposes from the results of earlier trials."""
 
     def to_check(self) -> list[Trial]:
-        """Trials to be checked beforehand: at the upper ends, with every choice.
+        """Trials to check before the first one starts: the upper ends of intervals, and every listed value.
 
         Raises:
-            ConfigError: optuna is missing, or was not told what to look for, or where.
+            ConfigError: no optuna, no metric, nothing to search, or several ranks.
         """
         if find_spec("optuna") is None:
             raise ConfigError("hydra/sweeper=optuna needs optuna: pip install -e '.[optuna]'.")
@@ -263,18 +264,18 @@ class OptunaSweep(GridSweep):
         spaces = {key: space_of(key, override) for key, override in self.swept.items()}
         self.distributions = {key: distribution for key, (distribution, _) in spaces.items()}
         ends = {key: samples[-1] for key, (_, samples) in spaces.items()}
-        checked = [{**ends, key: value} for key, (_, samples) in spaces.items() for value in samples]
-        return [self.trial(0, values) for values in checked]
+        value_sets = [{**ends, key: value} for key, (_, samples) in spaces.items() for value in samples]
+        return [self.trial(0, values) for values in value_sets]
 
     def begin(self) -> None:
         """Open the study.
 
         Raises:
-            ConfigError: it is of another search.
+            ConfigError: the study in this directory is of another search.
         """
         from rlhf.cli.sweep.optuna_study import Study
 
-        fixed = [redacted(text) for key, text in self.fixed.items() if key not in MAY_CHANGE]
+        fixed = [redacted(text) for key, text in self.fixed.items() if key not in CHANGEABLE_OVERRIDES]
         swept = [str(override.input_line) for override in self.swept.values()]
         self.study = Study(self.directory, self.knobs, sorted([*fixed, *swept]), self.distributions)
         for number, values in self.study.known():
@@ -283,23 +284,23 @@ class OptunaSweep(GridSweep):
             self.trials.append(trial)
 
     def proposals(self) -> Iterator[Trial]:
-        """Those that an earlier start left unfinished, then new ones."""
+        """Trials that an earlier start left unfinished, then new ones."""
         yield from [self.trials[number] for number in self.study.unfinished()]
         while (asked := self.study.ask()) is not None:
             self.trials.append(self.trial(*asked))
             yield self.trials[-1]
 
     def ended(self, trial: Trial) -> None:
-        """Tell the study."""
+        """Report the result to the study."""
         assert trial.outcome is not None
         self.study.tell(trial.number, trial.outcome)
 
 
 def space_of(key: str, override: Override) -> tuple[BaseDistribution, list[str]]:
-    """Where optuna may look, and values to check beforehand: of an interval its end, of a list all.
+    """The search space of a key, and values to check first: the end of an interval, or all values of a list.
 
     Raises:
-        ConfigError: it is empty, or a tag is unknown.
+        ConfigError: the space is empty, or a tag is unknown.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -327,14 +328,14 @@ def space_of(key: str, override: Override) -> tuple[BaseDistribution, list[str]]
 
 
 SWEEPERS = {f"rlhf.cli.sweep.sweepers.{sweeper.__name__}": sweeper for sweeper in (GridSweep, OptunaSweep)}
-_of_hydra = Plugins.is_in_toplevel_plugins_module
+_is_hydra_plugin = Plugins.is_in_toplevel_plugins_module
 
 
 def register() -> None:
-    """Make the sweepers known to Hydra; call it before Hydra's main."""
+    """Register the sweepers with Hydra. Call it before Hydra's main."""
     for sweeper in SWEEPERS.values():
         Plugins.instance().register(sweeper)
-    # Hydra 1.3 instantiates what is in the package `hydra_plugins` only, even of what was registered
+    # Hydra 1.3 instantiates only plugins in the package `hydra_plugins`, even if others are registered
     Plugins.is_in_toplevel_plugins_module = staticmethod(  # type: ignore[assignment]  # replaced on purpose
-        lambda name: name in SWEEPERS or _of_hydra(name)
+        lambda name: name in SWEEPERS or _is_hydra_plugin(name)
     )

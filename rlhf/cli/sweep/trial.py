@@ -1,7 +1,7 @@
-"""One trial of a sweep: it runs like any other run, and writes how it ended.
+"""Runs one trial of a sweep like any other run, and writes how it ended.
 
-trial.json in the trial's run directory tells a sweep that starts again, on any node, how its trials ended.
-The same is returned, for launchers that pass it on."""
+trial.json in the trial's run directory tells a restarted sweep, on any node, how the trial ended. The trial
+also returns it, for launchers that pass it on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_main_process() -> bool:
 
 
 def run_trial(resolved: Mapping[str, Any], run_name: str) -> Outcome:
-    """Run one trial and write how it ended. If it was queued twice, the second one waits for the first."""
+    """Run one trial and write how it ended. If it was queued twice, the second waits for the first."""
     if not is_main_process():
         return outcome_of(execute(resolved, run_name), {})
     directory = Path(resolved["runs_dir"]) / run_name
@@ -48,7 +48,7 @@ def run_trial(resolved: Mapping[str, Any], run_name: str) -> Outcome:
 
 
 def outcome_of(code: int, summary: Mapping[str, Any]) -> Outcome:
-    """From a run's exit code and its summary.json."""
+    """The outcome of a run, from its exit code and its summary.json."""
     stages, gates = summary.get("stages", {}), summary.get("gates", [])
     word = "stopped" if code in (STOPPED, INTERRUPTED) else "failed"
     at = [name for name, stage in stages.items() if stage["status"] == word]

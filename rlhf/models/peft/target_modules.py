@@ -1,6 +1,6 @@
 """The parts of a model that a tuning method changes.
 
-Complaints are about `STAGE.peft`: `rlhf.config.asked_by` puts the stage's name in its place.
+Complaints are about `STAGE.peft`: `rlhf.config.in_user_keys` puts the stage's name in its place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A policy that talks: its conversation, and its answers as they come. Imports torch."""
+"""A policy's chat session: its conversation and its streamed answers. Imports torch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.store import Store
 
 if TYPE_CHECKING:
-    from rlhf.cli.chat import Manner
+    from rlhf.cli.chat import SamplingParams
 
-Ending = Literal["ended", "cut", "stopped"]
-"""By itself, at the limit of its length, or by Ctrl-C."""
+FinishReason = Literal["ended", "cut", "stopped"]
+"""Why an answer ended: its stop token, the limit of its length, or Ctrl-C."""
 
 
 @dataclass
 class Stream:
-    """Text of an answer, as its tokens come."""
+    """Streams the text of an answer, token by token."""
 
     decode: Callable[[Sequence[int]], str]
     show: Callable[[str], None]
@@ -42,14 +42,14 @@ class Stream:
     shown: str = ""
 
     def add(self, ids: Tensor) -> None:
-        """Show what another token adds. A character may need several."""
+        """Show the text that the new tokens add. One character may need several tokens."""
         self.ids += ids.tolist()
         text = self.decode(self.ids)
         if not text.endswith("\ufffd"):
             self._show(text)
 
     def end(self) -> None:
-        """Show what is left: a character that was not finished."""
+        """Show the rest: an incomplete character."""
         self._show(self.decode(self.ids))
 
     def _show(self, text: str) -> None:
@@ -57,78 +57,81 @@ class Stream:
         self.shown = text
 
 
-class Speaker:
-    """A policy in a conversation."""
+class ChatSession:
+    """A policy and its conversation with the user."""
 
-    def __init__(self, name: str, policy: PolicyModel, manner: Manner) -> None:
-        self.name, self._policy, self._manner = name, policy, manner
-        self._generator = torch.Generator().manual_seed(manner.seed)
+    def __init__(self, name: str, policy: PolicyModel, params: SamplingParams) -> None:
+        self.name, self._policy, self._params = name, policy, params
+        self._generator = torch.Generator().manual_seed(params.seed)
         self.turns: list[Message] = []
         self.reset()
 
     def reset(self) -> None:
         """Forget the conversation."""
-        system = self._manner.system
+        system = self._params.system
         self.turns = [{"role": "system", "content": system}] if system else []
 
-    def answer(self, text: str, show: Callable[[str], None]) -> Ending:
-        """Answer one more turn of the user's, and remember both.
+    def answer(self, text: str, show: Callable[[str], None]) -> FinishReason:
+        """Answer a message of the user, and add both to the conversation.
 
         Args:
             show: gets the text, piece by piece.
 
         Raises:
-            ConfigError: the template refuses the conversation, or the context is full. Nothing is remembered.
+            ConfigError: the template refuses the conversation, or the context is full. The conversation stays
+                as it was.
         """
-        policy, manner = self._policy, self._manner
+        policy, params = self._policy, self._params
         turns: list[Message] = [*self.turns, {"role": "user", "content": text}]
         try:
             ids = prompt_ids(policy.tokenizer, turns)
         except TemplateError as error:
             raise ConfigError(f"{self.name}: its chat template refuses this ({error}).") from None
-        room = policy.context_length - len(ids)
-        if room < 1:
+        context_budget = policy.context_length - len(ids)
+        if context_budget < 1:
             raise ConfigError(
                 f"{self.name}: the conversation has {len(ids)} tokens, and the model reads "
                 f"{policy.context_length}. /reset forgets it."
             )
         stream = Stream(partial(_text, policy), show)
-        uniform_BR = torch.rand(1, limit := min(room, manner.max_new_tokens), generator=self._generator)
-        ending: Ending = "stopped"
+        uniform_BR = torch.rand(
+            1, limit := min(context_budget, params.max_new_tokens), generator=self._generator
+        )
+        finish_reason: FinishReason = "stopped"
         with suppress(KeyboardInterrupt):
             rollout = generate(
-                policy.model, [torch.tensor(ids)], max_new_tokens=limit, temperature=manner.temperature,
-                top_p=manner.top_p, stop_ids=policy.stop_ids, pad_id=policy.pad_id, uniform_BR=uniform_BR,
+                policy.model, [torch.tensor(ids)], max_new_tokens=limit, temperature=params.temperature,
+                top_p=params.top_p, stop_ids=policy.stop_ids, pad_id=policy.pad_id, uniform_BR=uniform_BR,
                 batch_rows=1, on_token=stream.add,
             )  # fmt: skip
-            ending = "ended" if bool(rollout.stopped[0]) else "cut"
+            finish_reason = "ended" if bool(rollout.stopped[0]) else "cut"
         stream.end()
         answer = response_text(policy.tokenizer, stream.ids)
         self.turns = [*turns, {"role": "assistant", "content": answer}]
-        return ending
+        return finish_reason
 
 
 def _text(policy: PolicyModel, ids: Sequence[int]) -> str:
     return str(policy.tokenizer.decode(list(ids), skip_special_tokens=True)).lstrip()
 
 
-def load_speakers(names: Sequence[str], run: RunFiles | None, manner: Manner) -> list[Speaker]:
-    """The policies of these names: `base`, stages of the run, or directories.
+def load_sessions(names: Sequence[str], run: RunFiles | None, params: SamplingParams) -> list[ChatSession]:
+    """A session for each policy: `base`, a stage of the run, or a directory.
 
     Raises:
-        ConfigError: there is none of that name, or it cannot be loaded.
+        ConfigError: there is no such policy, or it cannot be loaded.
     """
-    compute, _ = make_compute(manner.device, manner.precision)
-    speakers = []
+    compute, _ = make_compute(params.device, params.precision)
+    sessions = []
     for name in names:
         policy = load_policy(name, run, compute)
         check_decoding(policy.model)
-        speakers.append(Speaker(name, policy, manner))
-    return speakers
+        sessions.append(ChatSession(name, policy, params))
+    return sessions
 
 
 def load_policy(name: str, run: RunFiles | None, compute: Compute) -> PolicyModel:
-    """A policy of the run, `base`, or a model's directory.
+    """Load a policy: a stage of the run, `base`, or a model's directory.
 
     Raises:
         ConfigError: it cannot be loaded.
