@@ -41,7 +41,7 @@ from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute, make_compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.costing import cost_of
-from rlhf.pipeline.preflight import found_context, most
+from rlhf.pipeline.preflight import cost_context, peak_memory
 
 HERE = Path(__file__).parent
 WORK = HERE / ".work" / "plan"
@@ -267,9 +267,9 @@ def predict(case: Case, compute: Compute, machine: Machine) -> tuple[float, floa
     base = base if case.ranks == 1 else WORK / "small"
     shape = shape_of(BaseModelFiles(base, "the model", experiment.settings.model).architecture)
     machine = replace(machine, ranks=case.ranks, ranks_here=case.ranks)
-    on = replace(found_context(experiment.settings, shape, compute, data.size), machine=machine)
+    on = replace(cost_context(experiment.settings, shape, compute, data.size), machine=machine)
     cost = cost_of(experiment.stages[case.stage], on, experiment.stages)
-    phase, peak = most(cost, on)
+    phase, peak = peak_memory(cost, on)
     return peak, cost.seconds, phase.name
 
 

@@ -242,8 +242,8 @@ def sample_by_layers() -> None:
     """Let the preflight choose this way, as for a model that fits no rank whole."""
     from rlhf.pipeline import preflight
 
-    chosen = preflight.chosen
-    preflight.chosen = lambda *of: replace(chosen(*of), local_sampling="layers")
+    chosen = preflight.with_sampling_choice
+    preflight.with_sampling_choice = lambda *of: replace(chosen(*of), local_sampling="layers")
 
 
 def be_a_rank(

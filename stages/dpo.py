@@ -28,7 +28,7 @@ from rlhf.data.schema import Split, ThumbRow
 from rlhf.data.sources import SourceConfig
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.pipeline.checks import too_long
+from rlhf.pipeline.checks import length_complaints
 from rlhf.pipeline.costing import starting
 from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
 from rlhf.pipeline.job import Job
@@ -150,9 +150,9 @@ class DpoStage(PreferenceConfig, Stage):
                 "other half judges them.",
                 "Give more rows, or raise prepare.held_out_fraction.",
             )
-        yield from too_long(
+        yield from length_complaints(
             view, f"{self.name}.init", self.init, self.source, lambda: itertools.chain(train, held_out),
-            beside=self.virtual_tokens, most=self.max_tokens,
+            reserved_tokens=self.virtual_tokens, max_tokens=self.max_tokens,
             fix=f"Lower {self.name}.max_tokens={self.max_tokens} to that, so that longer rows are left out, "
             "or start from a model with a longer context.",
         )  # fmt: skip

@@ -28,7 +28,7 @@ from rlhf.data.sources import PromptSource, SourceList
 from rlhf.digests import DirectoryDigest
 from rlhf.evaluation.lm_eval import Harness
 from rlhf.models.start import directory_of
-from rlhf.pipeline.checks import too_long
+from rlhf.pipeline.checks import length_complaints
 from rlhf.pipeline.fields import UNKEYED, Memory, Model, Reads, Rows, Score, peft_of, reads_of
 from rlhf.pipeline.graph import root_of
 from rlhf.pipeline.job import Job
@@ -257,13 +257,13 @@ class EvaluateStage(Stage):
                     f"it holds no {words}, which gate {gate} needs.",
                     f"Add a source that does, or turn it off with evaluate.gates.{gate}=null.",
                 )
-        yield from too_long(
+        yield from length_complaints(
             view, "evaluate.init", self.init, f"evaluate.prompts={self.prompts}", lambda: self.rows(data),
-            beside=self.max_new_tokens,
+            reserved_tokens=self.max_new_tokens,
             fix=f"Lower evaluate.max_new_tokens={self.max_new_tokens}, or leave out the longest prompts.",
         )  # fmt: skip
-        yield from too_long(
-            view, "evaluate.init", self.init, "evaluate.retention", lambda: rows, beside=0,
+        yield from length_complaints(
+            view, "evaluate.init", self.init, "evaluate.retention", lambda: rows, reserved_tokens=0,
             fix="Leave out the longest rows.",
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.schema import PromptRow
 from rlhf.pipeline.abilities import MakesRows
-from rlhf.pipeline.checks import too_long
+from rlhf.pipeline.checks import length_complaints
 from rlhf.pipeline.costing import starting
 from rlhf.pipeline.fields import UNKEYED, Memory, Model, Reads, Score, peft_of, reads_of
 from rlhf.pipeline.job import Job
@@ -114,9 +114,9 @@ class GenerateStage(MakesRows):
         """Prompts that leave no room for an answer."""
         yield from super().complaints(view)
         if (data := view.data) is not None:
-            yield from too_long(
+            yield from length_complaints(
                 view, f"{self.name}.policy", self.policy, "ppo.prompts", lambda: self.rows(data),
-                beside=self.max_new_tokens,
+                reserved_tokens=self.max_new_tokens,
                 fix=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest "
                 "prompts, or take a model with a longer context.",
             )  # fmt: skip

@@ -37,12 +37,12 @@ from rlhf.data.schema import PromptRow, Split
 from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.models.peft.methods import MethodName
 from rlhf.pipeline.abilities import TellsOfRuns
-from rlhf.pipeline.defaults import changed
+from rlhf.pipeline.defaults import changed_keys
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import Reads, peft_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric, named
-from rlhf.pipeline.preflight import most
+from rlhf.pipeline.preflight import peak_memory
 from rlhf.pipeline.stage import Stage, View
 from rlhf.planner.report import (
     assumptions,
@@ -255,7 +255,7 @@ class PlanStage(TellsOfRuns):
         figures = {"strategies": float(sum(not strategy.against for strategy in ranked))}
         if best.against:
             return figures
-        return figures | {"hours": best.most_hours, "peak_gib": most(best.cost, best.on)[1] / GIB}
+        return figures | {"hours": best.most_hours, "peak_gib": peak_memory(best.cost, best.on)[1] / GIB}
 
     def check_read(self, experiment: Experiment) -> None:
         """Refuse keys of GPUs where none are planned for.
@@ -263,7 +263,7 @@ class PlanStage(TellsOfRuns):
         Raises:
             ConfigError: with those that were set.
         """
-        set_by_user = [change["key"] for change in changed(experiment.composed)]
+        set_by_user = [change["key"] for change in changed_keys(experiment.composed)]
         of_gpus = [f"plan.{key}" for key in OF_GPUS if f"plan.{key}" in set_by_user]
         if self.gpus is None and of_gpus:
             raise ConfigError(

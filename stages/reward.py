@@ -24,7 +24,7 @@ from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.start import files_of
-from rlhf.pipeline.checks import too_long
+from rlhf.pipeline.checks import length_complaints
 from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import SIZES, Healthy, Metric, named
@@ -92,10 +92,10 @@ class RewardStage(Stage):
         data, base = view.prepared
         check_scorable(files_of(self.init, base).architecture)
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
-        yield from too_long(
+        yield from length_complaints(
             view, "reward.init", self.init, f"reward.pairs={self.pairs}",
             lambda: itertools.chain.from_iterable(data.rows("pairs", split) for split in TRAINING),
-            beside=virtual, most=self.max_tokens,
+            reserved_tokens=virtual, max_tokens=self.max_tokens,
             fix=f"Lower reward.max_tokens={self.max_tokens} to that, so that longer pairs are left out, or "
             "start from a model with a longer context.",
         )  # fmt: skip

@@ -321,11 +321,11 @@ class FinishedRun:
         set_up_libraries()
         from rlhf.cli.chat_session import load_policy
         from rlhf.distributed.compute import make_compute
-        from rlhf.pipeline.runner import TURN
+        from rlhf.pipeline.runner import RUN_LOCK
 
         params = validated(SamplingParams, settings_of(self._files, {}), "")
         chosen = name if name == "base" else self._files.chosen_policy(name)
-        with TURN:
+        with RUN_LOCK:
             compute, _ = make_compute(params.device, params.precision)
             return LoadedPolicy(chosen, load_policy(chosen, self._files, compute), params)
 

@@ -22,8 +22,8 @@ from rlhf.generation.decoding_check import check_decoding
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.generation.sampler import generate
 from rlhf.models.base import ModelConfig, base_files, base_identity, fetch_weights
-from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.store import Store
+from rlhf.pipeline.stored_base import stored_base
 
 if TYPE_CHECKING:
     from rlhf.cli.chat import SamplingParams
@@ -145,8 +145,8 @@ def load_policy(name: str, run: RunFiles | None, compute: Compute) -> PolicyMode
         fetch_weights(settings)
         base = base_files(
             settings,
-            base_identity(settings, memory=store.memory),
-            lambda content, write: kept_base(store, content, write, lambda line: None).path,
+            base_identity(settings, memory=store.digest_cache),
+            lambda content, write: stored_base(store, content, write, lambda line: None).path,
         )
         return PolicyModel.load(base.directory, settings, compute, base.load_tokenizer(), check=True)
     directory = Path(name)

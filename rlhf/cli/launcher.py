@@ -77,8 +77,10 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int, *, 
         quiet: print nothing. Rank 0's output goes to RUN_DIR/ranks/ too.
     """
     run = Run(run_directory)
-    with run.alone(".launcher.lock"):  # held all the time; the ranks take the run's own lock when they are up
-        with run.alone():  # otherwise the files of a running run's ranks would be deleted below
+    with run.locked(
+        ".launcher.lock"
+    ):  # held all the time; the ranks take the run's own lock when they are up
+        with run.locked():  # otherwise the files of a running run's ranks would be deleted below
             pass
         with TemporaryDirectory(prefix="rlhf-") as rendezvous:  # only this user can read it
             return _launch(resolved, run_directory, processes, rendezvous, quiet)

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 
 from rlhf.config import ConfigError, did_you_mean, nearest
-from rlhf.pipeline.recipe import kind_of, typed_key
+from rlhf.pipeline.recipe import hydra_argument, kind_of
 
 ADDED_GROUPS = ("experiment", "remedy", "sweep")
 """Config groups that need a plus sign: `+experiment=NAME`."""
@@ -52,13 +52,13 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     }
     for argument in arguments:
         name = argument.lstrip("+").partition("=")[0]
-        if kind_of(name) in stages and "@" in name and typed_key(argument) == argument:
+        if kind_of(name) in stages and "@" in name and hydra_argument(argument) == argument:
             raise ConfigError(
                 f"{argument}: write STAGE@LABEL.KEY=VALUE, such as dpo@2.beta=0.3; a label has letters, "
                 "digits and _."
             )
     ordered = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
-    registered = [_registered_experiment(typed_key(argument)) for argument in ordered]
+    registered = [_registered_experiment(hydra_argument(argument)) for argument in ordered]
     return [each for argument in registered for each in (*_null_before_mapping(argument), argument)]
 
 

@@ -12,7 +12,7 @@ from rlhf.cli.run_files import RunFiles
 from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import last_evaluation
-from rlhf.pipeline.run import NO_VERDICT, headed, listed
+from rlhf.pipeline.run import NO_VERDICT, as_markdown_list, with_outcome
 from rlhf.pipeline.store import Artifact, Manifest, read_manifest
 from rlhf.printable import printable
 from rlhf.tracking.progress import clock
@@ -49,8 +49,8 @@ def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, base_n
     if run.summary["verdict"] == "":
         parts.append(NO_VERDICT)
     elif run.summary["verdict"]:
-        verdict = headed(run.summary.get("outcome"), run.summary["verdict"])
-        parts.append(f"**Verdict of the run.** {listed(verdict)}")
+        verdict = with_outcome(run.summary.get("outcome"), run.summary["verdict"])
+        parts.append(f"**Verdict of the run.** {as_markdown_list(verdict)}")
     else:
         parts.append("**The run has not come to its end**, so it has no verdict.")
     parts += ["## How to use it", usage(run, name, base_name)]

@@ -18,7 +18,7 @@ from rlhf.cli.command import read
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.exit_codes import DONE
 from rlhf.locks import is_alive
-from rlhf.pipeline.run import headed
+from rlhf.pipeline.run import with_outcome
 from rlhf.tracking.position import FILE_NAME, read_position
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells, shown
@@ -101,7 +101,7 @@ def state_of(directory: Path) -> RunState:
     else:
         run_status = "running" if is_alive(position["pid"], position["started"]) else "dead"
     verdict = summary.get("verdict")
-    headed_verdict = None if verdict is None else headed(summary.get("outcome"), verdict)
+    headed_verdict = None if verdict is None else with_outcome(summary.get("outcome"), verdict)
     finished = {name: stage for name, stage in stages.items() if stage["status"] in ("ran", "reused")}
     return RunState(directory, run_status, finished, headed_verdict, summary.get("gates", []), position)
 

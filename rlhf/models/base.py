@@ -261,8 +261,8 @@ def base_identity(
 
     Args:
         weights: whether a local directory must have weights.
-        memory: a file that remembers a directory's digests, as `Store.memory`; without one everything is
-            read.
+        memory: a file that remembers a directory's digests, as `Store.digest_cache`; without one everything
+            is read.
         read: read all files, even if their digests are remembered. For a model that is going to be loaded.
     """
     template = config.chat_template and resolve_template(config.chat_template)

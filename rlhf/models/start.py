@@ -116,7 +116,7 @@ def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles
     """Complain if vLLM's single engine would have to run models of different architectures.
 
     Args:
-        models: as of `rlhf.pipeline.graph.answering`.
+        models: as of `rlhf.pipeline.graph.sampled_models`.
     """
     first = None
     for key, init in models:

@@ -1,4 +1,4 @@
-"""What few stages can: make rows that others learn from, record what people do, tell of the run itself."""
+"""Abilities of some stages: make rows for other stages, record people's work, describe the run itself."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from rlhf.pipeline.store import Artifact
 
 
 class MakesRows(Stage):
-    """A stage that makes rows which others learn from: `dpo.data=stage:NAME`."""
+    """A stage that makes rows from which other stages learn: `dpo.data=stage:NAME`."""
 
     offers: ClassVar[Mapping[str, str]]
-    """Roles that may read what it makes: the file in its artifact with their rows."""
+    """Role that may read its rows -> the file in its artifact that holds them."""
 
     @abstractmethod
     def offer_advice(self) -> str:
-        """How to have it make more rows for others, in the user's own keys."""
+        """How to make it produce more rows for other stages, in the user's own keys."""
 
     @abstractmethod
     def check_offers(self, said: str, chain: Mapping[str, Stage]) -> None:
-        """Refuse to make rows for others where the knobs are sure to give none.
+        """Refuse if the knobs make it certain that there are no rows for other stages.
 
         Args:
-            said: the key that wants them, and its value.
-            chain: all stages, where others' knobs decide too.
+            said: the key that asks for the rows, and its value, for the message.
+            chain: all stages; other stages' knobs may matter too.
 
         Raises:
             ConfigError: in the user's own keys.
@@ -36,29 +36,29 @@ class MakesRows(Stage):
 
     @abstractmethod
     def offered_lengths(self, on: CostContext, chain: Mapping[str, Stage]) -> LengthStats:
-        """How many rows it makes for others, and how long, at most: for a cost."""
+        """Upper bounds for a cost: how many rows it makes for other stages, and how long they are."""
 
     @abstractmethod
     def suffices(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an artifact with these summary metrics has as much as is asked for now."""
+        """Whether an artifact with these summary metrics holds as much as the config now asks for."""
 
 
 class Records(Stage):
-    """A stage that adds to a file outside the store while it runs. The digest of what it publishes of that is
-    in its key: taken before it runs, and again from `job.recorded` when it is done."""
+    """A stage that adds to a file outside the store while it runs. Its key contains a digest of the part of
+    that file that it publishes: taken before the run, and again from `job.recorded` after it."""
 
     @abstractmethod
     def recorded(self, inputs: Mapping[str, Artifact], external: Mapping[str, str]) -> str:
-        """The digest of what it has recorded so far.
+        """Digest of the record so far.
 
         Args:
-            inputs: finished artifacts, with those that it reads.
-            external: its `external_digests`.
+            inputs: finished artifacts, among them those that it reads.
+            external: the stage's `external_digests`.
         """
 
 
 class TellsOfRuns(Stage):
-    """A stage that each run runs for itself: what it makes is for people, and no weights are read for it."""
+    """A stage that describes its run to people. Every run executes it anew; it reads no weights."""
 
     random: ClassVar[bool] = False
     in_chain: ClassVar[bool] = False
@@ -66,5 +66,5 @@ class TellsOfRuns(Stage):
 
 
 def is_enough(stage: Stage, metrics: Mapping[str, float]) -> bool:
-    """Whether an artifact with these summary metrics is taken instead of running the stage again."""
+    """Whether an artifact with these summary metrics replaces a new run of the stage."""
     return not isinstance(stage, MakesRows) or stage.suffices(metrics)

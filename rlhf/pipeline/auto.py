@@ -1,7 +1,8 @@
 """Replaces `auto` in keys that name data, before anything is checked.
 
-If no data are the user's, `auto` means the packaged demo (`demo.*`). If one source is the user's, no packaged
-set is used unless the user names it: prompts are those of the user's rows, the rest is null.
+Without data of the user's own, `auto` means the packaged demo (`demo.*`). As soon as one source is the user's
+own, no packaged set is used unless the user names it: `auto` then means the prompts of the user's rows where
+prompts are needed, and null elsewhere.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from rlhf.models.start import as_model, directory_of
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 
 AUTO = "auto"
-NO_ROLE = ("compare.questions", "compare.corpus")
+KEYS_WITHOUT_ROLE = ("compare.questions", "compare.corpus")
 """Keys that name data which `prepare` does not read."""
 
 
 JUDGE = "reward@judge"
-"""The second reward model, which judges what learned from the first."""
-ENOUGH = 1000
-"""Pairs of which a share may be set aside for it."""
+"""The second reward model, which judges the policies that learned from the first one."""
+MIN_JUDGE_PAIRS = 1000
+"""Fewest pairs of a source from which a share is set aside for the judge."""
 
 
 class Resolved(NamedTuple):
@@ -35,7 +36,7 @@ class Resolved(NamedTuple):
     own: list[str]
     """The keys that name the user's own data."""
     notes: list[str]
-    """What was decided for the user's data, one line each."""
+    """Decisions for the user's data, one line each."""
 
 
 def without_auto(config: Mapping[str, Any], roles: Roles, makers: Collection[str]) -> Resolved:
@@ -44,64 +45,75 @@ def without_auto(config: Mapping[str, Any], roles: Roles, makers: Collection[str
     Args:
         makers: names of the stages that make a policy.
     """
-    found = copy.deepcopy(dict(config))
+    resolved = copy.deepcopy(dict(config))
     keys = {name: role.key for name, role in roles.items()}
-    own = [key for key in (*keys.values(), *NO_ROLE) if is_own(_get(found, key), roles)]
-    demo = {(keys | {"gold": "evaluate.gold"})[name]: value for name, value in found["demo"].items()}
-    asked = [key for key in demo if _get(found, key) == AUTO]
-    for key in asked:
-        _set(found, key, _of_own(key, own, roles) if own else demo[key])
-    for name in [name for name in found if kind_of(name) == "evaluate"]:
-        _decide_policies(found[name], _get(found, "recipe.policies"), makers)
-        if found[name].get("judge") == AUTO:
-            found[name]["judge"] = None
-    if _get(found, "compare.artifacts") == AUTO:
-        init = str(_get(found, "evaluate.init"))
-        compared = _compared(init, _get(found, "recipe.policies"), makers)
+    own = [key for key in (*keys.values(), *KEYS_WITHOUT_ROLE) if is_own(_get(resolved, key), roles)]
+    demo = {(keys | {"gold": "evaluate.gold"})[name]: value for name, value in resolved["demo"].items()}
+    auto_keys = [key for key in demo if _get(resolved, key) == AUTO]
+    for key in auto_keys:
+        _set(resolved, key, _from_own_data(key, own, roles) if own else demo[key])
+    for name in [name for name in resolved if kind_of(name) == "evaluate"]:
+        _decide_policies(resolved[name], _get(resolved, "recipe.policies"), makers)
+        if resolved[name].get("judge") == AUTO:
+            resolved[name]["judge"] = None
+    if _get(resolved, "compare.artifacts") == AUTO:
+        init = str(_get(resolved, "evaluate.init"))
+        compared = _compared_policies(init, _get(resolved, "recipe.policies"), makers)
         _set(
-            found, "compare.artifacts", [name for name in compared if name not in ("base", "init", BEST_OF_N)]
+            resolved,
+            "compare.artifacts",
+            [name for name in compared if name not in ("base", "init", BEST_OF_N)],
         )
     notes = []
-    if own and asked:
-        taken = ", ".join(f"{key}={_get(found, key) or 'null'}" for key in asked)
+    if own and auto_keys:
+        values = ", ".join(f"{key}={_get(resolved, key) or 'null'}" for key in auto_keys)
         notes.append(
-            f"Your own data: {taken}. No packaged set is used unless you name it, such as "
+            f"Your own data: {values}. No packaged set is used unless you name it, such as "
             "evaluate.retention=[samples:retention_sentences,samples:retention_questions]."
         )
-    return Resolved(found, own, notes)
+    return Resolved(resolved, own, notes)
 
 
 def with_judge(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """The config with `reward@judge`, where `evaluate.judge=auto` means it; and what the run says of it."""
+    """The config with `reward@judge` if `evaluate.judge=auto` means it, and the notes that the run prints."""
     key = next((each for each in ("reward.pairs", "dpo.data") if is_own(_get(config, each), ROLES)), None)
     has_gold = _get(config, "evaluate.gold") not in (None, AUTO)
-    if key is None or has_gold or _get(config, "evaluate.judge") != AUTO or not _has_enough(config, key):
+    if (
+        key is None
+        or has_gold
+        or _get(config, "evaluate.judge") != AUTO
+        or not _has_enough_pairs(config, key)
+    ):
         return config, []
-    found = copy.deepcopy(dict(config))
-    found["evaluate"]["judge"] = JUDGE.replace("reward", "learned")
-    instances = found["instances"] or {}
-    own = {"pairs": _get(config, key), "gates": {"accuracy_over_baseline": None}}  # the verdict looks at it
-    found["instances"] = instances | {JUDGE: own | instances.get(JUDGE, {})}
+    judged = copy.deepcopy(dict(config))
+    judged["evaluate"]["judge"] = JUDGE.replace("reward", "learned")
+    instances = judged["instances"] or {}
+    # no gate on its accuracy, because the verdict judges that
+    own = {"pairs": _get(config, key), "gates": {"accuracy_over_baseline": None}}
+    judged["instances"] = instances | {JUDGE: own | instances.get(JUDGE, {})}
     share = _get(config, "prepare.judge_fraction")
-    return found, [
+    return judged, [
         f"No gold score is known, so {JUDGE} judges: it learns from {share:.0%} of the prompts of {key}, and "
         "nothing else does. evaluate.judge=null leaves it out."
     ]
 
 
-def _has_enough(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a source of pairs has rows for a judge. Those of the Hub, which may not be here yet, are taken
-    to be enough."""
+def _has_enough_pairs(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a source has enough pairs for a judge. A source on the Hub counts as enough, because its rows
+    may not be downloaded yet."""
     try:
         source = validated(SourceConfig, _get(config, key), key)
-        rows = ENOUGH if source.hub is not None else len([*islice(source.unread(key), ENOUGH)])
-    except ConfigError:  # whatever reads the rows says so
+        rows = (
+            MIN_JUDGE_PAIRS if source.hub is not None else len([*islice(source.unread(key), MIN_JUDGE_PAIRS)])
+        )
+    except ConfigError:  # the stage that reads the rows reports it
         return False
-    return min(rows, source.limit or rows) >= ENOUGH
+    return min(rows, source.limit or rows) >= MIN_JUDGE_PAIRS
 
 
 def is_own(source: Any, roles: Roles) -> bool:
-    """Whether a source, or one of a list, is the user's: no packaged set, and no other key's rows."""
+    """Whether a source, or one of a list, is the user's own: no packaged set, no rows of a stage or another
+    key."""
     if isinstance(source, list):
         return any(is_own(each, roles) for each in source)
     if isinstance(source, Mapping):
@@ -110,66 +122,68 @@ def is_own(source: Any, roles: Roles) -> bool:
     return source not in (None, AUTO, *keys) and not str(source).startswith(("samples:", "stage:"))
 
 
-def _of_own(key: str, own: list[str], roles: Roles) -> str | None:
-    """What `auto` means if some data are the user's: for prompts, the key of the rows that have them;
-    `ppo.prompts` comes before all others."""
+def _from_own_data(key: str, own: list[str], roles: Roles) -> str | None:
+    """What `auto` means if some data are the user's own: for prompts, the key of rows that have prompts,
+    `ppo.prompts` first; else None."""
     if key not in ("ppo.prompts", "evaluate.prompts"):
         return None
     lenders = [role.key for role in roles.values() if role.lends_prompts and role.key in own]
     return "ppo.prompts" if "ppo.prompts" in lenders else next(iter(lenders), None)
 
 
-def _decide_policies(evaluate: dict[str, Any], of_recipe: list[str] | None, makers: Collection[str]) -> None:
-    """What a section of `evaluate` compares, and which of them its gates are about."""
-    compared = _compared(str(evaluate.get("init")), of_recipe, makers)
+def _decide_policies(
+    evaluate: dict[str, Any], recipe_policies: list[str] | None, makers: Collection[str]
+) -> None:
+    """Set the policies that a section of `evaluate` compares, and the one that its gates are about."""
+    compared = _compared_policies(str(evaluate.get("init")), recipe_policies, makers)
     if evaluate.get("policies") == AUTO:
         evaluate["policies"] = compared
-        if of_recipe and evaluate.get("subject") == AUTO:
+        if recipe_policies and evaluate.get("subject") == AUTO:
             evaluate["subject"] = compared[-1]
     if evaluate.get("subject") == AUTO:
-        started = _compared(str(evaluate.get("init")), None, makers)[:-1]
-        evaluate["subject"] = _subject(evaluate.get("policies"), started, compared)
+        start_names = _compared_policies(str(evaluate.get("init")), None, makers)[:-1]
+        evaluate["subject"] = _gate_subject(evaluate.get("policies"), start_names, compared)
 
 
-def _compared(init: str, of_recipe: list[str] | None, makers: Collection[str]) -> list[str]:
-    """Base, the start and PPO; or the recipe's policies. A directory is called `init`.
+def _compared_policies(init: str, recipe_policies: list[str] | None, makers: Collection[str]) -> list[str]:
+    """The recipe's policies; without a recipe base, the start and PPO. A directory is called `init`.
 
     Args:
-        init: the start.
+        init: the start: `base`, a stage or a directory.
     """
     has_own = directory_of(as_model(init, makers)) is not None
-    names = of_recipe or ["base", init, "ppo"]
+    names = recipe_policies or ["base", init, "ppo"]
     return [*dict.fromkeys("init" if has_own and name == init else name for name in names)]
 
 
-def _subject(policies: Any, started: list[str], of_recipe: list[str]) -> str:
+def _gate_subject(policies: Any, start_names: list[str], recipe_policies: list[str]) -> str:
     """The policy that evaluate's gates are about, whatever the order of the list.
 
     Args:
-        policies: as the user wrote them; if that is no list, it is told when they are checked.
-        started: base, and the start.
-        of_recipe: what the recipe compares.
+        policies: as the user wrote them; the check of the section reports it if that is no list.
+        start_names: base, and the start.
+        recipe_policies: the policies that the recipe compares.
     """
     named = policies if isinstance(policies, list) else []
-    others = [name for name in named if name not in (*started, BEST_OF_N)]
+    others = [name for name in named if name not in (*start_names, BEST_OF_N)]
     if not others:
         if BEST_OF_N in named:
             return BEST_OF_N
-        return next((name for name in reversed(started) if name in named), "ppo")
-    known = [name for name in ("ppo", *reversed(of_recipe)) if name in others]
+        return next((name for name in reversed(start_names) if name in named), "ppo")
+    known = [name for name in ("ppo", *reversed(recipe_policies)) if name in others]
     return str(others[0]) if len(others) == 1 else next(iter(known), "ppo")
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
-    """A key's value; None if it is missing, which the check of its section reports."""
-    found: Any = config
+    """A key's value; None if it is missing: the check of its section reports that."""
+    value: Any = config
     for name in key.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key, and that of the stage's named instances which have no value of their own."""
+    """Set a key, and the same key of the stage's named instances if it is `auto` there."""
     *sections, name = key.split(".")
     copies = [each for each in config if each.startswith(f"{sections[0]}@")]
     for each in (sections[0], *copies):

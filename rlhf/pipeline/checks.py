@@ -1,4 +1,4 @@
-"""Asks stages what does not fit, as soon as it can be known, and before anything is lost by it."""
+"""Asks stages for complaints as early as they can be known, before any work is lost."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from rlhf.pipeline.graph import naming_keys, root_of
 from rlhf.pipeline.stage import Stage, View
 
 
-def too_long(
+def length_complaints(
     view: View, key: str, init: str, source: str, rows: Callable[[], Iterable[Row]], *,
-    beside: int, fix: str, most: float = math.inf,
+    reserved_tokens: int, fix: str, max_tokens: float = math.inf,
 ) -> list[Complaint]:  # fmt: skip
-    """Say which rows do not fit the user's own model that a stage starts from, or that the stages before it
-    started from: see `rlhf.models.start.misfits`. Rank 0 counts, as it takes a while."""
+    """Complain about rows that are too long for the user's own model that a stage, or a stage before it,
+    starts from: see `rlhf.models.start.misfits`. Rank 0 counts, because it takes a while."""
     if view.base is None or view.compute is None:
         return []
     root, base = root_of(key, init, view.chain), view.base
-    found: list[Complaint] = view.compute.main_only(
-        lambda: [*misfits(*root, base, source, rows(), beside=beside, fix=fix, most=most)]
+    too_long: list[Complaint] = view.compute.main_only(
+        lambda: [*misfits(*root, base, source, rows(), beside=reserved_tokens, fix=fix, most=max_tokens)]
     )
-    return found
+    return too_long
 
 
 def complaints(stage: Stage, view: View) -> list[Complaint | str]:
-    """What does not fit, in the user's own keys."""
+    """What does not fit in a stage's config, data or models, in the user's own keys."""
     found: list[Complaint | str] = []
     try:
         with in_user_keys(naming_keys(stage, view.base), stage.name):
             if view.base is not None:
                 for key, model in stage.reads().models.items():
                     check_start(f"{stage.name}.{key}", model, view.base)
-            told = stage.complaints(view)
-            for each in [told] if isinstance(told, Complaint | str) else told or ():
-                found.append(each)  # one by one: what stands before an error is told too
+            own = stage.complaints(view)
+            for each in [own] if isinstance(own, Complaint | str) else own or ():
+                found.append(each)  # one by one, to keep the complaints before an error
     except ConfigError as error:
         found += error.complaints
     return found
 
 
 def check_published(stage: Stage, directory: Path) -> None:
-    """Refuse to publish a model that is none.
+    """Refuse to publish an artifact that should be a model and is none.
 
     Raises:
-        ConfigError: the stage has written none.
+        ConfigError: the stage has written no model.
     """
     if stage.makes is not None and not (directory / "config.json").is_file():
         raise ConfigError(
@@ -58,10 +58,10 @@ def check_published(stage: Stage, directory: Path) -> None:
 
 
 def check(stage: Stage, view: View) -> None:
-    """Refuse what does not fit.
+    """Refuse a stage that has complaints.
 
     Raises:
-        ConfigError: all of it.
+        ConfigError: all of them.
     """
     refuse(complaints(stage, view))
 
@@ -72,6 +72,6 @@ def refuse(found: Iterable[Complaint | str], *more: str) -> None:
     Raises:
         ConfigError: all of them, a line each.
     """
-    each_once = [*dict.fromkeys(found)]
-    if each_once:
-        raise ConfigError(*each_once, *more)
+    unique = [*dict.fromkeys(found)]
+    if unique:
+        raise ConfigError(*unique, *more)

@@ -1,4 +1,4 @@
-"""What a stage costs: what it says itself, or what follows from its fields."""
+"""The cost of a stage: as the stage computes it, or as it follows from the stage's fields."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ def cost_of(stage: Stage, on: CostContext, chain: Mapping[str, Stage]) -> StageC
 
     Args:
         on: model, hardware, and the lengths of its data.
-        chain: all stages, where others' knobs decide too.
+        chain: all stages; other stages' knobs may matter too.
     """
     own = stage.cost(on, chain)
     return _from_fields(stage, starting(stage, on, chain)) if own is None else own
 
 
 def starting(stage: Stage, on: CostContext, chain: Mapping[str, Stage]) -> CostContext:
-    """The context, with the shape of the model that a stage starts from, if that is the user's."""
+    """The context, with the shape of the user's own model if the stage starts from one."""
     start = starts_from(stage)
     return on if start is None else on.starting(directory_of(root_of(*start, chain)[1]))
 
 
 def _from_fields(stage: Stage, on: CostContext) -> StageCost:
-    """Of a stage that trains: each training row once an epoch, the held-out rows twice. Else nothing worth
-    counting."""
+    """The cost of a stage that trains: each training row once an epoch, the held-out rows twice. Empty for
+    other stages."""
     peft, roles, keys = peft_of(stage), stage.reads().roles, dict(stage)
-    sizes, most = (fields_of(type(stage), mark) for mark in (Mark.BATCH, Mark.MEMORY))
-    if peft is None or not (roles and sizes and most):
+    batch_keys, memory_keys = (fields_of(type(stage), mark) for mark in (Mark.BATCH, Mark.MEMORY))
+    if peft is None or not (roles and batch_keys and memory_keys):
         return StageCost()
     pairs = PairRow in stage.mount.roles[stage.mount.own_role(roles[0])].row_types
 
     def rows(split: Split) -> LengthStats:
-        found = on.sizes(roles[0], split).cut(keys.get("max_tokens", math.inf))
-        return joined(found, found) if pairs else found
+        lengths = on.sizes(roles[0], split).cut(keys.get("max_tokens", math.inf))
+        return joined(lengths, lengths) if pairs else lengths
 
     train, held_out = map(rows, TRAINING)
     return training_cost(
-        on, peft, train, held_out, batch_rows=keys[sizes[0]], epochs=keys.get("epochs", 1),
-        micro_batch_tokens=keys[most[0]], has_logits=stage.makes == "policy",
+        on, peft, train, held_out, batch_rows=keys[batch_keys[0]], epochs=keys.get("epochs", 1),
+        micro_batch_tokens=keys[memory_keys[0]], has_logits=stage.makes == "policy",
         checkpointing=keys.get("activation_checkpointing", False),
         longest=train.longest // 2 if pairs else train.longest,
     )  # fmt: skip

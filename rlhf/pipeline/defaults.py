@@ -1,4 +1,4 @@
-"""What of a composed config differs from the packaged values."""
+"""The keys of a composed config that differ from the packaged values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, TypedDict
 
 import yaml
 
-from rlhf.pipeline.recipe import TYPED, kind_of
+from rlhf.pipeline.recipe import AT_SUBSTITUTE, kind_of
 from rlhf.tracking.redaction import redacted
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 """A value that repeats another key's, such as `${ppo.init}`."""
-OF_THE_RUN = ("run_name", "runs_dir", "store_dir", "stage", "why", "force")
-"""Say where a run lies and what of it is done, not how."""
+RUN_KEYS = ("run_name", "runs_dir", "store_dir", "stage", "why", "force")
+"""Keys that say where a run is stored and which part of it runs, not how."""
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""In C, ten times as fast, where PyYAML was built with it."""
+"""PyYAML's loader in C, which is ten times as fast, if PyYAML was built with it."""
 
 
 class Change(TypedDict):
@@ -30,14 +30,16 @@ class Change(TypedDict):
     value: str
 
 
-def changed(composed: Mapping[str, Any]) -> list[Change]:
+def changed_keys(composed: Mapping[str, Any]) -> list[Change]:
     """The keys of a config that have another value than the packaged one.
 
     Args:
-        composed: as it was typed, so with `auto` where it says so, but with every `${...}` resolved.
+        composed: the config as typed: every `auto` is still there, but every `${...}` is resolved.
     """
     packaged = packaged_values()
-    instances = {name.replace(TYPED, "@"): keys for name, keys in (composed.get("instances") or {}).items()}
+    instances = {
+        name.replace(AT_SUBSTITUTE, "@"): keys for name, keys in (composed.get("instances") or {}).items()
+    }
     pairs = [
         *_pairs(packaged, {name: value for name, value in composed.items() if name != "instances"}, ""),
         *(
@@ -47,49 +49,48 @@ def changed(composed: Mapping[str, Any]) -> list[Change]:
         ),
     ]
     return [
-        Change(key=key, default=shown(key, default), value=shown(key, value))
+        Change(key=key, default=value_text(key, default), value=value_text(key, value))
         for key, default, value in pairs
-        if key not in OF_THE_RUN and value != _resolved(default, composed)
+        if key not in RUN_KEYS and value != _resolved(default, composed)
     ]
 
 
 def references() -> dict[str, str]:
-    """The packaged keys whose value repeats another key's, and that one: `generate.max_new_tokens` repeats
-    `ppo.max_new_tokens`."""
+    """Packaged key -> the key whose value it repeats: `generate.max_new_tokens` -> `ppo.max_new_tokens`."""
     values = packaged_values()
     texts = {key: value for key, _, value in _pairs(values, values, "") if isinstance(value, str)}
     return {key: found[1] for key, value in texts.items() if (found := REFERENCE.fullmatch(value))}
 
 
 def packaged_values() -> dict[str, Any]:
-    """What conf/ says without any override, in one mapping; values with `${...}` as they stand there."""
+    """The values in conf/ without any override, as one mapping; `${...}` is not resolved."""
     root = resources.files("rlhf.conf")
     main = _loaded(root / "config.yaml")
     own = {key: value for key, value in main.items() if key not in ("defaults", "hydra")}
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for entry in main["defaults"]:
         if entry == "_self_":
-            found = _merged(found, own)
+            values = _merged(values, own)
             continue
         ((group, choice),) = entry.items()
         if group.startswith("override "):
             continue
         folder, _, package = group.partition("@")
-        found = _merged(found, {package or folder: _loaded(root / folder / f"{choice}.yaml")})
-    return found
+        values = _merged(values, {package or folder: _loaded(root / folder / f"{choice}.yaml")})
+    return values
 
 
 def _loaded(file: Traversable) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=LOADER)
-    return found
+    values: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=LOADER)
+    return values
 
 
 def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(low)
+    merged = dict(low)
     for key, value in high.items():
-        both = isinstance(value, dict) and isinstance(found.get(key), dict)
-        found[key] = _merged(found[key], value) if both else value
-    return found
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _pairs(
@@ -103,7 +104,7 @@ def _pairs(
             yield f"{prefix}{key}", default, value
 
 
-def shown(key: str, value: Any) -> str:
+def value_text(key: str, value: Any) -> str:
     """A value as text, without secrets."""
     safe = value if isinstance(value, int | float | None) else redacted({key: value})[key]
     return safe if isinstance(safe, str) else json.dumps(safe, ensure_ascii=False)

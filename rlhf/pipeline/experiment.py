@@ -28,13 +28,13 @@ from rlhf.pipeline.checks import check
 from rlhf.pipeline.defaults import packaged_values
 from rlhf.pipeline.fields import peft_of
 from rlhf.pipeline.graph import in_order, inputs, named_sources, normalized_rewards, starts_from
-from rlhf.pipeline.made_rows import check_made, check_makers
-from rlhf.pipeline.metrics import check_metric, check_shown
+from rlhf.pipeline.made_rows import check_made_rows, check_row_makers
+from rlhf.pipeline.metrics import check_declared, check_metric
 from rlhf.pipeline.recipe import (
     BEST_OF_N,
     RecipeConfig,
-    check_recipe,
-    check_typed,
+    check_recipe_sources,
+    check_typed_instances,
     with_instances,
     with_own_roles,
 )
@@ -69,10 +69,10 @@ class DemoConfig(Strict):
 
 
 class Settings(Strict):
-    """The keys beside the stages'. Values: conf/config.yaml."""
+    """The keys outside the stages' sections. Values: conf/config.yaml."""
 
     stage: Names
-    """`all`, one stage, or a list. The stages that they need, and that are not in the store, run too."""
+    """`all`, one stage, or a list. Stages that these need and that are not in the store run too."""
     run_name: str | None = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     """Name of the run's directory. null: the time."""
     runs_dir: str
@@ -89,10 +89,10 @@ class Settings(Strict):
     zero: Zero
     """What DeepSpeed shards over the ranks: nothing, the optimizer (1), also gradients (2), also weights (3).
     fsdp2 is torch's own and shards all three. hsdp does so over the ranks of a node, and each node has a
-    whole model."""
+    full model."""
     generation: Literal["auto", "local", "vllm"]
-    """What samples responses: the trained model itself, or vLLM with a copy of its weights. auto uses vLLM on
-    a GPU, if it is installed and can run every model of the config."""
+    """The engine that samples responses: the trained model itself, or vLLM with a copy of its weights. auto
+    uses vLLM on a GPU, if it is installed and can run every model of the config."""
     vllm: VllmConfig
     reward_server: RewardServerConfig
     launch: LaunchConfig
@@ -105,12 +105,13 @@ class Settings(Strict):
     gates: Literal["enforce", "warn"]
     """Whether a failing gate ends the run (exit code 3) or is only reported."""
     preflight: Literal["enforce", "warn"]
-    """Whether a run is refused before a model is loaded, if memory, disk or context are too small for it."""
+    """enforce refuses a run before a model is loaded, if memory, disk or context are too small for it; warn
+    only says so."""
     sweep: SweepConfig
     recipe: RecipeConfig
     instances: dict[str, dict[str, Any]]
-    """Named instances: STAGE@LABEL with those of its keys that differ from the stage's own. A name with
-    {round} stands for one in each round of the recipe after the first."""
+    """Named instances: STAGE@LABEL, with its keys that differ from the stage's own. A name with {round} makes
+    one instance for each round of the recipe after the first."""
     model: ModelConfig
     tracker: TrackerConfig
     demo: DemoConfig
@@ -122,41 +123,41 @@ class Experiment:
 
     settings: Settings
     stages: Mapping[str, Stage]
-    """In the chain's order: every stage stands behind those it reads."""
+    """In the chain's order: every stage comes after those that it reads."""
     resolved: Mapping[str, Any]
     """The composed config with every interpolation and every `auto` resolved, as plain values."""
     notes: tuple[str, ...] = ()
-    """What the run prints first: what `auto` means beside the user's data."""
+    """Lines that the run prints first: what `auto` means together with the user's own data."""
     composed: Mapping[str, Any] = field(default_factory=dict)
-    """The config as it was composed: with every `auto` as it was typed, without the instances' sections."""
+    """The config as composed: every `auto` is still there, and named instances have no sections yet."""
 
-    def whole_chain(self) -> set[str]:
-        """`stage=all`: the recipe's stages; without a recipe those of the chain, but no model that no other
-        stage reads."""
+    def default_stages(self) -> set[str]:
+        """The stages of `stage=all`: the recipe's; without a recipe those of the chain. A model that no other
+        stage reads is then left out, unless it is the last one."""
         if self.settings.recipe.stages is not None:
             return set(self.settings.recipe.stages)
         chain = [name for name, stage in self.stages.items() if stage.in_chain and not stage.mount.label]
         last = [name for name in chain if peft_of(self.stages[name]) is not None][-1]
-        found: set[str] = set()
+        names: set[str] = set()
         for name in reversed(chain):
-            is_read = any(name in inputs(self.stages[later], self.stages) for later in found)
+            is_read = any(name in inputs(self.stages[later], self.stages) for later in names)
             if peft_of(self.stages[name]) is None or name == last or is_read:
-                found.add(name)
-        return found
+                names.add(name)
+        return names
 
     def needed(self) -> list[str]:
-        """The requested stages and all that they read, in the chain's order."""
+        """The requested stages and all stages that they read, in the chain's order."""
         wanted = set(self.settings.stage)
         if "all" in wanted:
-            wanted |= self.whole_chain()
+            wanted |= self.default_stages()
         for name in reversed(list(self.stages)):
             if name in wanted:
                 wanted |= set(inputs(self.stages[name], self.stages))
         return [name for name in self.stages if name in wanted]
 
 
-def check_moments(stage: Stage, chain: Mapping[str, Stage]) -> None:
-    """Refuse rewards that are normalised by what `generate` measures of others.
+def check_normalization(stage: Stage, chain: Mapping[str, Stage]) -> None:
+    """Refuse `normalize=true` for rewards that `generate` does not measure.
 
     Raises:
         ConfigError: in the user's own keys.
@@ -176,10 +177,10 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         ConfigError: all complaints of the first section that has any.
     """
     composed = resolved
-    with_one, judge_notes = with_judge(resolved)
-    resolved = with_instances(with_one)
+    judged, judge_notes = with_judge(resolved)
+    resolved = with_instances(judged)
     names = [name for name, value in resolved.items() if _is_stage(value)]
-    check_places(resolved)
+    check_sections(resolved)
     settings = validated(Settings, {k: v for k, v in resolved.items() if k not in names}, "")
     sections = {name: resolved[name] for name in names}
     if not settings.stage:
@@ -206,7 +207,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     instances = settings.instances
     classes = {name: stage_class(name, section["_target_"]) for name, section in sections.items()}
     mounted = {name: each for name, each in classes.items() if name not in instances}
-    roles, own_roles = with_own_roles(roles_with(mounted), instances, mounted)
+    roles, own_roles = with_own_roles(collect_roles(mounted), instances, mounted)
     makers = [name for name, each in classes.items() if each.makes == "policy"]
     resolved, own, notes = without_auto(resolved, roles, makers)
     checked: dict[str, Stage] = {}
@@ -219,30 +220,30 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         named = [(f"{stage.name}.{key}", model) for key, model in models if model in makers]
         check_policies(stage, named, checked)
         check_roles(stage)
-    for stage in checked.values():  # after those: `evaluate.policies=auto` follows from them
+    for stage in checked.values():  # after the models: `evaluate.policies=auto` follows from them
         check_policies(stage, stage.reads().policies, checked)
-    check_makers(checked)
+    check_row_makers(checked)
     stages = in_order({name: checked[name] for name in sections})
     for name, stage in stages.items():
         for gate, bound in stage.gates.items():
             if bound is not None:
                 check_metric(stage, gate, f"{name}.gates.{gate}")
     experiment = Experiment(settings, stages, resolved, (*notes, *judge_notes), composed)
-    check_typed(composed, experiment.needed())
-    check_recipe(composed, experiment.needed())
+    check_typed_instances(composed, experiment.needed())
+    check_recipe_sources(composed, experiment.needed())
     check_sources(experiment, own)
     for name in experiment.needed():
         check(stages[name], View(stages))
-        check_moments(stages[name], stages)
-        check_made(stages[name], stages)
+        check_normalization(stages[name], stages)
+        check_made_rows(stages[name], stages)
         check_method(stages[name], experiment)
         peft = peft_of(stages[name])
         if peft is not None and peft.method == "qlora":
             check_qlora(f"{name}.peft=qlora", settings.device)
-    return replace(experiment, notes=(*experiment.notes, *left_out(experiment)))
+    return replace(experiment, notes=(*experiment.notes, *unused_instances(experiment)))
 
 
-def check_places(resolved: Mapping[str, Any]) -> None:
+def check_sections(resolved: Mapping[str, Any]) -> None:
     """Refuse a value where a section belongs.
 
     Raises:
@@ -262,8 +263,8 @@ def check_places(resolved: Mapping[str, Any]) -> None:
             )
 
 
-def left_out(experiment: Experiment) -> Iterator[str]:
-    """A line on named instances that are not run although everything is asked for."""
+def unused_instances(experiment: Experiment) -> Iterator[str]:
+    """A note on named instances that `stage=all` does not run."""
     needed, asked = experiment.needed(), experiment.settings.stage
     names = [name for name in experiment.settings.instances if name not in needed]
     if "all" in asked and names:
@@ -273,27 +274,27 @@ def left_out(experiment: Experiment) -> Iterator[str]:
         )
 
 
-def roles_with(classes: Mapping[str, type[Stage]]) -> Roles:
-    """The packaged roles, and those that the stages bring along.
+def collect_roles(classes: Mapping[str, type[Stage]]) -> Roles:
+    """The packaged roles, and those that the stages define.
 
     Raises:
-        ConfigError: two roles have one name.
+        ConfigError: two roles have the same name.
     """
-    found = dict(ROLES)
+    roles = dict(ROLES)
     for name, stage in classes.items():
         for role, entry in stage.roles.items():
-            if found.setdefault(role, entry) is not entry:
+            if roles.setdefault(role, entry) is not entry:
                 raise ConfigError(
                     f"{name}: it brings a role {role} along, and there is one already. Rename it."
                 )
-    return found
+    return roles
 
 
 def check_roles(stage: Stage) -> None:
-    """Refuse the name of a role that does not exist.
+    """Refuse a stage that reads a role which does not exist.
 
     Raises:
-        ConfigError: with those that do.
+        ConfigError: it names the roles that do.
     """
     known = stage.mount.roles
     for role in stage.reads().roles:
@@ -305,13 +306,13 @@ def check_roles(stage: Stage) -> None:
 
 
 def check_policies(stage: Stage, named: Iterable[tuple[str, str]], stages: Mapping[str, Stage]) -> None:
-    """Refuse the name of a stage that makes no policy.
+    """Refuse keys that name a stage which makes no policy.
 
     Args:
-        named: the stage's keys, and the models that they name.
+        named: (key, the model that it names) of the stage.
 
     Raises:
-        ConfigError: with the stages that do.
+        ConfigError: it names the stages that make one.
     """
     known = [name for name, each in stages.items() if each.makes == "policy" and each is not stage]
     for key, name in named:
@@ -328,7 +329,7 @@ def check_policies(stage: Stage, named: Iterable[tuple[str, str]], stages: Mappi
 
 
 def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
-    """Refuse a run that lacks data: all that is missing at once, and who reads it.
+    """Refuse a run that lacks data. The error names all missing sources, and the stages that read them.
 
     Args:
         own: keys that name the user's own data.
@@ -360,7 +361,7 @@ def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
 
 
 def check_method(stage: Stage, experiment: Experiment) -> None:
-    """Refuse a method of tuning if it cannot work here or was never tested so.
+    """Refuse a method of tuning that cannot work with this config, or was never tested with it.
 
     Raises:
         ConfigError: why, and what works instead.
@@ -370,8 +371,8 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
         return
     method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
     merging = " or ".join(name for name, each in METHODS.items() if each.merges)
-    read = (experiment.stages[name] for name in inputs(stage, experiment.stages))
-    for start in (each for each in read if each.makes == "policy"):
+    sources = (experiment.stages[name] for name in inputs(stage, experiment.stages))
+    for start in (each for each in sources if each.makes == "policy"):
         before = peft_of(start)
         if before is not None and not METHODS[before.method].merges:
             raise ConfigError(
@@ -387,14 +388,14 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
             f"{stage.name}.peft."
         )
     if settings.generation == "vllm" and (reason := unusable_by_vllm(stage)):
-        tried = " or ".join(name for name, each in METHODS.items() if each.samples_by_vllm)
-        other = tried if stage.samples else merging
+        usable = " or ".join(name for name, each in METHODS.items() if each.samples_by_vllm)
+        other = usable if stage.samples else merging
         raise ConfigError(f"generation=vllm: {reason}. Use generation=local, or {stage.name}.peft={other}.")
     if settings.zero != "none" and not method.shards:
-        tried = " or ".join(name for name, each in METHODS.items() if each.shards)
+        tested = " or ".join(name for name, each in METHODS.items() if each.shards)
         raise ConfigError(
             f"zero={settings.zero}: {key} is not tested with sharded weights. Use zero=none, or "
-            f"{stage.name}.peft={tried}."
+            f"{stage.name}.peft={tested}."
         )
 
 
@@ -440,8 +441,10 @@ def stage_class(name: str, target: str) -> type[Stage]:
             "module's directory, install it, or put its directory on PYTHONPATH."
         ) from None
     except PydanticUserError as error:
-        said = str(error.message).partition("\n")[0]
-        raise ConfigError(f"{key}: {said} A stage is called as it is mounted, so it sets no name.") from None
+        reason = str(error.message).partition("\n")[0]
+        raise ConfigError(
+            f"{key}: {reason} A stage is called as it is mounted, so it sets no name."
+        ) from None
     except SyntaxError as error:
         raise ConfigError(f"{key}: {error.filename}:{error.lineno}: {error.msg}. Fix that line.") from None
     if found is None:
@@ -460,7 +463,7 @@ def stage_class(name: str, target: str) -> type[Stage]:
             f"{key}: {attribute}.makes is {found.makes!r}. It must be 'policy', 'reward' or None."
         )
     for metric, about in found.metrics.items():
-        check_shown(f"{key}: {attribute}.metrics[{metric!r}]", about)
+        check_declared(f"{key}: {attribute}.metrics[{metric!r}]", about)
     if "name" in found.model_fields or not isinstance(found.name, property):
         raise ConfigError(f"{key}: a stage is called as it is mounted, {name} here. Remove {attribute}.name.")
     if found.makes and not found.title:
@@ -469,6 +472,6 @@ def stage_class(name: str, target: str) -> type[Stage]:
 
 
 def modules_of(package: str) -> list[str]:
-    """The modules of a package; without one, the modules that can be imported by themselves."""
+    """The modules of a package; without a package, all top-level modules."""
     paths = getattr(import_module(package), "__path__", []) if package else None
     return [each.name for each in iter_modules(paths)]

@@ -1,4 +1,4 @@
-"""Types of a stage's fields. They say what a stage reads, and what of it decides the result."""
+"""Types of a stage's fields. They say what the stage reads, and which of its fields decide the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Mark(Enum):
-    """What a field is, beside its values."""
+    """What a field means, apart from its value."""
 
     MODEL = auto()
     POLICY = auto()
@@ -35,22 +35,22 @@ class Mark(Enum):
 
 @dataclass(frozen=True)
 class Rows:
-    """The field names the source of a role's rows: `Annotated[SourceConfig | None, Rows("sft")]`. The content
-    of the prepared rows decides the result, and not the source."""
+    """Marks a field that names the source of a role's rows: `Annotated[SourceConfig | None, Rows("sft")]`.
+    The content of the prepared rows decides the result, not the source."""
 
     role: str
     """A name in `Mount.roles`."""
     otherwise: str | None = None
-    """The role that is read where the field is null. None: that of `role`, which then has no rows."""
+    """The role that is read instead if the field is null. None: `role` is read, and has no rows."""
 
 
 @dataclass(frozen=True)
 class Function:
-    """The field names a function: one of ours, or `python:MODULE:FUNCTION`, whose code is in the key:
-    `Annotated[str, Function("grpo", "rloo")]`."""
+    """Marks a field that names a function: a built-in one, or `python:MODULE:FUNCTION`, whose code is in the
+    key: `Annotated[str, Function("grpo", "rloo")]`."""
 
     names: tuple[str, ...]
-    """Of ours."""
+    """Names of the built-in functions."""
 
     def __init__(self, *names: str) -> None:
         object.__setattr__(self, "names", names)
@@ -62,10 +62,10 @@ class Function:
         return {"anyOf": [{"enum": [*self.names]}, {"type": "string", "pattern": "^python:.+:.+"}]}
 
     def checked(self, name: str | None) -> str | None:
-        """The name.
+        """The name, unchanged.
 
         Raises:
-            PydanticCustomError: there is no such function; told as a word that is none of a `Literal`.
+            PydanticCustomError: there is no such function. It reads like the error of a `Literal`.
         """
         if name is None or name in self.names or (name.startswith("python:") and name.count(":") > 1):
             return name
@@ -73,25 +73,23 @@ class Function:
         raise PydanticCustomError("literal_error", f"Input should be {names} or 'python:MODULE:FUNCTION'")
 
 
-def _in_this_config(name: str, info: ValidationInfo) -> str:
+def _checked_model(name: str, info: ValidationInfo) -> str:
     return as_model(name, info.context.policies) if isinstance(info.context, Mount) else as_model(name, ())
 
 
 UNKEYED = Mark.UNKEYED
-Model = Annotated[
-    str, Field(min_length=1, validate_default=True), AfterValidator(_in_this_config), Mark.MODEL
-]
+Model = Annotated[str, Field(min_length=1, validate_default=True), AfterValidator(_checked_model), Mark.MODEL]
 """A stage that makes a policy (`sft`, `dpo`, ...), `base` or a `save_pretrained` directory. Its name is
-checked, its stage is read, and what it holds is in the key. A stage's first field of this type is the model
-that it trains or samples from."""
+checked, its stage becomes an input, and the model's content is in the key. A stage's first field of this type
+is the model that it trains or samples from."""
 Policy = Annotated[str, Mark.POLICY]
 """A stage that makes a policy."""
 Score = Annotated[RewardSource, Mark.SCORE]
 """A reward. It is tested on two rows before anything trains, and its content is in the key."""
 Batch = Annotated[PositiveInt, Mark.BATCH]
-"""The size of a batch over all ranks, which must be able to share it equally."""
+"""The size of a batch over all ranks. The ranks must be able to share it equally."""
 Memory = Annotated[PositiveInt, Mark.MEMORY]
-"""How much is computed at once: it changes memory and speed, and not the result, so it is in no key."""
+"""How much is computed at once. It changes memory and speed but not the result, so it is in no key."""
 
 
 class Reads(NamedTuple):
@@ -104,39 +102,39 @@ class Reads(NamedTuple):
     rewards: Mapping[str, str | RewardMix] = {}
     """Key with the stage's name -> the reward, such as `ppo.reward` -> `vader`."""
     roles: tuple[str, ...] = ()
-    """Of the prepared data: names in `Mount.roles`."""
+    """Roles of the prepared data: names in `Mount.roles`."""
     stages: tuple[str, ...] = ()
-    """Others whose artifacts it reads."""
+    """Other stages whose artifacts it reads."""
     base: bool = False
-    """Whether it reads the base model, also where no key names it."""
+    """Whether it reads the base model even if no key names it."""
     sampled: tuple[tuple[str, str], ...] = ()
-    """(key with the stage's name, the model that it samples from, as of `models`)."""
+    """(key with the stage's name, the model that it samples from, as in `models`)."""
 
 
 def reads_of(stage: Stage, without: Collection[str] = ()) -> Reads:
     """What the stage's fields name.
 
     Args:
-        without: fields that others turn off, such as `replay` or `ptx.data`.
+        without: fields that other fields turn off, such as `replay` or `ptx.data`.
     """
-    fields = [each for each in marked(stage) if each.key not in without]
+    fields = [each for each in marked_fields(stage) if each.key not in without]
 
-    def given(mark: Mark, prefix: str = "") -> dict[str, Any]:
-        found = (each for each in fields if mark in each.marks and each.value is not None)
-        return {f"{prefix}{each.key}": each.value for each in found}
+    def values_of(mark: Mark, prefix: str = "") -> dict[str, Any]:
+        with_mark = (each for each in fields if mark in each.marks and each.value is not None)
+        return {f"{prefix}{each.key}": each.value for each in with_mark}
 
     with_name = f"{stage.name}."
     return Reads(
-        models=given(Mark.MODEL),
-        policies=tuple(given(Mark.POLICY, with_name).items()),
-        rewards=given(Mark.SCORE, with_name),
+        models=values_of(Mark.MODEL),
+        policies=tuple(values_of(Mark.POLICY, with_name).items()),
+        rewards=values_of(Mark.SCORE, with_name),
         roles=tuple(
             mark.role if each.value is not None else mark.otherwise or mark.role
             for each in fields
             for mark in each.marks
             if isinstance(mark, Rows)
         ),
-        sampled=tuple(given(Mark.MODEL, with_name).items())[:1] if stage.samples else (),
+        sampled=tuple(values_of(Mark.MODEL, with_name).items())[:1] if stage.samples else (),
     )
 
 
@@ -149,28 +147,28 @@ class MarkedField(NamedTuple):
     marks: list[Any]
 
 
-def marked(config: BaseModel, prefix: str = "") -> Iterator[MarkedField]:
-    """The fields that are more than their values."""
+def marked_fields(config: BaseModel, prefix: str = "") -> Iterator[MarkedField]:
+    """The fields that have a mark, also those of sections in the config."""
     for name, info in type(config).model_fields.items():
         value, marks = getattr(config, name), _marks(info)
         if marks:
             yield MarkedField(f"{prefix}{name}", value, marks)
         elif isinstance(value, BaseModel):
-            yield from marked(value, f"{prefix}{name}.")
+            yield from marked_fields(value, f"{prefix}{name}.")
 
 
 def fields_of(kind: type[BaseModel], mark: Mark) -> list[str]:
-    """The names of a stage's fields of a kind."""
+    """Names of a stage's own fields with this mark."""
     return [name for name, info in kind.model_fields.items() if mark in _marks(info)]
 
 
 def peft_of(stage: Stage) -> PeftConfig | None:
-    """Which parameters a stage trains; None where it trains none."""
+    """Which parameters a stage trains; None if it trains none."""
     return next((value for _, value in stage if isinstance(value, PeftConfig)), None)
 
 
 def _marks(info: FieldInfo) -> list[Any]:
-    found = [*info.metadata]
-    for each in get_args(info.annotation):  # of `Model | None`
-        found += getattr(each, "__metadata__", ())
-    return [each for each in found if isinstance(each, Mark | Rows | Function)]
+    metadata = [*info.metadata]
+    for each in get_args(info.annotation):  # the members of a union such as `Model | None`
+        metadata += getattr(each, "__metadata__", ())
+    return [each for each in metadata if isinstance(each, Mark | Rows | Function)]

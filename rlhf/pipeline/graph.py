@@ -26,7 +26,7 @@ def inputs(stage: Stage, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         *(("prepare",) if reads.roles else ()),
         *(name for model in reads.models.values() for name in inputs_of(model)),
         *(name for _, name in reads.policies),
-        *makers(stage, chain),
+        *row_makers(stage, chain),
         *scoring_stages(stage),
         *reads.stages,
     )
@@ -34,20 +34,20 @@ def inputs(stage: Stage, chain: Mapping[str, Stage]) -> tuple[str, ...]:
 
 
 def scoring_stages(stage: Stage) -> Iterator[str]:
-    """Those of them that make its scores: reward stages, and `generate` for what normalises them."""
+    """The inputs that make its scores: reward stages, and `generate` if it measures how to normalise them."""
     yield from filter(None, (stage_of(part.source) for _, part in keyed_parts(stage.reads().rewards)))
     if kind_of(stage.name) != "generate" and any(normalized_rewards(stage)):
         yield "generate"
 
 
-def makers(stage: Stage, chain: Mapping[str, Stage]) -> tuple[str, ...]:
-    """The stages that make rows which a stage reads: see rlhf/pipeline/made_rows.py."""
+def row_makers(stage: Stage, chain: Mapping[str, Stage]) -> tuple[str, ...]:
+    """The stages whose rows a stage reads: see rlhf/pipeline/made_rows.py."""
     named = {role: named_source(chain, role) for role in own_roles(stage)}
     return tuple(dict.fromkeys(Sources(roles_of(chain), named).makers().values()))
 
 
 def own_roles(stage: Stage) -> Iterator[str]:
-    """The roles that it reads, as they stand in the table."""
+    """The roles that a stage reads, by their names in `Mount.roles`."""
     return map(stage.mount.own_role, stage.reads().roles)
 
 
@@ -59,14 +59,13 @@ def normalized_rewards(stage: Stage) -> Iterator[tuple[str, RewardMix]]:
 
 
 def starts_from(stage: Stage) -> tuple[str, str] | None:
-    """The model that a stage trains or samples from, where a key names it: that key without the stage's
-    name, and its value (a stage, `base` or a directory)."""
+    """The key that names the model which a stage trains or samples from, without the stage's name, and its
+    value (a stage, `base` or a directory); None if no key names one."""
     return next(iter(stage.reads().models.items()), None)
 
 
 def init_directory(stage: Stage) -> Path | None:
-    """A directory of the user's that holds the model that a stage trains, instead of the base or the SFT
-    model."""
+    """The directory of the user's own model if a stage trains one, instead of the base or a stage's model."""
     start = starts_from(stage)
     return directory_of(start[1]) if start and peft_of(stage) is not None else None
 
@@ -78,11 +77,11 @@ def reads_base_model(stage: Stage) -> bool:
 
 
 def root_of(key: str, init: str, chain: Mapping[str, Stage]) -> tuple[str, str]:
-    """Where the training of a model began, however many stages there are between: the key that says so, and
-    `base` or a directory.
+    """Where the training of a model began, over any number of stages: the key that says so, and `base` or a
+    directory.
 
     Args:
-        key: what names `init`: a stage that makes a policy, `base` or a directory.
+        key: the key whose value is `init`: a stage that makes a policy, `base` or a directory.
     """
     while directory_of(init) is None and init in chain:
         name, start = init, starts_from(chain[init])
@@ -90,16 +89,16 @@ def root_of(key: str, init: str, chain: Mapping[str, Stage]) -> tuple[str, str]:
     return key, init
 
 
-def answering(stage: Stage, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+def sampled_models(stage: Stage, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
     """The models that a stage samples from: a key, and where their training began (`base` or a directory)."""
     yield from (root_of(key, model, chain) for key, model in stage.reads().sampled)
 
 
-def chain_of(name: str, chain: Mapping[str, Stage]) -> set[str]:
-    """A stage and all that it is made from; nothing of what is no stage."""
+def with_ancestors(name: str, chain: Mapping[str, Stage]) -> set[str]:
+    """The names of a stage and of all stages that it is made from; empty if there is no such stage."""
     if name not in chain:
         return set()
-    return {name}.union(*(chain_of(other, chain) for other in inputs(chain[name], chain)))
+    return {name}.union(*(with_ancestors(other, chain) for other in inputs(chain[name], chain)))
 
 
 def naming_keys(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:
@@ -110,10 +109,10 @@ def naming_keys(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, s
     """
     words: dict[str, str] = {}
     for key, part in keyed_parts(stage.reads().rewards):
-        if ":" in part.source:  # others are usual words
-            said = redacted(part.source)
-            words.setdefault(said, f"{key}={said}")
-            words.setdefault(part.source.removeprefix("model:"), f"{key}={said}")
+        if ":" in part.source:  # a source without a colon may be an ordinary word in a message
+            source = redacted(part.source)
+            words.setdefault(source, f"{key}={source}")
+            words.setdefault(part.source.removeprefix("model:"), f"{key}={source}")
     if (directory := init_directory(stage)) is not None:
         words[str(directory)] = f"{stage.name}.init={directory}"
     if base is not None:
@@ -122,12 +121,12 @@ def naming_keys(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, s
 
 
 def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
-    """The stages, every one behind those that it reads, else as they are mounted.
+    """The stages, each after those that it reads, otherwise in the order of the config.
 
     Raises:
-        ConfigError: a stage reads what is not there, or what is made from it.
+        ConfigError: a stage reads one that does not exist, or one that is made from it.
     """
-    found: dict[str, Stage] = {}
+    ordered: dict[str, Stage] = {}
 
     def visit(name: str, readers: tuple[str, ...]) -> None:
         if name in readers:
@@ -137,7 +136,7 @@ def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
             raise ConfigError(
                 f"{circle}: they read each other, so none can run first. Let one of them read another stage."
             )
-        if name in found:
+        if name in ordered:
             return
         if name not in stages:
             add = (
@@ -151,51 +150,51 @@ def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
             )
         for other in inputs(stages[name], stages):
             visit(other, (*readers, name))
-        found[name] = stages[name]
+        ordered[name] = stages[name]
 
     for name in stages:
         visit(name, ())
-    return found
+    return ordered
 
 
 def made_roles(stage: Stage, chain: Mapping[str, Stage]) -> dict[str, SourceConfig]:
-    """The roles of a stage whose rows others make, and where each comes from."""
+    """The roles of a stage whose rows another stage makes -> their source."""
     sources = named_sources(chain)
     known = sources.makers()
-    found: dict[str, Any] = {name: sources.named[name] for name in own_roles(stage) if name in known}
-    return found
+    made: dict[str, Any] = {name: sources.named[name] for name in own_roles(stage) if name in known}
+    return made
 
 
 def roles_of(chain: Mapping[str, Stage]) -> Roles:
-    """The roles of the config that these stages stand in."""
+    """The roles of the config to which these stages belong."""
     return next(iter(chain.values())).mount.roles
 
 
 def named_sources(chain: Mapping[str, Stage]) -> Sources:
-    """What each role's key names, in the stages' own configs.
+    """The source that each role's key names in the stages' configs.
 
     Raises:
-        ConfigError: a role's key is none of theirs.
+        ConfigError: no stage has a role's key.
     """
     roles = roles_of(chain)
     return Sources(roles, {role: named_source(chain, role) for role in roles})
 
 
 def named_source(chain: Mapping[str, Stage], role: str) -> Any:
-    """What the key of one role names.
+    """The source that the key of one role names.
 
     Raises:
-        ConfigError: the key is none of these stages'.
+        ConfigError: no stage has the key.
     """
     key = roles_of(chain)[role].key
     section, *names = key.split(".")
     try:
-        found: Any = chain[section]
+        value: Any = chain[section]
         for name in names:
-            found = dict(found)[name]
+            value = dict(value)[name]
     except KeyError:
         raise ConfigError(
             f"{key}: the role {role} is read from there, and there is no such key. Add it to the stage, or "
             "change the role's key."
         ) from None
-    return found
+    return value

@@ -1,4 +1,4 @@
-"""What a stage is handed: where to work, what to read, whom to tell."""
+"""What a stage receives for its run: directories, inputs, data, and where to report."""
 
 from __future__ import annotations
 
@@ -60,24 +60,25 @@ class Job:
     progress: Progress
     checkpoints: Checkpointer
     reward_server: RewardServerConfig
-    """How a reward at a URL is asked."""
+    """How to query a reward at a URL."""
     run_directory: Path
     """For what does not belong into the artifact, such as a batch that could not be learned from."""
     external_digests: Mapping[str, str] = field(default_factory=dict)
-    """As rank 0 found it: `rlhf.pipeline.key.external_digests`. Whole models are hashed for it, once."""
+    """The result of `rlhf.pipeline.key.external_digests` on rank 0, which hashes full models, so only
+    once."""
     digest_names: Mapping[str, str] = field(default_factory=dict)
-    """Value of a key that names a model -> what its digest is called in `external_digests`."""
+    """Value of a key that names a model -> the name of the model's digest in `external_digests`."""
     vllm: Vllm | None = None
-    """What samples with `generation=vllm`; None for the local engine."""
+    """The engine that samples with `generation=vllm`; None for the local engine."""
     local_sampling: Literal["whole", "layers"] = "whole"
-    """How the local engine samples from sharded weights: gathered whole for a rollout, or layer by layer. The
-    preflight chooses."""
+    """How the local engine samples from sharded weights: with all of them gathered for a rollout, or layer by
+    layer. The preflight chooses."""
     experiment: Experiment | None = None
-    """All stages and settings, for a stage that is about the others."""
+    """All stages and settings, for a stage that reports on other stages."""
     recorded: str = ""
-    """Of a stage that `records`: the digest of what it publishes of its record."""
+    """Set by a stage that is a `Records`: digest of the part of its record that it publishes."""
     ending: KeyboardInterrupt | None = None
-    """A signal that ended the stage early, with something to publish: the run ends once that is done."""
+    """Set by a stage that a signal ended early with something to publish: the run ends after publishing."""
 
     @property
     def will_sample(self) -> bool:
@@ -91,7 +92,7 @@ class Job:
         """The model that a key of the type `Model` names.
 
         Raises:
-            ValueError: a stage that this one does not read. A directory is a `ModelDirectory`.
+            ValueError: it is a stage that this one does not read. A directory must be a `ModelDirectory`.
         """
         directory = directory_of(init)
         if directory is not None:
@@ -107,33 +108,33 @@ class Job:
         return BaseModelFiles(self.inputs[init].path, self.inputs[init].key, self.base.config)
 
     def tokens(self, role: str, split: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
-        """Token ids of a split's rows. Those of the base model's tokenizer were made by `prepare`. Those of
-        another one are made here, by rank 0 on all its cores."""
-        kept = self.data.tokens_path(role, split)
-        if kept.exists():
-            found = TokenIds(kept)
-            if found.tokenizer == tokenizer_digest(tokenizer):
-                return found
+        """Token ids of a split's rows. `prepare` has made those of the base model's tokenizer. Rank 0 makes
+        those of another tokenizer here, on all its cores."""
+        prepared = self.data.tokens_path(role, split)
+        if prepared.exists():
+            token_ids = TokenIds(prepared)
+            if token_ids.tokenizer == tokenizer_digest(tokenizer):
+                return token_ids
         rows = self.data.rows(role, split)
         path = self.run_directory / f"{self.stage}-{role}-{split}.tokens.arrow"
         with self.progress.task(f"{self.stage}: tokenizing {role}, {split}", len(rows)) as task:
             self.compute.main_only(lambda: write_tokens(path, tokenizer, rows, task.advance))
-        found = TokenIds(path)
+        token_ids = TokenIds(path)
         self.compute.barrier()
         if self.compute.is_main:
-            path.unlink()  # it is mapped, and goes with the last process that reads it
-        return found
+            path.unlink()  # it is mapped: the disk keeps it until the last process has closed it
+        return token_ids
 
     def trainable(
         self, init: str, peft: PeftConfig, optim: OptimConfig, *, activation_checkpointing: bool = False
     ) -> PolicyLearner:
-        """The model that a key of the type `Model` names, ready to train: read, checked, with what `peft`
-        trains, under the engine that `zero=` asks for, as the newest checkpoint left it.
+        """The model that a key of the type `Model` names, ready to train: loaded and checked, with the
+        parameters that `peft` trains, in the engine that `zero=` selects, in the newest checkpoint's state.
 
         The engine's model is a `rlhf.models.logprobs.ResponseModel`.
 
         Args:
-            activation_checkpointing: keep only the input of each layer for the backward pass.
+            activation_checkpointing: store only the input of each layer for the backward pass.
 
         Raises:
             ConfigError: the model is of a kind that is not supported.
@@ -155,11 +156,11 @@ class Job:
         return shuffled_batches(rows, batch_rows, epochs, self.seed)
 
     def policy(self, model: BaseModelFiles | Path) -> PolicyModel:
-        """A frozen policy that answers by the run's engine.
+        """A frozen policy that samples with the run's engine.
 
         Args:
-            model: the base model or a directory of `STAGE.init`, as `start` gives it: it is checked, and
-                speaks the config's chat template. Or the directory of a published model, with its own.
+            model: what `start` returns (the base model, or the directory of `STAGE.init`): it is checked,
+                and has the config's chat template. Or the directory of a published model, with its own.
 
         Raises:
             ConfigError: the model's output layer is of a kind that is not supported.
@@ -182,14 +183,14 @@ class Job:
         placement: Placement | None = None,
         tolerance: Tolerance | None = None,
     ) -> Reward:
-        """The reward that a `RewardSource` names. Several are normalised as `generate` measured them, and by
-        `generate` itself as it measures them.
+        """The reward that a `RewardSource` names. A mix that normalises uses the means and deviations that
+        `generate` measured; in `generate` itself, those of the scores at hand.
 
         Args:
-            micro_batch_tokens: of a model's forward pass.
-            backbone: weights that a learned one may share.
-            placement: of a model; None for as the weights that train.
-            tolerance: for functions of the user's that raise; None: one answer is an error.
+            micro_batch_tokens: tokens of a model's forward pass.
+            backbone: weights that a learned reward may share.
+            placement: where a model's weights are; None: as those of the model that trains.
+            tolerance: how often functions of the user's may raise; None: once is an error.
         """
         from rlhf.rewards.combined import Moments
         from rlhf.rewards.kinds import parts_of, stage_of
@@ -215,18 +216,18 @@ class Job:
         self.tracker.log(self.stage, metrics, step)
 
     def sample(self, **row: Any) -> None:
-        """Keep one generated text (prompt, response, score, ...) in samples.jsonl."""
+        """Save one generated text (prompt, response, score, ...) in samples.jsonl."""
         self.tracker.sample(self.stage, row)
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Put a .jsonl file into the artifact."""
+        """Write rows into a .jsonl file of the artifact."""
         if not self.compute.is_main:
             return
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (self.directory / name).write_text(text, encoding="utf-8")
 
     def dump(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-        """Keep rows that something went wrong with, beside the run's other files, for a person to look at."""
+        """Save rows with which something went wrong in the run's directory, for a person to look at."""
         path = self.run_directory / f"{self.stage}-{name}.jsonl"
         if self.compute.is_main:
             text = "".join(json.dumps(redacted(row), ensure_ascii=False) + "\n" for row in rows)

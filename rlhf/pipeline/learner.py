@@ -2,7 +2,7 @@
 
 Every stage that trains uses it: with fixed data (SFT, the reward model, DPO) and with what it samples (policy
 gradients). The loop continues from the newest checkpoint, counts steps with bad numbers, measures the model
-when that is due, and keeps the weights that were the best.
+when that is due, and saves the best weights.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Batch = TypeVar("Batch")
 Measured = TypeVar("Measured", bound=tuple[Tensor, ...])
 
 MAX_BAD_IN_A_ROW = 3
-"""A stage with fixed data ends after so many steps in a row whose gradient is not finite."""
+"""Consecutive steps with a gradient that is not finite, after which a stage with fixed data ends."""
 
 
 class HaltError(Exception):
-    """The run must end: raised in a step, from which nothing was learned then, or in a measurement. The next
-    run takes that up again. Every rank raises it. Its text says why, and what to do."""
+    """The run must end. A step raises it before it has learned anything; a measurement may raise it too. The
+    next run repeats that step or measurement. Every rank raises it. Its text says why, and what to do."""
 
 
 class Stateful(Protocol):
-    """What changes while a stage trains, beside weights and optimizer. Every checkpoint holds it: where a
-    step raises `HaltError`, as it was before that step."""
+    """State that changes while a stage trains, besides weights and optimizer. Every checkpoint holds it. If a
+    step raises `HaltError`, the checkpoint holds the state before that step."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and containers of them."""
@@ -53,30 +53,31 @@ class Stateful(Protocol):
 
 @dataclass
 class Evaluations(Generic[Measured]):
-    """When and how a model is measured while it trains, and what was found."""
+    """When and how a model is measured while it trains, and the measurements."""
 
     kind: type[Measured]
     """A named tuple of tensors."""
     measure: Callable[[], Measured]
     """Measures the model as it is, and logs it."""
     is_better: Callable[[Measured, Measured], bool]
-    """Whether the first one is better than the second: on the half of the rows that chooses the weights."""
+    """Whether the first measurement is better than the second, on the half of the rows that chooses
+    weights."""
     steps: Collection[int]
-    """The steps after which it is due, beside the measurement before the first step."""
-    found: dict[str, Measured] = field(default_factory=dict)
-    """`first`, `last` and `best`."""
+    """The steps after which the model is measured. It is also measured before the first step."""
+    results: dict[str, Measured] = field(default_factory=dict)
+    """The measurements `first`, `last` and `best`."""
     best_step: int = 0
     measured_step: int = 0
     """The step of `last`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found."""
-        found = {name: tuple(each) for name, each in self.found.items()}
-        return {"found": found, "best_step": self.best_step, "measured_step": self.measured_step}
+        """The measurements so far."""
+        results = {name: tuple(each) for name, each in self.results.items()}
+        return {"found": results, "best_step": self.best_step, "measured_step": self.measured_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from there."""
-        self.found = {name: self.kind(*each) for name, each in state["found"].items()}
+        self.results = {name: self.kind(*each) for name, each in state["found"].items()}
         self.best_step, self.measured_step = state["best_step"], state["measured_step"]
 
     def __post_init__(self) -> None:
@@ -90,50 +91,51 @@ class Evaluations(Generic[Measured]):
 
     @property
     def first(self) -> Measured:
-        """Before the first step."""
-        return self.found["first"]
+        """The measurement before the first step."""
+        return self.results["first"]
 
     @property
     def last(self) -> Measured:
-        """The newest one."""
-        return self.found["last"]
+        """The newest measurement."""
+        return self.results["last"]
 
     @property
     def best(self) -> Measured:
-        """Of the weights that are published."""
-        return self.found["best"]
+        """The measurement of the weights that are published."""
+        return self.results["best"]
 
 
 class Learner:
-    """A model under the engine that `zero=` asks for. `restore`, `once` or `fit`, whichever comes first,
-    brings it to where the newest checkpoint left it."""
+    """A model in the engine that `zero=` selects. The first call of `restore`, `once` or `fit` brings it to
+    the state of the newest checkpoint."""
 
     def __init__(
         self, job: Job, model: nn.Module, groups: Groups, *, published: nn.Module, in_turns: bool = False
     ) -> None:
         """Args:
-        groups, in_turns: as of `make_engine`.
+        groups, in_turns: as in `make_engine`.
         published: the part of the model that the stage publishes.
         """
         self.job, self.compute, self.published = job, job.compute, published
         self.trained_parameters, _ = count_parameters(published)  # before they are sharded
         self.engine = make_engine(model, groups, job.compute, job.checkpoints.newest, in_turns=in_turns)
         self.done = 0
-        """Steps that are taken."""
+        """Number of steps taken."""
         self.bad_steps = 0
-        """Steps from which nothing, or not all, was learned, as the stage counts them (`count_bad`)."""
+        """Steps from which nothing, or not everything, was learned: the stage counts them with
+        `count_bad`."""
         self.rates: list[float] = []
         """The learning rates of the current step, by group."""
-        self.last_bad, self._bad_in_a_row = "", 0
+        self.last_bad_reason, self._bad_in_a_row = "", 0
         self._values: dict[str, Any] = {}
         self._evaluations: Evaluations[Any] | None = None
         self._state: Stateful | None = None
-        self._found: dict[str, Any] | None = None
+        self._checkpoint: dict[str, Any] | None = None
         self._is_restored, self._has_fit = False, False
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """A value that is computed before the first step, and that every checkpoint holds: tensors, numbers
-        and containers of them."""
+        """A value that is computed once, before the first step, and saved in every checkpoint: tensors,
+        numbers and containers of them."""
         self.restore()
         if name not in self._values:
             self._values[name] = measure()
@@ -154,23 +156,23 @@ class Learner:
             f"loss {metrics.get('loss', math.nan):.3f}"
         ),
     ) -> None:
-        """Take the steps that are left, one for each batch. It is called once: two phases are two stretches
-        of the same batches.
+        """Take the remaining steps, one for each batch. Call it only once: for two phases, give it the
+        batches of both.
 
         Args:
             step: learns a batch with `engine.step`, and returns what is logged.
-            rows: a batch as the user knows it, for the file of one that could not be learned from.
-            state: what else changes meanwhile.
-            evaluations: measured before the first step, and when it is due. The best weights are published.
-            first_steps: as of `Engine.set_rates`.
-            max_bad_steps: so many steps the stage may count as bad; None: no three in a row may have a
-                gradient that is not finite.
-            advice: what to do against too many, as a sentence.
-            note: what is shown of a step where there is no panel.
+            rows: the rows of a batch as the user knows them, to save a batch that cannot be learned from.
+            state: other state that changes while the model trains.
+            evaluations: when to measure, besides before the first step. The best weights are published.
+            first_steps: as in `Engine.set_rates`.
+            max_bad_steps: largest number of bad steps; None: the stage ends after three in a row whose
+                gradient is not finite.
+            advice: what to do against too many bad steps, as a sentence.
+            note: the text to show for a step if there is no panel.
 
         Raises:
-            ConfigError: too much went wrong; what was learned before is in the newest checkpoint.
-            RewardError: the reward does not answer. The next run takes the step again.
+            ConfigError: training cannot continue; the newest checkpoint holds what was learned before.
+            RewardError: the reward does not answer. The next run repeats the step.
             Stopped: a signal came; a checkpoint is written.
         """
         if self._has_fit:
@@ -183,12 +185,12 @@ class Learner:
                 f"the last one was step {self.done}. Raise it to continue after them."
             )
         if not is_resumed and evaluations is not None:
-            self._evaluate(evaluations, keeps=False)
+            self._evaluate(evaluations, saves_on_error=False)
         job = self.job
         bar = job.progress.task(f"{job.stage}: training", len(batches), is_main=True)
         with bar as task, job.checkpoints.training(len(batches)):
             task.skip(self.done)
-            self._evaluate_if_due()  # it may be what ended the run before
+            self._evaluate_if_due()  # the previous run may have ended in it
             for number in range(self.done + 1, len(batches) + 1):
                 batch = batches[number - 1]
                 self.begin(number, len(batches), first_steps)
@@ -197,7 +199,7 @@ class Learner:
                     metrics = step(batch)
                 except (ConfigError, HaltError, RewardError) as halt:
                     if isinstance(halt, ConfigError) and self.compute.world_size > 1:
-                        raise  # perhaps on this rank alone, and all ranks save together
+                        raise  # perhaps on this rank only: saving needs all ranks, and would hang
                     job.checkpoints.save(self.done, self.engine, before)
                     if not isinstance(halt, HaltError):
                         raise
@@ -217,27 +219,27 @@ class Learner:
         self.rates = self.engine.set_rates(number - 1, num_steps, first_steps=first_steps)
 
     def count_bad(self, reason: str) -> None:
-        """Report and count the current step, of which something was skipped.
+        """Report and count the current step as bad: some of it was skipped.
 
         Args:
             reason: a sentence. It may quote an answer.
         """
         self.bad_steps += 1
-        self.last_bad = reason
+        self.last_bad_reason = reason
         self.warn(f"step {self.job.compute.position['step']} skipped: {reason}")
 
     def warn(self, text: str) -> None:
-        """Print it. It may quote an answer, so brackets are no markup."""
+        """Print a warning. It may quote an answer, so brackets are no markup."""
         self.job.progress.console.print(
             f"{self.job.stage}: {text}", highlight=False, markup=False, style="yellow"
         )
 
     @contextmanager
     def weights(self) -> Iterator[Path]:
-        """While open, a directory with the trained weights that are published, for `publish_policy`: the best
-        ones, or without evaluations those of now. Every rank calls it."""
+        """A directory with the trained weights to publish, for `publish_policy`, as long as the context is
+        open: the best weights, or without evaluations the current ones. Every rank calls it."""
         if self._evaluations is None:
-            # by this name the store removes it with the artifact's directory, if it is left behind
+            # with this name the store removes it together with the scratch directory, if a crash leaves it
             directory = self.job.directory.with_name(f"{self.job.directory.name}.trained")
             self.engine.save_trained(self.published, directory)
             try:
@@ -255,19 +257,19 @@ class Learner:
         yield self.job.checkpoints.best
 
     def restore(self) -> bool:
-        """Continue from the newest checkpoint, once. Whether there is one."""
+        """Load the newest checkpoint, once. Returns whether there is one."""
         if not self._is_restored:
             self._is_restored = True
-            found = self.job.checkpoints.restore(self.engine)
-            if found is not None:  # copied: its file is mapped
-                self._found = _copied(found)
-                self.done, self.bad_steps = self._found["done"], self._found["bad_steps"]
-                self._values = self._found["values"]
-        if self._found is None:
+            checkpoint = self.job.checkpoints.restore(self.engine)
+            if checkpoint is not None:  # copied, because its file is mapped
+                self._checkpoint = _copied(checkpoint)
+                self.done, self.bad_steps = self._checkpoint["done"], self._checkpoint["bad_steps"]
+                self._values = self._checkpoint["values"]
+        if self._checkpoint is None:
             return False
         for name, each in (("state", self._state), ("evaluations", self._evaluations)):
-            if each is not None and name in self._found:
-                each.load_state_dict(self._found.pop(name))
+            if each is not None and name in self._checkpoint:
+                each.load_state_dict(self._checkpoint.pop(name))
         return True
 
     def _state_dict(self, *, copy: bool = False) -> dict[str, Any]:
@@ -277,16 +279,16 @@ class Learner:
                 state[name] = each.state_dict()
         return _copied(state) if copy else state
 
-    def _evaluate(self, evaluations: Evaluations[Any], *, keeps: bool) -> None:
-        """Measure the model. `keeps`: if it cannot be measured, a checkpoint is written first.
+    def _evaluate(self, evaluations: Evaluations[Any], *, saves_on_error: bool) -> None:
+        """Measure the model. With `saves_on_error`, a checkpoint is written if it cannot be measured.
 
         Raises:
             ConfigError, RewardError: it cannot be measured.
         """
         try:
-            found = evaluations.measure()
+            new = evaluations.measure()
         except (HaltError, RewardError) as halt:
-            if keeps:
+            if saves_on_error:
                 self.job.checkpoints.save(self.done, self.engine, self._state_dict())
             if isinstance(halt, RewardError):
                 raise
@@ -294,17 +296,17 @@ class Learner:
                 f"{self.job.stage}: measured after step {self.done}: {halt}. All that was learned so far is "
                 "kept: the same command measures again."
             ) from None
-        evaluations.found |= {"last": found} | ({} if "first" in evaluations.found else {"first": found})
+        evaluations.results |= {"last": new} | ({} if "first" in evaluations.results else {"first": new})
         evaluations.measured_step = self.done
-        if "best" not in evaluations.found or evaluations.is_better(found, evaluations.best):
+        if "best" not in evaluations.results or evaluations.is_better(new, evaluations.best):
             self.job.checkpoints.keep_best(self.engine, self.published)
-            evaluations.found["best"], evaluations.best_step = found, self.done
+            evaluations.results["best"], evaluations.best_step = new, self.done
 
     def _evaluate_if_due(self) -> None:
-        """Measure the model of the last step, if that is due and not done.
+        """Measure the model after the last step, if that is due and not yet done.
 
         Raises:
-            ConfigError, RewardError: it cannot be measured. The step is kept; the next run measures first.
+            ConfigError, RewardError: it cannot be measured. The step is saved; the next run measures first.
         """
         evaluations = self._evaluations
         if (
@@ -313,19 +315,19 @@ class Learner:
             or evaluations.measured_step == self.done
         ):
             return
-        self._evaluate(evaluations, keeps=True)
+        self._evaluate(evaluations, saves_on_error=True)
 
     def _end_if_bad(
         self, rows: Callable[[], Iterable[Mapping[str, Any]]], limit: int | None, advice: str
     ) -> None:
-        """End the stage if too many steps were bad. The checkpoint is behind the last one."""
+        """End the stage if too many steps were bad, with a checkpoint after the last step."""
         name, step = self.job.stage, self.done
         if limit is not None:
             if self.bad_steps > limit:
                 self.job.checkpoints.save(step, self.engine, self._state_dict())
                 reason = (
                     f"{self.bad_steps} steps were skipped, more than {name}.max_bad_steps={limit}; the last "
-                    f"because {self.last_bad} {advice}"
+                    f"because {self.last_bad_reason} {advice}"
                 )
                 self._end(step, rows(), reason, "continues after this step")
             return
@@ -357,7 +359,7 @@ class Learner:
 
 
 def _copied(value: Any) -> Any:
-    """With copies of the tensors in it."""
+    """The value, with copies of the tensors in it."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """Rows that one stage of a chain makes and another learns from: `dpo@2.data=stage:generate@2`.
 
-They are not there when `prepare` runs. They are checked, split and tokenised in the same way right before the
-stage that reads them.
+They do not exist yet when `prepare` runs. They are checked, split and tokenised in the same way, right before
+the stage that reads them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from rlhf.data.schema import Split
 from rlhf.data.sources import SourceConfig
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.abilities import MakesRows
-from rlhf.pipeline.graph import made_roles, makers, named_sources, roles_of
+from rlhf.pipeline.graph import made_roles, named_sources, roles_of, row_makers
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
 from rlhf.tracking.progress import Progress
 
 
-def check_makers(chain: Mapping[str, Stage]) -> None:
-    """Refuse rows of a stage that makes none.
+def check_row_makers(chain: Mapping[str, Stage]) -> None:
+    """Refuse a source that names a stage which makes no such rows.
 
     Raises:
-        ConfigError: a source names a stage that makes no such rows.
+        ConfigError: in the user's own keys.
     """
     sources = named_sources(chain)
     roles, known = sources.roles, sources.makers()
@@ -50,14 +50,14 @@ def check_makers(chain: Mapping[str, Stage]) -> None:
 
 
 def maker_of(name: str, chain: Mapping[str, Stage]) -> MakesRows:
-    """The stage of this name, which `check_makers` has found to make rows."""
-    found = chain[name]
-    assert isinstance(found, MakesRows)
-    return found
+    """The stage of this name; `check_row_makers` has checked that it makes rows."""
+    stage = chain[name]
+    assert isinstance(stage, MakesRows)
+    return stage
 
 
-def check_made(stage: Stage, chain: Mapping[str, Stage]) -> None:
-    """Refuse rows of which there are sure to be none.
+def check_made_rows(stage: Stage, chain: Mapping[str, Stage]) -> None:
+    """Refuse a source of rows that is certain to be empty.
 
     Raises:
         ConfigError: in the user's own keys.
@@ -68,11 +68,11 @@ def check_made(stage: Stage, chain: Mapping[str, Stage]) -> None:
 
 
 def data_of(stage: Stage, prepared: Path, chain: Mapping[str, Stage], made: Path) -> PreparedData:
-    """The data as a stage reads them.
+    """The prepared data as a stage reads it.
 
     Args:
-        prepared: what `prepare` made.
-        made: the directory with the rows that another stage made; it may be empty yet.
+        prepared: the artifact of `prepare`.
+        made: the directory of the rows that another stage made; it may still be empty.
     """
     known = named_sources(chain).makers()
     names = {role: stage.mount.own_role(role) for role in stage.reads().roles}
@@ -95,7 +95,7 @@ def prepare_rows(
     directory: Path,
     progress: Progress,
 ) -> None:
-    """Prepare the rows that a stage reads and others made.
+    """Prepare the rows that a stage reads and other stages made.
 
     Raises:
         ConfigError: in the user's own keys; a split has no rows.
@@ -105,20 +105,19 @@ def prepare_rows(
     directory.mkdir()
     with TemporaryDirectory(prefix="rows.", dir=directory, ignore_cleanup_errors=True) as scratch:
         try:
-            files = {role: _file(role, wanted[role], chain, inputs) for role in wanted}
+            files = {role: _made_file(role, wanted[role], chain, inputs) for role in wanted}
             sources = Sources(roles, dict.fromkeys(roles) | files)
             preparation = prepare.preparation(sources, base, Path(scratch))
             preparation.prepare(progress)
         except NoRowsError as error:
-            advice = [maker_of(maker, chain).offer_advice() for maker in makers(stage, chain)]
+            advice = [maker_of(maker, chain).offer_advice() for maker in row_makers(stage, chain)]
             raise ConfigError(" ".join([str(error), *advice])) from None
         preparation.write(directory)
         preparation.show(progress.console)
 
 
 def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostContext:
-    """The context with the lengths of a stage's data; of rows that are still to be made, the most that there
-    can be."""
+    """The context with the lengths of a stage's data; for rows that are not made yet, upper bounds."""
     known, sizes = named_sources(chain).makers(), on.sizes
 
     def size(role: str, split: Split) -> LengthStats:
@@ -126,9 +125,9 @@ def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> Cos
         if name not in known:
             return sizes(name, split)
         maker = maker_of(known[name], chain)
-        found = maker.offered_lengths(context_of(maker, chain, on), chain)
+        stats = maker.offered_lengths(context_of(maker, chain, on), chain)
         share = dict(chain["prepare"])["held_out_fraction"]
-        return found._replace(rows=max(1, round(found.rows * (share if split == "held_out" else 1 - share))))
+        return stats._replace(rows=max(1, round(stats.rows * (share if split == "held_out" else 1 - share))))
 
     names = {role: stage.mount.own_role(role) for role in stage.reads().roles}
     is_other = any(name != role or name in known for role, name in names.items())
@@ -136,20 +135,20 @@ def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> Cos
 
 
 def _check_offer(role: str, maker: str, chain: Mapping[str, Stage]) -> None:
-    said = f"{roles_of(chain)[role].key}=stage:{maker}"
+    setting = f"{roles_of(chain)[role].key}=stage:{maker}"
     if maker not in chain:
-        raise ConfigError(f"{said}: there is no such stage.{did_you_mean(maker, chain)}")
-    can = [
+        raise ConfigError(f"{setting}: there is no such stage.{did_you_mean(maker, chain)}")
+    offering = [
         name
         for name, stage in chain.items()
         if isinstance(stage, MakesRows) and kind_of(role) in stage.offers
     ]
-    if maker not in can:
-        others = f"Stages that do: {', '.join(can)}." if can else "No stage does. Name a file."
-        raise ConfigError(f"{said}: {maker} makes no such rows. {others}")
+    if maker not in offering:
+        others = f"Stages that do: {', '.join(offering)}." if offering else "No stage does. Name a file."
+        raise ConfigError(f"{setting}: {maker} makes no such rows. {others}")
 
 
-def _file(
+def _made_file(
     role: str, source: SourceConfig, chain: Mapping[str, Stage], inputs: Mapping[str, Artifact]
 ) -> SourceConfig:
     assert source.stage is not None
@@ -161,7 +160,7 @@ def _file(
 
 
 def roles_read(stages: Iterable[Stage], chain: Mapping[str, Stage]) -> Iterator[str]:
-    """The roles whose rows these stages need and `prepare` reads."""
+    """The roles that these stages need and whose rows `prepare` reads."""
     known = named_sources(chain).makers()
     for stage in stages:
         yield from (name for name in map(stage.mount.own_role, stage.needs(chain)) if name not in known)

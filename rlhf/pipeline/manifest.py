@@ -1,4 +1,4 @@
-"""What a manifest says of an artifact: the code and hardware that made it, and its inputs."""
+"""Makes an artifact's manifest: the code and hardware that made it, its config and its inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_manifest(
     """The manifest of the artifact in `scratch`; the store adds the files.
 
     Args:
-        config: the whole resolved config of the run, without secrets.
+        config: the full resolved config of the run, without secrets.
         seconds: the time of all attempts.
         peak: see `Manifest.peak_bytes`.
         input_digests: stage -> `content_digest`.
@@ -60,7 +60,7 @@ def make_manifest(
 
 
 def content_digest(artifact: Artifact) -> str:
-    """Digest of all its files except the logs."""
+    """Digest of all files of an artifact except the logs."""
     logs = (Tracker.METRICS, Tracker.SAMPLES)
     return digest_of({name: each for name, each in artifact.manifest.files.items() if name not in logs})
 

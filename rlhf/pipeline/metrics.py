@@ -1,4 +1,4 @@
-"""What is known of a stage's figures: from one table follow reports, gates, shades and verdicts."""
+"""The metrics of stages: one table from which reports, gates, shaded plots and verdicts are made."""
 
 from __future__ import annotations
 
@@ -15,43 +15,44 @@ if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
 
 INTERVAL = re.compile(rf"({'|'.join(filter(None, INTERVAL_SUFFIXES))})(?=/|$)")
-"""The end of a name that tells a figure's interval, or on how many rows it stands."""
+"""The suffix in the name of a metric that is an end of another metric's interval, or its number of rows."""
 
 
 class Healthy(NamedTuple):
-    """Where a curve of a stage is healthy; the stage's page of the documentation says why."""
+    """The healthy range of a stage's curve; the stage's page of the documentation says why."""
 
     min: float | None = None
-    """The smallest healthy value; None for no end."""
+    """The smallest healthy value; None for no limit."""
     max: float | None = None
-    """The largest healthy value; None for no end."""
+    """The largest healthy value; None for no limit."""
     gate: str | None = None
-    """The gate whose bound holds instead, as it is set. Where it is turned off, nothing is said."""
+    """The gate whose bound is used instead, as it is set. If it is turned off, there is no healthy range."""
     from_start: bool = False
-    """Whether the ends are changes since the curve's value at step 0, before anything is learned."""
+    """Whether the limits are changes since the curve's value at step 0, before anything is learned."""
 
 
 class Metric(NamedTuple):
-    """A figure of a stage. The words may have `{title}`, what tables call the stage's model, and `{label}`,
-    the label of a named instance."""
+    """A metric of a stage. The texts may contain `{title}`, the stage's model as tables name it, and
+    `{label}`, the label of a named instance."""
 
     words: str = ""
-    """What the table of stages calls it; empty: it is not shown there."""
+    """Its name in the table of stages; empty: it is not shown there."""
     format: str = ""
-    """How that table shows it, such as `.2f`."""
+    """Its number format in that table, such as `.2f`."""
     is_shown_at_zero: bool = True
-    """False: that table shows it only where there is some."""
+    """False: that table leaves it out if it is 0."""
     better: Literal["higher", "lower"] | None = None
-    """Of the metric that tells, with its interval, whether the stage did what it is for. 0 is no change."""
+    """Set for the metric that tells, with its interval, whether the stage reached its purpose. 0 is no
+    change."""
     purpose: str = ""
-    """What the verdict calls that metric, such as `{title}'s loss on held-out answers`."""
+    """Name of that metric in the verdict, such as `{title}'s loss on held-out answers`."""
     failed: str = ""
-    """What the verdict says where it is not better, such as `it learned nothing of its examples`."""
+    """What the verdict says if that metric is not better, such as `it learned nothing of its examples`."""
     healthy: Healthy | None = None
-    """Of the curve of this name: where it is healthy. The run's page shades it. A curve with the name of a
-    gate has the gate's bound."""
+    """Healthy range of the curve of this name, which the run's page shades. A curve with the name of a gate
+    has the gate's bound."""
     is_curve: bool = False
-    """Whether it is logged by step alone: no summary has it, so no gate can bound it."""
+    """Whether it is only logged by step: no summary has it, so no gate can bound it."""
 
 
 SIZES: Mapping[str, Metric] = {
@@ -59,45 +60,45 @@ SIZES: Mapping[str, Metric] = {
     "artifact_bytes": Metric("artifact MB", ".2f"),
     "adapter_bytes": Metric("adapter MB", ".2f"),
 }
-"""Of every stage that trains."""
+"""Metrics of every stage that trains."""
 TUNED: Mapping[str, Metric] = {
     **SIZES,
     "token_seconds": Metric("ms per token", ".1f"),
     "token_seconds_base": Metric("without adapter", ".1f"),
 }
-"""Of every stage that trains a policy: what its method of tuning costs."""
+"""Metrics of every stage that trains a policy: what its method of tuning costs."""
 
 
 def named(*names: str) -> dict[str, Metric]:
-    """Metrics of which no more is known than their names."""
+    """Metrics that have nothing but a name."""
     return dict.fromkeys(names, Metric())
 
 
 def summary_names(stage: Stage) -> list[str]:
     """The summary metrics that a stage may publish, which gates and sweeps may name; `a*` stands for all that
-    begin with a. None are said: any may be named."""
+    begin with a. Empty: the stage declares none, and any may be named."""
     return [*(name for name, each in stage.metrics.items() if not each.is_curve), *stage.more_metrics()]
 
 
-def check_shown(said: str, metric: object) -> None:
-    """Refuse what is no metric, or cannot be shown.
+def check_declared(where: str, metric: object) -> None:
+    """Refuse a declared metric that is no `Metric`, or has a wrong format.
 
     Args:
-        said: where it stands.
+        where: the place of the declaration, for the message.
 
     Raises:
         ConfigError: why.
     """
     if not isinstance(metric, Metric):
-        raise ConfigError(f"{said} is {metric!r}. Write a Metric, such as Metric('loss', '.2f').")
+        raise ConfigError(f"{where} is {metric!r}. Write a Metric, such as Metric('loss', '.2f').")
     try:
         format(1.0, metric.format)
     except ValueError as error:
-        raise ConfigError(f"{said}: its format {metric.format!r}: {error}. Use one such as '.2f'.") from None
+        raise ConfigError(f"{where}: its format {metric.format!r}: {error}. Use one such as '.2f'.") from None
 
 
 def as_summary(stage: Stage, returned: object) -> dict[str, float]:
-    """What a stage's `run` returned, as numbers.
+    """The summary metrics that a stage's `run` returned, as numbers.
 
     Raises:
         ConfigError: it is no mapping of numbers.
@@ -114,7 +115,7 @@ def as_summary(stage: Stage, returned: object) -> dict[str, float]:
 
 
 def undeclared(stage: Stage, names: Iterable[str]) -> list[str]:
-    """Those that a stage published, though its `metrics` names some and not them."""
+    """The names that a stage published and did not declare; none if it declares no metrics."""
     known = summary_names(stage)
 
     def is_known(name: str) -> bool:
@@ -127,10 +128,10 @@ def check_metric(stage: Stage, name: str, key: str) -> None:
     """Refuse the name of a metric that a stage never publishes.
 
     Args:
-        key: where the name stands.
+        key: the key that has the name.
 
     Raises:
-        ConfigError: with the names that are near.
+        ConfigError: it suggests similar names.
     """
     known = summary_names(stage)
     if undeclared(stage, [name]):
@@ -140,8 +141,9 @@ def check_metric(stage: Stage, name: str, key: str) -> None:
         )
 
 
-def purpose(stage: Stage) -> tuple[str, Metric] | None:
-    """The metric that tells whether the stage did what it is for, with its words filled in."""
+def purpose_metric(stage: Stage) -> tuple[str, Metric] | None:
+    """The metric that tells whether the stage reached its purpose: its name, and its entry with texts filled
+    in; None if there is none."""
     for name, metric in stage.metrics.items():
         if metric.better is not None:
             purpose, failed = stage.filled(metric.purpose), stage.filled(metric.failed)
@@ -150,7 +152,7 @@ def purpose(stage: Stage) -> tuple[str, Metric] | None:
 
 
 def healthy_curves(stage: Stage) -> dict[str, Healthy]:
-    """Where the stage's curves are healthy, with the bounds of its gates as they are set."""
+    """Curve -> its healthy range, with the bounds of the stage's gates as they are set."""
     return dict(_healthy_curves(stage))
 
 

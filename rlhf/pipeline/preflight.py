@@ -1,4 +1,4 @@
-"""What is checked before any model is loaded: memory, disk, context length, and what the ranks can share."""
+"""Checks before any model is loaded: memory, disk, context length, and what the ranks can share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import peft_of
 from rlhf.pipeline.forecast import Prediction
-from rlhf.pipeline.graph import answering, init_directory
+from rlhf.pipeline.graph import init_directory, sampled_models
 from rlhf.pipeline.made_rows import context_of
 from rlhf.pipeline.stage import Stage, View
 from rlhf.tracking.progress import clock
@@ -42,25 +42,25 @@ if TYPE_CHECKING:
 
     from rlhf.pipeline.experiment import Settings
 
-FITS = 0.9
-"""Share of the memory up to which something fits: a prediction may be too low by the rest."""
-MARGIN = 1.15
-"""A prediction may be too high by this factor; a run is refused only if it would not fit even then."""
+MAX_MEMORY_SHARE = 0.9
+"""Largest share of the memory that a stage may need: the rest is for predictions that are too low."""
+MAX_OVERESTIMATE = 1.15
+"""Factor by which a prediction may be too high: a run is refused only if it would not fit even then."""
 
 
-class Expected(NamedTuple):
-    """What the stages that will run need, as far as it is known before."""
+class RunEstimate(NamedTuple):
+    """What the stages that will run need, as far as it is known in advance."""
 
-    ways: Mapping[str, LocalSampling] = {}
-    """Stage -> how it samples from sharded weights by the local engine; where it is not named, by layers. All
-    ranks have the same."""
+    sampling_modes: Mapping[str, LocalSampling] = {}
+    """Stage -> how the local engine samples from sharded weights; a missing stage samples by layers. Equal on
+    all ranks."""
     stages: Mapping[str, Prediction] = {}
-    """How long each takes."""
+    """Stage -> how long it takes."""
     longest: int | None = None
-    """As of `longest_sampled`, of all stages of the run."""
+    """The result of `longest_sampled` for all stages of the run."""
 
 
-class Begun(NamedTuple):
+class Attempt(NamedTuple):
     """What an earlier attempt at a stage left."""
 
     bytes: float = 0.0
@@ -73,26 +73,26 @@ class Begun(NamedTuple):
 
 def check_before_loading(
     experiment: Experiment,
-    pending: Mapping[str, Begun],
+    pending: Mapping[str, Attempt],
     base: BaseModelFiles,
     compute: Compute,
     data: PreparedData,
     console: Console,
-) -> Expected:
-    """Check what the stages that will run need, and print about how much memory and time that is.
+) -> RunEstimate:
+    """Check what the stages that will run need, and print approximately how much memory and time that is.
 
     Args:
-        pending: those stages, and what an earlier attempt left of each.
+        pending: those stages -> what an earlier attempt left.
 
     Returns:
-        Of models whose shape is not known, nothing.
+        An empty estimate if the shape of a model is not known.
 
     Raises:
         ConfigError: this machine cannot run them.
     """
     stages, settings = [experiment.stages[name] for name in pending], experiment.settings
     if not any(stage.reads_weights for stage in stages):
-        return Expected()
+        return RunEstimate()
     import torch
 
     from rlhf.models.peft.attach import check_attachable
@@ -106,21 +106,21 @@ def check_before_loading(
             is_known = (peft_of(stage), init_directory(stage)) in [
                 (peft_of(before), init_directory(before)) for before in stages[:index]
             ]
-            check_tunes(stage, models[stage.name], check_attachable if is_known else rehearse)
+            check_tuning(stage, models[stage.name], check_attachable if is_known else rehearse)
         for line in adapter_notes(stages, models):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        on = found_context(settings, counted(model), compute, data.size)
+        on = cost_context(settings, counted(model), compute, data.size)
     except UnknownShapeError as unknown:
         unchecked = f"Memory, time, disk and context are not checked: {unknown}."
         console.print(unchecked, style="yellow", highlight=False)
-        return Expected()  # they sample layer by layer, which needs least
-    ways: dict[str, LocalSampling] = {}
+        return RunEstimate()  # they sample layer by layer, which needs least
+    modes: dict[str, LocalSampling] = {}
     for stage in stages:
-        if chooses(stage, on):
-            way = chosen(stage, experiment.stages, on)
+        if has_sampling_choice(stage, on):
+            way = with_sampling_choice(stage, experiment.stages, on)
             by_layers = float(compute.global_max(torch.tensor(float(way.local_sampling == "layers"))))
-            ways[stage.name] = "layers" if by_layers else "whole"
-            line = sampling_note(stage, experiment.stages, on, ways[stage.name])
+            modes[stage.name] = "layers" if by_layers else "whole"
+            line = sampling_note(stage, experiment.stages, on, modes[stage.name])
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     store = Path(settings.store_dir)
     disk = Disk(store, shutil.disk_usage(store).free)
@@ -128,8 +128,8 @@ def check_before_loading(
     longest = None if on.vllm is None else longest_sampled(needed, experiment.stages, on, base)
     teaches = any("sft" in stage.reads().roles for stage in needed)
     checked = preflight(
-        stages, experiment.stages, on, disk, settings.checkpoint, begun=pending, ways=ways, longest=longest,
-        answer_tokens=data.mean_answer("sft") if teaches else None,
+        stages, experiment.stages, on, disk, settings.checkpoint, attempts=pending, sampling_modes=modes,
+        longest=longest, answer_tokens=data.mean_answer("sft") if teaches else None,
     )  # fmt: skip
     lines = [*padding_notes(stages, settings.model.attention), *checked.warned, *checked.refused]
     refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
@@ -140,20 +140,20 @@ def check_before_loading(
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
     if any(cost.phases for cost in checked.costs.values()):
         console.print(expectations(checked.costs, on, pending), highlight=False)
-    return Expected(ways, predictions(checked.costs, pending), longest)
+    return RunEstimate(modes, predictions(checked.costs, pending), longest)
 
 
-def chooses(stage: Stage, on: CostContext) -> bool:
-    """Whether the stage samples from sharded weights by the local engine, which can be done in two ways."""
+def has_sampling_choice(stage: Stage, on: CostContext) -> bool:
+    """Whether the stage samples from sharded weights with the local engine, which has two ways to do so."""
     return stage.samples and on.shards_weights and on.vllm is None
 
 
-def chosen(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostContext:
-    """The context, with the way in which the stage samples: whole if there is memory for it while it does."""
-    if not chooses(stage, on):
+def with_sampling_choice(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostContext:
+    """The context with the stage's way of sampling: weights gathered whole if they fit, else by layers."""
+    if not has_sampling_choice(stage, on):
         return on
     whole, layers = (replace(on, local_sampling=way) for way in ("whole", "layers"))
-    return whole if shortage(while_sampling(stage, chain, whole), whole) <= FITS else layers
+    return whole if shortage(while_sampling(stage, chain, whole), whole) <= MAX_MEMORY_SHARE else layers
 
 
 def while_sampling(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> StageCost:
@@ -167,9 +167,9 @@ def sampling_note(stage: Stage, chain: Mapping[str, Stage], on: CostContext, way
     """How the stage samples from sharded weights, and the arithmetic behind it."""
     needs: dict[LocalSampling, str] = {}
     for each in ("whole", "layers"):
-        there = replace(on, local_sampling=each)
-        cost = while_sampling(stage, chain, there)
-        phase, on_host, _ = tightest(cost, there)
+        context = replace(on, local_sampling=each)
+        cost = while_sampling(stage, chain, context)
+        phase, on_host, _ = tightest(cost, context)
         used = 0.0 if on_host else on.machine.used
         needs[each] = f"{(phase.size(on_host=on_host) + used) / GIB:.1f} GiB ({by_kind(phase, on_host)})"
     have = f"{on.machine.memory / GIB:.1f} GiB"
@@ -181,7 +181,7 @@ def sampling_note(stage: Stage, chain: Mapping[str, Stage], on: CostContext, way
     )
 
 
-def check_tunes(
+def check_tuning(
     stage: Stage, base: PreTrainedModel, check: Callable[[PreTrainedModel, PeftConfig], None]
 ) -> None:
     """Refuse a method of tuning that does not work with the model.
@@ -230,7 +230,7 @@ def eager_notes(base: PreTrainedModel, attention: str) -> Iterator[str]:
     """A line if `attention=auto` finds nothing better than eager attention.
 
     Args:
-        base: its skeleton.
+        base: the model on the meta device.
     """
     if attention == "auto" and base.config._attn_implementation == "eager":
         yield (
@@ -251,14 +251,14 @@ def padding_notes(stages: Sequence[Stage], attention: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Checked:
+class PreflightResult:
     """What the stages that will run need, and the complaints."""
 
     costs: dict[str, StageCost]
     refused: list[str]
     """Complaints in the user's own keys."""
     warned: list[str]
-    """What perhaps does not fit."""
+    """Complaints about what may not fit."""
 
 
 @dataclass(frozen=True)
@@ -275,48 +275,50 @@ def preflight(
     on: CostContext,
     disk: Disk,
     checkpoints: CheckpointConfig,
-    begun: Mapping[str, Begun],
-    ways: Mapping[str, LocalSampling] | None = None,
+    attempts: Mapping[str, Attempt],
+    sampling_modes: Mapping[str, LocalSampling] | None = None,
     longest: int | None = None,
     answer_tokens: float | None = None,
-) -> Checked:
+) -> PreflightResult:
     """Compare what these stages need with what this machine has. No model is loaded.
 
     Args:
-        begun: what an earlier attempt left of each stage.
-        ways: how stages sample from sharded weights by the local engine, where that is decided.
-        longest: as of `longest_sampled`, of all stages of the run; None for these stages' own.
-        answer_tokens: of a mean sampled answer, for the time that is told; None for the longest that is
-            allowed, for which everything is checked.
+        attempts: stage -> what an earlier attempt left.
+        sampling_modes: as in `RunEstimate`, if they are decided.
+        longest: result of `longest_sampled` for all stages of the run; None: for these stages only.
+        answer_tokens: tokens of a mean sampled answer, for the predicted time; None for the longest that is
+            allowed, as in all checks.
     """
     costs: dict[str, StageCost] = {}
-    usual: dict[str, list[Task]] = {}
+    mean_work: dict[str, list[Task]] = {}
     refused: list[str] = []
     warned: list[str] = []
     for stage in stages:
-        way = (ways or {}).get(stage.name)
-        there = chosen(stage, chain, on) if way is None else replace(on, local_sampling=way)
-        there = context_of(stage, chain, there)
-        usual[stage.name] = cost_of(stage, replace(there, answer_tokens=answer_tokens), chain).work
-        cost = costs[stage.name] = with_copy(cost_of(stage, there, chain), there, checkpoints)
+        way = (sampling_modes or {}).get(stage.name)
+        context = with_sampling_choice(stage, chain, on) if way is None else replace(on, local_sampling=way)
+        context = context_of(stage, chain, context)
+        mean_work[stage.name] = cost_of(stage, replace(context, answer_tokens=answer_tokens), chain).work
+        cost = costs[stage.name] = with_checkpoint_copy(cost_of(stage, context, chain), context, checkpoints)
         if not cost.phases:
             continue
         need = shortage(cost, on)
-        if need > MARGIN:
-            refused.append(f"{said(stage, cost, on)} {advice(stage, chain, on)}{vllm_advice(stage, on)}")
-        elif need > FITS:
-            spare = "" if need > 1.0 else f" It may fail: less than {1 - FITS:.0%} is left."
-            warned.append(f"{said(stage, cost, on)}{spare}")
+        if need > MAX_OVERESTIMATE:
+            refused.append(
+                f"{need_text(stage, cost, on)} {memory_advice(stage, chain, on)}{vllm_advice(stage, on)}"
+            )
+        elif need > MAX_MEMORY_SHARE:
+            spare = "" if need > 1.0 else f" It may fail: less than {1 - MAX_MEMORY_SHARE:.0%} is left."
+            warned.append(f"{need_text(stage, cost, on)}{spare}")
         on = replace(on, has_sampled=on.has_sampled or stage.samples)
-    refused += disk_complaints(costs, disk, checkpoints, begun)
+    refused += disk_complaints(costs, disk, checkpoints, attempts)
     sampled = longest or max((cost.sampled for cost in costs.values()), default=0)
     too_long = context_complaints(stages, costs, chain, on)
-    told = {name: replace(cost, work=usual[name]) for name, cost in costs.items()}
-    return Checked(told, [*cache_complaints(sampled, on), *too_long, *refused], warned)
+    predicted = {name: replace(cost, work=mean_work[name]) for name, cost in costs.items()}
+    return PreflightResult(predicted, [*cache_complaints(sampled, on), *too_long, *refused], warned)
 
 
 def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None, float]:
-    """The phase that needs the largest share of the available memory, whether that is the host's (None
+    """The phase that needs the largest share of the available memory, whether it is the host's memory (None
     without a GPU), and the share."""
     machine = on.machine
     if machine.kind == "cpu":
@@ -329,19 +331,19 @@ def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None
 
 
 def shortage(cost: StageCost, on: CostContext) -> float:
-    """The largest share of the available memory that any phase needs. It fits up to `FITS`."""
+    """The largest share of the available memory that any phase needs; at most `MAX_MEMORY_SHARE` fits."""
     return tightest(cost, on)[2]
 
 
-def most(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, float]:
-    """The phase that needs most memory of the GPU (without a GPU: of the host), and its bytes together with
-    what the process holds anyway."""
+def peak_memory(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, float]:
+    """The phase that needs most memory of the GPU (without a GPU: of the host), and its bytes, including what
+    the process holds anyway."""
     on_host = None if on.on_cpu else False
     phase = cost.peak(on_host=on_host)
     return phase, phase.size(on_host=on_host) + on.machine.used
 
 
-def said(stage: Stage, cost: StageCost, on: CostContext) -> str:
+def need_text(stage: Stage, cost: StageCost, on: CostContext) -> str:
     """`ppo needs about 31.0 GiB (learning: weights 15.0, ...), and there are 24.0 GiB.`"""
     machine = on.machine
     phase, on_host, _ = tightest(cost, on)
@@ -365,19 +367,19 @@ def by_kind(phase: MemoryPhase, on_host: bool | None = None) -> str:
     return ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in sizes.items())
 
 
-def advice(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> str:
-    """The keys that would make it fit, found by trying them: each alone, then together."""
-    found = []
+def memory_advice(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> str:
+    """Advice with the keys that would make the stage fit, found by trying them: each alone, then together."""
+    keys = []
     knobs = list(savings(stage, on))
     for key, change, where in knobs:
         if fits(stage, chain, on, change, where):
-            found.append(key)
-    if found:
-        return f"It would fit with {' or with '.join(found)}."
+            keys.append(key)
+    if keys:
+        return f"It would fit with {' or with '.join(keys)}."
     zeros = [knob for knob in knobs if knob[2]]
     for zero, left_out in product((None, *zeros), (None, *knobs)):
-        chosen = [knob for knob in knobs if knob is not left_out and (knob is zero or knob not in zeros)]
-        for together in list(accumulate(([knob] for knob in chosen), lambda done, new: [*done, *new]))[1:]:
+        tried = [knob for knob in knobs if knob is not left_out and (knob is zero or knob not in zeros)]
+        for together in list(accumulate(([knob] for knob in tried), lambda done, new: [*done, *new]))[1:]:
             change = {name: value for _, changes, _ in together for name, value in changes.items()}
             if fits(stage, chain, on, change, zero[2] if zero and zero in together else {}):
                 return f"It would fit with {' '.join(key for key, _, _ in together)}."
@@ -385,9 +387,9 @@ def advice(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> str:
 
 
 def vllm_advice(stage: Stage, on: CostContext) -> str:
-    """What else samples from a model that no rank can hold: vLLM, over so many ranks that its part of the
-    weights takes at most a quarter of a rank's memory; over all ranks here if that is never so."""
-    if not chooses(stage, on):
+    """Advice to sample with vLLM from a model that no rank can hold: over the fewest ranks on which its
+    weights take at most a quarter of a rank's memory, or else over as many as there are here."""
+    if not has_sampling_choice(stage, on):
         return ""
     parts = [count for count in range(1, on.machine.ranks_here + 1) if on.ranks % count == 0]
     enough = [count for count in parts if weight_bytes(on) / count <= on.machine.memory / 4]
@@ -395,7 +397,7 @@ def vllm_advice(stage: Stage, on: CostContext) -> str:
 
 
 def savings(stage: Stage, on: CostContext) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(what the user would type, changed keys of the stage, changes of the context), the cheapest first."""
+    """Changes that save memory, the cheapest first: (the text to type, keys of the stage, of the context)."""
     name, fields = stage.name, type(stage).model_fields
     knobs = stage.model_dump()
     for key in ("micro_batch_tokens", *(["batch_rows"] if stage.samples else [])):
@@ -433,14 +435,14 @@ def fits(
     changed = stage.model_copy(update=dict(change))
     setting = replace(on, **where)
     changed_chain = {**chain, stage.name: changed}
-    if not is_taken(changed, changed_chain, setting):
+    if not is_accepted(changed, changed_chain, setting):
         return False
-    setting = chosen(changed, changed_chain, setting)
+    setting = with_sampling_choice(changed, changed_chain, setting)
     cost = cost_of(changed, context_of(changed, changed_chain, setting), changed_chain)
-    return shortage(cost, setting) <= FITS
+    return shortage(cost, setting) <= MAX_MEMORY_SHARE
 
 
-def is_taken(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> bool:
+def is_accepted(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> bool:
     """Whether the stage can run on these ranks."""
     compute = Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks)
     return peft_of(stage) is None or not complaints(stage, View(chain, compute=compute))
@@ -449,11 +451,11 @@ def is_taken(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> bool:
 def context_complaints(
     stages: Sequence[Stage], costs: Mapping[str, StageCost], chain: Mapping[str, Stage], on: CostContext
 ) -> Iterator[str]:
-    """A sequence that is longer than the model, or vLLM where that samples it, can read: for each key that
-    the user would lower, what the stage says that has the longest."""
+    """Complain about sequences that are too long for the model, or for vLLM if it samples them: once for each
+    key that the user would lower, for the stage with the longest one."""
     limit = None if on.vllm is None else on.vllm.max_model_len
     excess: dict[str, float] = {}
-    complaints: dict[str, str] = {}
+    by_key: dict[str, str] = {}
     for stage in stages:
         cost = costs[stage.name]
         if limit is not None and limit < cost.sampled <= on.shape.context:
@@ -470,27 +472,27 @@ def context_complaints(
         more = max(value, cost.longest) - context
         if more > excess.get(name, 0.0):
             excess[name] = more
-            complaints[name] = (
+            by_key[name] = (
                 f"{name}={value}: the longest sequence could have {cost.longest} tokens, and the "
                 f"model's context has {context:.0f}. Lower it by {more:.0f}."
             )
-    yield from complaints.values()
+    yield from by_key.values()
 
 
 def cache_complaints(sampled: int, on: CostContext) -> Iterator[str]:
-    """vLLM's cache has no room for one row.
+    """Complain if vLLM's cache has no room for one row.
 
     Args:
-        sampled: tokens of the longest one that is sampled; 0 if none is.
+        sampled: tokens of the longest row that is sampled; 0 if none is.
     """
     if on.vllm is None or not sampled:
         return
-    tokens, given = on.vllm.max_model_len or sampled, on.vllm.kv_cache_gib
+    tokens, cache_gib = on.vllm.max_model_len or sampled, on.vllm.kv_cache_gib
     needed = vllm_row(on, on.vllm, tokens)
-    if needed > given * GIB:
+    if needed > cache_gib * GIB:
         lower = " or lower vllm.max_model_len" if on.vllm.max_model_len else ""
         yield (
-            f"vllm.kv_cache_gib={given:g}: one row of {tokens} tokens needs {amount(needed)} of keys and "
+            f"vllm.kv_cache_gib={cache_gib:g}: one row of {tokens} tokens needs {amount(needed)} of keys and "
             f"values on each rank. Use {math.ceil(needed / GIB)} or more{lower}."
         )
 
@@ -498,22 +500,22 @@ def cache_complaints(sampled: int, on: CostContext) -> Iterator[str]:
 def longest_sampled(
     stages: Iterable[Stage], chain: Mapping[str, Stage], on: CostContext, base: BaseModelFiles
 ) -> int | None:
-    """Tokens of the longest prompt with its answer that these stages sample; None if that is not known: a
-    stage does not say, or a model of the user's own counts tokens in another way than `prepare` did. So long
-    are the rows that vLLM is built for, where `vllm.max_model_len` is null."""
+    """Tokens of the longest prompt and answer that these stages sample: vLLM is built for rows of this
+    length if `vllm.max_model_len` is null. None if it is not known: a stage does not say, or a model of the
+    user's own counts tokens differently from `prepare`."""
     sampling = [stage for stage in stages if stage.samples]
     costs = [cost_of(stage, context_of(stage, chain, on), chain) for stage in sampling]
     if not costs or any(not cost.sampled for cost in costs):
         return None
-    own = {directory_of(init) for stage in sampling for _, init in answering(stage, chain)} - {None}
+    own = {directory_of(init) for stage in sampling for _, init in sampled_models(stage, chain)} - {None}
     if any(not counts_alike(load_tokenizer(each, base.config), base) for each in own if each):
         return None
     return round(max(min(cost.sampled, cost.context, on.shape.context) for cost in costs))
 
 
 def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
-    """The stage whose key the user types: stages of the chain that train nothing repeat that of one that
-    does (`generate.max_new_tokens: ${ppo.max_new_tokens}`)."""
+    """The stage whose key the user types: stages of the chain that train nothing repeat the key of one that
+    trains (`generate.max_new_tokens: ${ppo.max_new_tokens}`)."""
     if stage.in_chain and not stage.mount.label and peft_of(stage) is None:
         for other in chain.values():
             if peft_of(other) is not None and other.model_dump().get(key) == stage.model_dump()[key]:
@@ -521,25 +523,25 @@ def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
     return stage.name
 
 
-def with_copy(cost: StageCost, on: CostContext, config: CheckpointConfig) -> StageCost:
-    """The cost with the copy of the state that `checkpoint.background=true` writes from, on the host. With
-    `auto` there is only one where there is memory for it; DeepSpeed makes none."""
+def with_checkpoint_copy(cost: StageCost, on: CostContext, config: CheckpointConfig) -> StageCost:
+    """The cost plus the copy of the state on the host from which `checkpoint.background=true` writes. `auto`
+    makes a copy only if there is memory for it; DeepSpeed makes none."""
     if config.background is not True or on.zero.startswith("zero") or not checkpoint_bytes(cost, config):
         return cost
-    size = cost.checkpoint / on.shard_ranks  # else rank 0 has it all
+    size = cost.checkpoint / on.shard_ranks  # if nothing is sharded, rank 0 has all of it
     how = f"what checkpoint.background=true writes from: {amount(cost.checkpoint)}{over(on.shard_ranks)}"
     copy = Allocation("optimizer", size, how, on_host=True)
     return replace(cost, phases=[replace(each, parts=[*each.parts, copy]) for each in cost.phases])
 
 
 def disk_complaints(
-    costs: Mapping[str, StageCost], disk: Disk, checkpoints: CheckpointConfig, begun: Mapping[str, Begun]
+    costs: Mapping[str, StageCost], disk: Disk, checkpoints: CheckpointConfig, attempts: Mapping[str, Attempt]
 ) -> Iterator[str]:
-    """The artifacts, what one is made from while it is written, and the checkpoints of the stage that needs
-    most, must fit on the store's disk, beside the checkpoints that are there."""
+    """Complain if the store's disk has no room for the artifacts, for the weights from which one is
+    written, and for the checkpoints of the stage that needs most, in addition to existing checkpoints."""
     published = sum(cost.artifact for cost in costs.values())
-    published += max((cost.artifact for cost in costs.values()), default=0.0)  # what was trained, or merged
-    missing = [checkpoint_bytes(cost, checkpoints) - begun[name].bytes for name, cost in costs.items()]
+    published += max((cost.artifact for cost in costs.values()), default=0.0)  # its trained or merged weights
+    missing = [checkpoint_bytes(cost, checkpoints) - attempts[name].bytes for name, cost in costs.items()]
     largest = max(0.0, *missing)
     if published + largest > disk.free:
         yield (
@@ -556,31 +558,32 @@ def checkpoint_bytes(cost: StageCost, config: CheckpointConfig) -> float:
     return (config.keep + 1) * cost.checkpoint if is_written else 0.0
 
 
-def predictions(costs: Mapping[str, StageCost], begun: Mapping[str, Begun]) -> dict[str, Prediction]:
-    """How long each stage takes, and what its newest checkpoint holds of that."""
+def predictions(costs: Mapping[str, StageCost], attempts: Mapping[str, Attempt]) -> dict[str, Prediction]:
+    """Stage -> how long it takes, and how much of that its newest checkpoint holds."""
     return {
-        name: Prediction(cost.seconds, begun[name].seconds, begun[name].share) for name, cost in costs.items()
+        name: Prediction(cost.seconds, attempts[name].seconds, attempts[name].share)
+        for name, cost in costs.items()
     }
 
 
-def expectations(costs: Mapping[str, StageCost], on: CostContext, begun: Mapping[str, Begun]) -> str:
+def expectations(costs: Mapping[str, StageCost], on: CostContext, attempts: Mapping[str, Attempt]) -> str:
     """`About 5:10 to go: sft 2:00, 3.1 GiB; ...`, from where each stage's newest checkpoint is."""
-    left = {name: each.left() for name, each in predictions(costs, begun).items()}
+    left = {name: each.left() for name, each in predictions(costs, attempts).items()}
     parts = [
-        f"{name} {clock(left[name])} ({most(cost, on)[1] / GIB:.1f} GiB{saving(cost, on)})"
+        f"{name} {clock(left[name])} ({peak_memory(cost, on)[1] / GIB:.1f} GiB{checkpoint_note(cost, on)})"
         for name, cost in costs.items()
         if cost.phases
     ]
     return f"About {clock(sum(left.values()))} to go: {', '.join(parts)}."
 
 
-def saving(cost: StageCost, on: CostContext) -> str:
-    """What a checkpoint takes, where it takes seconds."""
+def checkpoint_note(cost: StageCost, on: CostContext) -> str:
+    """The time of a checkpoint, as text; empty below a second."""
     seconds = cost.checkpoint_seconds(on.machine)
     return f", {seconds:.0f} s a checkpoint" if seconds >= 1 else ""
 
 
-def found_context(settings: Settings, shape: ModelShape, compute: Compute, sizes: Sizes) -> CostContext:
+def cost_context(settings: Settings, shape: ModelShape, compute: Compute, sizes: Sizes) -> CostContext:
     """The context of this run's costs, with the base model's shape."""
     speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
     return CostContext(

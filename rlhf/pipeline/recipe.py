@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
 
 Keys = Mapping[str, Any]
-NAME = re.compile(r"(\w+)@(\w+)")
+INSTANCE_NAME = re.compile(r"(\w+)@(\w+)")
 """STAGE@LABEL."""
-TYPED = "-at-"
+AT_SUBSTITUTE = "-at-"
 """Stands for `@` in keys of the command line, which Hydra could not read."""
 BEST_OF_N = "best_of_n"
-"""Among `evaluate.policies`, one that no stage makes: the answer that the reward likes best, of several of
-PPO's start."""
+"""An entry of `evaluate.policies` that no stage makes: of several answers of PPO's start, the one with the
+highest reward."""
 FIRST_ROUND = re.compile(r"@1\b")
 
 
@@ -31,16 +31,17 @@ class RecipeConfig(Strict):
     """`recipe.*`: what `stage=all` means. `recipe=NAME` chooses one of conf/recipe/."""
 
     stages: list[str] | None
-    """The stages that `stage=all` runs, with all that they read; null: the chain that the help names."""
+    """The stages that `stage=all` runs, with all stages that they read; null: the chain that the help
+    names."""
     policies: list[str] | None
     """What `evaluate.policies=auto` compares, and `compare.artifacts=auto` without base; null: base, what PPO
     started from, and PPO."""
     rounds: PositiveInt
-    """How often the round is gone through. Names with {round} stand once for each round after the first, and
-    {before} is the round before it."""
+    """Number of rounds. Names with {round} are repeated for each round after the first; {before} is the
+    number of the round before it."""
     sources: dict[str, str]
-    """Keys of data that the recipe makes itself, and their sources. Another source in its place is
-    refused: what makes the rows would not run."""
+    """Keys of data that the recipe makes itself, and their sources. Any other source is refused, because the
+    stage that makes the rows would not run."""
 
 
 def kind_of(name: str) -> str:
@@ -55,80 +56,83 @@ def last_evaluation(stages: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[
         stages: of the run's summary.
 
     Returns:
-        `evaluate` and no metrics where none compared any.
+        `evaluate` and no metrics if no stage compared any.
     """
-    for name, said in reversed([*stages.items()]):
-        if kind_of(name) == "evaluate" and said.get("metrics"):
-            return name, {metric.removeprefix(f"{name}/"): value for metric, value in said["metrics"].items()}
+    for name, entry in reversed([*stages.items()]):
+        if kind_of(name) == "evaluate" and entry.get("metrics"):
+            return name, {
+                metric.removeprefix(f"{name}/"): value for metric, value in entry["metrics"].items()
+            }
     return "evaluate", {}
 
 
-def typed_key(argument: str) -> str:
-    """`dpo@2.epochs=3` of the command line as Hydra can read it; any other argument as it is."""
-    named = re.match(rf"\+{{0,2}}(?:instances\.)?{NAME.pattern}\.([^=]+=)", argument)
+def hydra_argument(argument: str) -> str:
+    """A command line argument such as `dpo@2.epochs=3` in a form that Hydra can read; any other is
+    unchanged."""
+    named = re.match(rf"\+{{0,2}}(?:instances\.)?{INSTANCE_NAME.pattern}\.([^=]+=)", argument)
     if named is None:
         return argument
     kind, label, key = named.groups()
-    return f"++instances.{kind}{TYPED}{label}.{key}{argument[named.end() :]}"
+    return f"++instances.{kind}{AT_SUBSTITUTE}{label}.{key}{argument[named.end() :]}"
 
 
 def as_typed(text: str) -> str:
-    """Text with keys as the user typed them: what `typed_key` made of them undone."""
-    return re.sub(rf"\+\+instances\.(\w+){TYPED}", r"\1@", text)
+    """A text with its keys as the user typed them: the inverse of `hydra_argument`."""
+    return re.sub(rf"\+\+instances\.(\w+){AT_SUBSTITUTE}", r"\1@", text)
 
 
 def with_instances(config: Keys) -> dict[str, Any]:
-    """The composed config, in which every named instance has a section: that of its stage, with its own keys.
-    In the recipe, names with {round} stand once for each round after the first.
+    """The composed config with a section for every named instance: that of its stage, with its own keys. In
+    the recipe, names with {round} are repeated for each round after the first.
 
     Raises:
-        ConfigError: a name that is none, or that names no stage.
+        ConfigError: a name has the wrong form, or names no stage.
     """
-    found = dict(config)
+    expanded = dict(config)
     rounds = config["recipe"]["rounds"]
-    if not isinstance(rounds, int):  # told when the section is checked
-        return found
+    if not isinstance(rounds, int):  # the check of the section reports it
+        return expanded
     lists = {key: config["recipe"][key] for key in ("stages", "policies")}
-    found["recipe"] = config["recipe"] | {
+    expanded["recipe"] = config["recipe"] | {
         key: [*_each_round(names, rounds)] if isinstance(names, list) else names
         for key, names in lists.items()
     }
-    found["instances"] = instances = _instances(config["instances"] or {}, rounds)
+    expanded["instances"] = instances = _instances(config["instances"] or {}, rounds)
     for name, own in instances.items():
         _check_name(name, config)
         if not isinstance(own, dict):
             raise ConfigError(f"instances.{name}={own!r}: it must be a mapping of keys of {kind_of(name)}.")
-        found[name] = _merged(config[kind_of(name)], own)
-        gates = found[name].get("gates")
+        expanded[name] = _merged(config[kind_of(name)], own)
+        gates = expanded[name].get("gates")
         if isinstance(gates, dict):
             _check_gates(name, gates, config[kind_of(name)]["gates"])
-    return found
+    return expanded
 
 
 def with_own_roles(
     known: Roles, instances: Mapping[str, Keys], classes: Mapping[str, type[Stage]]
 ) -> tuple[Roles, dict[str, dict[str, str]]]:
-    """The roles, with those that stages read from sources of their own: named instances, and stages whose
+    """The roles, and further ones for stages with sources of their own: named instances, and stages whose
     class is derived from that of another one.
 
     Args:
-        classes: of the sections that are no instances.
+        classes: the classes of sections that are no named instances.
 
     Returns:
         All roles; and stage -> role -> the name of its own role.
     """
-    found: dict[str, dict[str, str]] = {name: {} for name in instances}
+    own_roles: dict[str, dict[str, str]] = {name: {} for name in instances}
     all_roles = dict(known)
     for role, entry in known.items():
         section, _, key = entry.key.partition(".")
-        own = [name for name, keys in instances.items() if section == kind_of(name) and _has(keys, key)]
+        own = [name for name, keys in instances.items() if section == kind_of(name) and _has_key(keys, key)]
         if section in classes:
             own += [name for name, kind in classes.items() if is_derived(kind, classes[section])]
         for name in own:
-            roles = found.setdefault(name, {})
+            roles = own_roles.setdefault(name, {})
             roles[role] = f"{role}@{name.partition('@')[2] or name}"
             all_roles[roles[role]] = replace(entry, key=f"{name}.{key}", metrics=())
-    return all_roles, found
+    return all_roles, own_roles
 
 
 def is_derived(kind: type[Stage], other: type[Stage]) -> bool:
@@ -136,64 +140,64 @@ def is_derived(kind: type[Stage], other: type[Stage]) -> bool:
     return kind is not other and issubclass(kind, other)
 
 
-def check_typed(config: Keys, needed: Sequence[str]) -> None:
-    """Refuse keys of the command line for an instance that nothing runs: a slip in its name.
+def check_typed_instances(config: Keys, needed: Sequence[str]) -> None:
+    """Refuse keys of the command line for an instance that does not run: its name has a typo.
 
     Args:
         config: as it was composed.
 
     Raises:
-        ConfigError: with those that there are.
+        ConfigError: it names the instances that there are.
     """
     rounds = config["recipe"]["rounds"]
-    written = {name: own for name, own in (config["instances"] or {}).items() if TYPED not in name}
+    written = {name: own for name, own in (config["instances"] or {}).items() if AT_SUBSTITUTE not in name}
     known = _instances(written, rounds)
     for name in config["instances"] or {}:
-        said = name.replace(TYPED, "@")
-        if TYPED in name and said not in known and said not in needed:
+        typed = name.replace(AT_SUBSTITUTE, "@")
+        if AT_SUBSTITUTE in name and typed not in known and typed not in needed:
             there = f" There are: {', '.join(known)}." if known else ""
             raise ConfigError(
-                f"{said}: no stage of this run is called so, or reads it.{did_you_mean(said, known)}{there} "
-                f"To run it, name it: stage={said}."
+                f"{typed}: no stage of this run is called so, or reads it."
+                f"{did_you_mean(typed, known)}{there} To run it, name it: stage={typed}."
             )
 
 
-def check_recipe(config: Keys, needed: Sequence[str]) -> None:
-    """Refuse a source of the user's in the place of one of the recipe's.
+def check_recipe_sources(config: Keys, needed: Sequence[str]) -> None:
+    """Refuse a source of the user's own in place of one that the recipe makes.
 
     Args:
         config: as it was composed.
         needed: the stages that run.
 
     Raises:
-        ConfigError: with both.
+        ConfigError: it names both.
     """
     for key, source in config["recipe"]["sources"].items():
         section, _, name = key.partition(".")
         if name not in config.get(section, {}):
             raise ConfigError(f"recipe.sources: {key}: there is no such key. Write STAGE.KEY.")
-        found = config[section][name]
-        if section in needed and found != source:
-            said = "null" if found is None else found
+        value = config[section][name]
+        if section in needed and value != source:
+            own = "null" if value is None else value
             raise ConfigError(
-                f"{key}={said}: this recipe= makes these rows itself, by {key}={source}, and what makes them "
+                f"{key}={own}: this recipe= makes these rows itself, by {key}={source}, and what makes them "
                 f"would not run. Set {key}={source}, behind an experiment that sets it too; or leave recipe= "
                 "out, to learn from rows that are there."
             )
 
 
 def _instances(written: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """Each name with its own keys. What the command line says of a name stands above what files say."""
-    found: dict[str, Any] = {}
-    for name, own in sorted(written.items(), key=lambda item: TYPED in item[0]):
+    """Instance -> its own keys. Keys of the command line override those of files."""
+    instances: dict[str, Any] = {}
+    for name, own in sorted(written.items(), key=lambda item: AT_SUBSTITUTE in item[0]):
         for number in range(2, rounds + 1) if "{round}" in name else (1,):
-            said = _in_round(name.replace(TYPED, "@"), number)
-            found[said] = _merged(found.get(said, {}), _in_round(own, number))
-    return found
+            instance = _in_round(name.replace(AT_SUBSTITUTE, "@"), number)
+            instances[instance] = _merged(instances.get(instance, {}), _in_round(own, number))
+    return instances
 
 
 def _check_name(name: str, config: Keys) -> None:
-    if NAME.fullmatch(name) is None:
+    if INSTANCE_NAME.fullmatch(name) is None:
         raise ConfigError(
             f"instances.{name}: write STAGE@LABEL, such as dpo@2; a label has letters, digits and _. "
             "Rename it."
@@ -207,7 +211,7 @@ def _check_name(name: str, config: Keys) -> None:
 
 def _check_gates(name: str, gates: Keys, known: Keys) -> None:
     for gate, bound in gates.items():
-        if gate not in known and isinstance(bound, dict) and "advice" not in bound:  # a slip, not a new one
+        if gate not in known and isinstance(bound, dict) and "advice" not in bound:  # a typo, not a new gate
             raise ConfigError(f"{name}.gates.{gate}: there is no such gate.{did_you_mean(gate, known)}")
 
 
@@ -219,7 +223,7 @@ def _each_round(names: Sequence[Any], rounds: int) -> Iterator[Any]:
 
 
 def _in_round(value: Any, number: int) -> Any:
-    """The value, with this round's numbers in every text of it."""
+    """The value, with this round's numbers filled into its texts."""
     if isinstance(value, dict):
         return {key: _in_round(each, number) for key, each in value.items()}
     if isinstance(value, list):
@@ -231,12 +235,12 @@ def _in_round(value: Any, number: int) -> Any:
 
 
 def _merged(below: Any, above: Any) -> Any:
-    """Mappings key by key; of anything else the upper one."""
+    """Merge mappings key by key; of other values take `above`."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return copy.deepcopy(above)
     return copy.deepcopy(below) | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
-def _has(own: Any, key: str) -> bool:
+def _has_key(own: Any, key: str) -> bool:
     name, _, rest = key.partition(".")
-    return isinstance(own, dict) and name in own and (not rest or _has(own[name], rest))
+    return isinstance(own, dict) and name in own and (not rest or _has_key(own[name], rest))

@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
 
 NO_VERDICT = "It is done. Nothing in it is judged."
-"""Of a run that makes no model, such as one of `stage=plan`."""
+"""The verdict of a run that makes no model, such as one of `stage=plan`."""
 OUTCOMES = {
     "worked": "It worked.",
     "no gain worth having": "No gain worth having.",
     "did not work": "It did not work.",
     "cannot be told": "Whether it worked cannot be told.",
 }
-"""`Run.outcome` -> as a sentence, which stands before the verdict."""
+"""`Run.outcome` -> the sentence that comes before the verdict."""
 GateOutcome = Literal["passed", "failed", "cannot tell", "not checked"]
-FEW = 8
-"""Rows, of which nobody can say how many more would tell."""
-MANY = 100
-"""Times the rows that there are: who gives so many more will see no difference that matters."""
+MIN_ROWS = 8
+"""Fewest rows from which the number of further rows to decide a gate is estimated."""
+MAX_ROWS_FACTOR = 100
+"""Largest factor by which more rows are plainly advised: a difference that needs more does not matter."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class GateResult:
 
     @property
     def more_rows(self) -> int | None:
-        """About how many more rows would decide it, if the value does not change: the interval's width goes
-        with the root of the rows. None for few rows, whose value will change, or for one on the bound."""
-        if self.outcome != "cannot tell" or self.sampled is None or self.sampled.rows < FEW:
+        """About how many more rows would decide the gate, if the value does not change: the interval's width
+        falls with the root of the rows. None with few rows, whose value will change, or on the bound."""
+        if self.outcome != "cannot tell" or self.sampled is None or self.sampled.rows < MIN_ROWS:
             return None
         bounds = (bound for bound in (self.bound.min, self.bound.max) if bound is not None)
         bound = min(bounds, key=lambda each: abs(self.value - each))
@@ -93,13 +93,13 @@ class GateResult:
             return ""
         where = f" ({self._filled(self.bound.rows)})" if self.bound.rows else ""
         if self.more_rows is not None:
-            rows = two_digits(self.more_rows)
-            if self.sampled is not None and rows > MANY * self.sampled.rows:
+            rows = rounded_up(self.more_rows)
+            if self.sampled is not None and rows > MAX_ROWS_FACTOR * self.sampled.rows:
                 return f"It is so near the bound that it would take about {rows:,} more rows{where}."
             return f"About {rows:,} more row{'s' * (rows > 1)} like these would tell{where}."
         if self.sampled is not None and not self.sampled.rows:
             return f"No row was of use: it has no value here{where}."
-        if self.sampled is not None and self.sampled.rows < FEW:
+        if self.sampled is not None and self.sampled.rows < MIN_ROWS:
             return f"So few tell nothing: it takes more rows{where}."
         return "The figure lies on the bound: no number of rows would tell."
 
@@ -137,24 +137,24 @@ class GateResult:
         return f"{self.stage}: {self.name} = {self.figure}, wanted {self.bound}. {self.advice}".rstrip()
 
 
-def headed(outcome: str | None, verdict: str) -> str:
-    """The verdict behind its outcome, in lines; a run may have none of either."""
+def with_outcome(outcome: str | None, verdict: str) -> str:
+    """The outcome as a sentence, then the verdict, in lines; only the verdict if there is no outcome."""
     return f"{OUTCOMES[outcome]}\n{verdict}" if outcome in OUTCOMES else verdict
 
 
-def listed(lines: str) -> str:
-    """The first line, and the others as a list, in Markdown."""
+def as_markdown_list(lines: str) -> str:
+    """The first line, then the others as a list, in Markdown."""
     first, *others = lines.split("\n")
     return "\n".join([first, *(["", *(f"- {line}" for line in others)] if others else [])])
 
 
-def two_digits(count: int) -> int:
-    """Rounded up to two digits: it is an estimate."""
+def rounded_up(count: int) -> int:
+    """An estimated count, rounded up to two digits."""
     unit: int = 10 ** max(0, len(str(count)) - 2)
     return -(-count // unit) * unit
 
 
-def results_of(stage: Stage, metrics: Mapping[str, float]) -> list[GateResult]:
+def gate_results(stage: Stage, metrics: Mapping[str, float]) -> list[GateResult]:
     """A stage's summary metrics against its gates."""
     not_checked = stage.not_checked()
     return [
@@ -183,18 +183,18 @@ class Run:
     chain: Mapping[str, Stage] = field(default_factory=dict)
     """The experiment's stages, in order: what they make, what they read, and what the report calls them."""
     verdict: str | None = None
-    """The verdict, a line for each thing that it says; empty where there is nothing to judge; None before the
-    run's end."""
+    """The verdict, a line for each statement; empty if there is nothing to judge; None before the run's
+    end."""
     outcome: str | None = None
-    """The verdict in a few words: one of `OUTCOMES`; None where there is nothing to judge."""
+    """The verdict in a few words: one of `OUTCOMES`; None if there is nothing to judge."""
     judged_by: str | None = None
     """The metric that decided the outcome."""
     needed: Sequence[str] = ()
-    """The stages that this run is of, in order."""
+    """The stages of this run, in order."""
     changed: Sequence[Change] = ()
     """The config's keys that differ from the packaged values."""
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The policies that `evaluate` compared: what tables call each, and what it took to make it."""
+    """The policies that `evaluate` compared: the name of each in tables, and the cost of making it."""
 
     def metrics_of(self, stage: str) -> dict[str, float]:
         """A stage's summary metrics, without its name; empty if it was not part of the run."""
@@ -202,11 +202,11 @@ class Run:
         return {name.removeprefix(f"{stage}/"): value for name, value in metrics.items()}
 
     @contextmanager
-    def alone(self, name: str = ".lock") -> Iterator[None]:
+    def locked(self, name: str = ".lock") -> Iterator[None]:
         """Make and lock the run directory, so that two runs cannot mix their files in it.
 
         Args:
-            name: of the lock file; the launcher has one of its own.
+            name: name of the lock file; the launcher has one of its own.
 
         Raises:
             ConfigError: another run holds it, or the directory cannot be written.
@@ -228,7 +228,7 @@ class Run:
             lock.release()
 
     def unwritable(self, error: OSError) -> ConfigError:
-        """In the user's own key."""
+        """The error that the run's directory cannot be written, in the user's own key."""
         return ConfigError(
             f"runs_dir={self.directory.parent}: {self.directory} cannot be written ({error.strerror}). "
             "Fix it, or choose another runs_dir."
@@ -258,7 +258,7 @@ class Run:
             link = self.directory / "artifacts" / name
             link.parent.mkdir(exist_ok=True)
             link.unlink(missing_ok=True)
-            # relative: the directory of both, the run's and the store's, may move
+            # relative, because the directory that holds both the runs and the store may move
             link.symlink_to(os.path.relpath(artifact.path.resolve(), link.parent.resolve()))
         self.write()
 

@@ -28,22 +28,22 @@ from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
 from rlhf.pipeline.abilities import Records, TellsOfRuns, is_enough
 from rlhf.pipeline.checks import check, check_published, complaints, refuse
-from rlhf.pipeline.defaults import changed
+from rlhf.pipeline.defaults import changed_keys
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.forecast import Forecast
-from rlhf.pipeline.graph import answering, inputs, makers, naming_keys, reads_base_model, roles_of
+from rlhf.pipeline.graph import inputs, naming_keys, reads_base_model, roles_of, row_makers, sampled_models
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.kept_base import kept_base
-from rlhf.pipeline.key import Surroundings, digest_names, external_digests, recipe_of
+from rlhf.pipeline.key import RunContext, digest_names, external_digests, recipe_of
 from rlhf.pipeline.made_rows import data_of, prepare_rows, roles_read
 from rlhf.pipeline.manifest import content_digest, make_manifest
 from rlhf.pipeline.metrics import as_summary, undeclared
-from rlhf.pipeline.preflight import Begun, Expected, check_before_loading
+from rlhf.pipeline.preflight import Attempt, RunEstimate, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
-from rlhf.pipeline.run import GateError, Run, results_of
+from rlhf.pipeline.run import GateError, Run, gate_results
 from rlhf.pipeline.sampling_engine import make_vllm, without_auto_generation
 from rlhf.pipeline.stage import Stage, View
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
+from rlhf.pipeline.stored_base import stored_base
 from rlhf.pipeline.why import Change, in_words
 from rlhf.pipeline.yaml_text import to_yaml
 from rlhf.rewards.code import has_changed, imported_code
@@ -53,11 +53,11 @@ from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker, make_tracker
 from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
-TURN = threading.RLock()
-"""Runs of one process take turns: torch's random numbers, default dtype and ranks are the process's."""
+RUN_LOCK = threading.RLock()
+"""Runs of one process take turns: they share torch's random numbers, default dtype and ranks."""
 
 
-class UnsoundInputError(Exception):
+class DamagedInputError(Exception):
     """An artifact that a stage would load is damaged. Raised on every rank, before anything is loaded."""
 
     def __init__(self, damage: DamagedError) -> None:
@@ -90,20 +90,20 @@ class Pipeline:
         """Stages that this run has run. `force=` does not run them again."""
         self.needs_weights = any(stage.reads_weights for stage in stages)
         self.vllm = make_vllm(experiment, compute)
-        self.expected = Expected()
-        """What the preflight found."""
+        self.expected = RunEstimate()
+        """The result of the preflight."""
         self._has_begun = False
         self.position = Position(directory, writes=compute.is_main)
         self.forecast = Forecast({}, self.position.update, self.log)
 
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
-            identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
-            return identity, {
+            model = base_identity(settings.model, weights=self.needs_weights, memory=self.store.digest_cache)
+            return model, {
                 stage.name: external_digests(stage, experiment.stages, self.store.directory_digest)
                 for stage in sorted(stages, key=lambda stage: stage.repeats_keys)
             }
 
-        # rank 0 alone, as it may read whole models; here, so that a missing file is found before training
+        # only on rank 0, as it may read full models; here, so that a missing file is found before training
         self.model_identity, self.external_digests = compute.main_only(identify)
         self.import_rewards()
 
@@ -127,31 +127,31 @@ class Pipeline:
                     )
 
     def run(self) -> None:
-        """Run the chain. `results` holds what is done. A damaged artifact that would be loaded is set aside,
-        and the run starts again and reuses what is sound.
+        """Run the chain; `results` holds what is done. If an artifact to load is damaged, it is set aside,
+        and the run starts again and reuses the sound ones.
 
         Raises:
-            GateError: a gate failed; every finished stage is kept.
+            GateError: a gate failed; every finished stage stays in the store.
             ConfigError: an artifact is damaged again after it was rebuilt.
         """
         for name in self.experiment.needed():
             check(self.experiment.stages[name], self.view())
-        with TURN, ExitStack() as stack:
-            self.compute.main_only(lambda: stack.enter_context(self.results.alone()))
+        with RUN_LOCK, ExitStack() as stack:
+            self.compute.main_only(lambda: stack.enter_context(self.results.locked()))
             stack.callback(self.close)
-            mended: set[Path] = set()
+            rebuilt: set[Path] = set()
             while (damage := self.attempt()) is not None:
-                if damage.path in mended:
+                if damage.path in rebuilt:
                     raise ConfigError(
                         f"{damage.path} is damaged again ({damage.complaint}), though this run set it aside "
                         f"and rebuilt it. What is written to store_dir={self.store.root} changes there: "
                         "check that disk and this machine's memory, or use another store_dir."
                     )
-                mended.add(damage.path)
-                self.mend(damage)
+                rebuilt.add(damage.path)
+                self.set_aside(damage)
 
     def close(self) -> None:
-        """Free the memory of what samples."""
+        """Free the memory of the engine that samples."""
         if self.vllm is not None:
             self.vllm.close()
 
@@ -167,11 +167,11 @@ class Pipeline:
         with self.position.end():
             try:
                 self.run_stages()
-            except UnsoundInputError as unsound:
-                return unsound.damage
+            except DamagedInputError as error:
+                return error.damage
         return None
 
-    def mend(self, damage: DamagedError) -> None:
+    def set_aside(self, damage: DamagedError) -> None:
         """Set the artifact aside, unless another run just did."""
         stage, key = damage.path.parent.name, damage.path.name
         with self.locked(stage, key):
@@ -184,7 +184,7 @@ class Pipeline:
     def begin(self) -> None:
         """Remove what an earlier run or attempt left in the run's directory."""
         run = self.results
-        run.needed, run.changed = self.experiment.needed(), changed(self.experiment.composed)
+        run.needed, run.changed = self.experiment.needed(), changed_keys(self.experiment.composed)
         try:
             run.begin()
             content = to_yaml(redacted(self.experiment.resolved))
@@ -200,7 +200,7 @@ class Pipeline:
         if self.compute.is_main:
             tracker = make_tracker(settings.tracker, run.directory, self.experiment.resolved)
         try:
-            base = base_files(settings.model, self.model_identity, self.keep_base)
+            base = base_files(settings.model, self.model_identity, self.store_base)
             self.experiment, line = without_auto_generation(self.experiment, base, self.compute)
             if line is not None:
                 self.log(line)
@@ -209,14 +209,14 @@ class Pipeline:
             for name in self.experiment.needed():
                 self.compute.position.update(stage=name, step=0)
                 self.position.update(stage=name, key=None, task=None, left=None, now=True)
-                artifacts[name] = self.finish(name, artifacts, base, tracker)
+                artifacts[name] = self.find_or_make(name, artifacts, base, tracker)
                 if name == "prepare":
-                    self.check_before(artifacts["prepare"], base)
+                    self.check_pending(artifacts["prepare"], base)
                 self.check_gates(name, artifacts[name])
         finally:
             tracker.close()
 
-    def finish(
+    def find_or_make(
         self,
         name: str,
         artifacts: Mapping[str, Artifact],
@@ -232,27 +232,27 @@ class Pipeline:
         forced = self.is_forced(stage)
 
         def find() -> Artifact | None:
-            return None if forced else self.kept(stage, recipe, artifacts)
+            return None if forced else self.reusable(stage, recipe, artifacts)
 
         def find_under_lock() -> tuple[Artifact | None, str | None]:
             damage = None if forced else self.store.set_aside(name, key)
             return find(), damage  # another run may just have made it
 
-        found = self.compute.main_only(find)  # without the lock: what is finished never changes
-        if found is None:
+        artifact = self.compute.main_only(find)  # without the lock: what is finished never changes
+        if artifact is None:
             with self.locked(name, key):
-                found, damage = self.compute.main_only(find_under_lock)
+                artifact, damage = self.compute.main_only(find_under_lock)
                 if damage is not None:
                     self.log(f"{name}: {damage}")
-                if found is None:
+                if artifact is None:
                     reason = damage and "what was there is damaged"
                     return self.make(stage, recipe, artifacts, base, tracker, forced=forced, reason=reason)
         self.forecast.skip(name)
-        tracker.replay(found.path)
-        run.record(name, "reused", key, found, 0.0)
-        why = f": every knob and input equals {found.path}" if self.experiment.settings.why else ""
+        tracker.replay(artifact.path)
+        run.record(name, "reused", key, artifact, 0.0)
+        why = f": every knob and input equals {artifact.path}" if self.experiment.settings.why else ""
         self.console.print(f"[cyan]{name}[/] reused ({key}){why}", highlight=False)
-        return found
+        return artifact
 
     def make(
         self,
@@ -282,9 +282,9 @@ class Pipeline:
         self.console.print(f"[cyan]{name}[/] runs ({key}){why}", highlight=False)
         damage = self.compute.main_only(lambda: self.damaged_input(stage, artifacts))
         if damage is not None:
-            raise UnsoundInputError(damage)
+            raise DamagedInputError(damage)
         self.compute.main_only(lambda: self.check_external(stage, base))
-        progress = Progress(self.console, self.forecast.hear, partial(held_bytes, self.compute))
+        progress = Progress(self.console, self.forecast.update, partial(held_bytes, self.compute))
         self.forecast.begin(name)
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
         tracker.begin(scratch)
@@ -317,20 +317,20 @@ class Pipeline:
             external_digests=self.external_digests[name],
             digest_names=digest_names(stage),
             vllm=self.vllm,
-            local_sampling=self.expected.ways.get(name, "layers"),
+            local_sampling=self.expected.sampling_modes.get(name, "layers"),
             experiment=self.experiment,
         )
         is_new = job.checkpoints.newest is None and not forced
-        if is_new and (other := self.compute.main_only(lambda: self.left_behind(recipe))) is not None:
+        if is_new and (other := self.compute.main_only(lambda: self.stale_checkpoints(recipe))) is not None:
             self.log(f"{name}: starts again; {other}")
         torch.manual_seed(job.seed)
         is_measured = reset_peak(self.compute)
         try:
             with progress.shown(name), naming(scratch), in_user_keys(naming_keys(stage, base), stage.name):
-                if makers(stage, chain):
+                if row_makers(stage, chain):
                     self.compute.main_only(lambda: prepare_rows(stage, chain, inputs, base, rows, progress))
                     check(stage, self.view(data=job.data, base=base, compute=self.compute))
-                elif "prepare" not in artifacts:  # else it was asked before anything ran
+                elif "prepare" not in artifacts:  # else it was checked before anything ran
                     check(stage, self.view(compute=self.compute))
                 metrics = as_summary(stage, stage.run(job))
                 for each in undeclared(stage, metrics):
@@ -340,7 +340,7 @@ class Pipeline:
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
             run.record(name, ended, key, None, time.monotonic() - start)
-            if self.compute.is_main:  # what it goes on from lies beside it
+            if self.compute.is_main:  # the checkpoints are in another directory
                 for directory in (scratch, rows):
                     shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -378,16 +378,16 @@ class Pipeline:
             return "an input was rebuilt, with another result" if has_enough else "it has less than is asked"
         return self.in_words(recipe["stage"], self.store.differences(recipe["stage"], recipe))
 
-    def left_behind(self, recipe: Recipe) -> str | None:
-        """Checkpoints of other inputs, in words."""
-        if (found := self.store.left_behind(recipe["stage"], recipe)) is None:
+    def stale_checkpoints(self, recipe: Recipe) -> str | None:
+        """A text on checkpoints that were made from other inputs; None if there are none."""
+        if (stale := self.store.stale_checkpoints(recipe["stage"], recipe)) is None:
             return None
-        words = self.in_words(recipe["stage"], found[1])
-        return f"the checkpoints in {found[0]} are of other inputs ({words})"
+        words = self.in_words(recipe["stage"], stale[1])
+        return f"the checkpoints in {stale[0]} are of other inputs ({words})"
 
-    def in_words(self, stage: str, found: Sequence[Change] | None) -> str:
-        """Differences from an artifact that is in the store."""
-        return in_words(stage, found, self.store.root, roles_of(self.experiment.stages))
+    def in_words(self, stage: str, differences: Sequence[Change] | None) -> str:
+        """Differences from an artifact in the store, in words."""
+        return in_words(stage, differences, self.store.root, roles_of(self.experiment.stages))
 
     def checkpointing(self, *, forget: bool) -> CheckpointConfig:
         """How a stage saves its state. `forget` deletes the checkpoints that are there, for `force=`."""
@@ -398,17 +398,17 @@ class Pipeline:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def is_forced(self, stage: Stage) -> bool:
-        """Whether it runs even if the store has its artifact."""
-        asked = stage.name in self.experiment.settings.force or isinstance(stage, TellsOfRuns)
-        return asked and stage.name not in self.made
+        """Whether the stage runs even if the store has its artifact."""
+        forced = stage.name in self.experiment.settings.force or isinstance(stage, TellsOfRuns)
+        return forced and stage.name not in self.made
 
     def damaged_input(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> DamagedError | None:
-        """Read what the stage will load, and compare it with the manifest."""
+        """Read what the stage will load, and compare it with the manifests; None if nothing is damaged."""
         bases = [] if self.base is None else [self.base]
         loaded = [artifacts[name] for name in self.inputs(stage)]
         loaded += bases if reads_base_model(stage) else []
         try:
-            for artifact in loaded:  # it grows
+            for artifact in loaded:  # the list grows in the loop
                 self.store.verify(artifact, read=True)
                 below = model_below(artifact.path)
                 loaded += [each for each in (*artifacts.values(), *bases) if each.path.resolve() == below]
@@ -427,10 +427,10 @@ class Pipeline:
         now = external_digests(stage, self.experiment.stages, digest)
         changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
         if reads_base_model(stage) and settings.model.kind == "hub":
-            check_hub_files(settings.model, base.directory, self.store.memory(base.directory))
+            check_hub_files(settings.model, base.directory, self.store.digest_cache(base.directory))
         if reads_base_model(stage) and settings.model.kind == "local":
             identity = base_identity(
-                settings.model, weights=self.needs_weights, memory=self.store.memory, read=True
+                settings.model, weights=self.needs_weights, memory=self.store.digest_cache, read=True
             )
             changed += [f"model.path={settings.model.path}"] if identity != self.model_identity else []
         if changed:
@@ -463,8 +463,8 @@ class Pipeline:
         if self.needs_weights or "prepare" in self.experiment.needed():  # a plan of given sizes has no text
             check_tokenizer(base, self.experiment.settings.model.said)
 
-    def check_before(self, prepared: Artifact, base: BaseModelFiles) -> None:
-        """Refuse what cannot run here, before anything trains. If nothing runs, nothing is refused."""
+    def check_pending(self, prepared: Artifact, base: BaseModelFiles) -> None:
+        """Refuse what cannot run here, before anything trains; if all stages are reused, refuse nothing."""
         chain = self.experiment.stages
         data = PreparedData(prepared.path, roles=roles_of(chain))
         stages = [chain[name] for name in self.experiment.needed()]
@@ -474,7 +474,7 @@ class Pipeline:
         if not pending:
             return
         self.begin_to_compute(base)
-        self.check_fits(stages, pending, data, base)
+        self.check_stages_fit(stages, pending, data, base)
         settings, args = self.experiment.settings, (self.compute, data, self.console)
         self.expected = check_before_loading(self.experiment, pending, base, *args)
         if self.vllm is not None:
@@ -487,22 +487,22 @@ class Pipeline:
         rehearse_rewards(stages, data, base, self.compute, settings.reward_server, self.console)
 
     def view(self, **known: Any) -> View:
-        """What is known of this run, and this beside it."""
+        """What stages may know of this run when they are checked, together with `known`."""
         return View(self.experiment.stages, self.results.directory, **known)
 
-    def check_fits(
+    def check_stages_fit(
         self, stages: Sequence[Stage], pending: Collection[str], data: PreparedData, base: BaseModelFiles
     ) -> None:
-        """Refuse what does not fit the data, the models, or the ranks on which pending stages will run.
+        """Refuse stages that do not fit the data, the models, or (if they are pending) the ranks.
 
         Raises:
             ConfigError: what does not fit, and the fix.
         """
-        chain, found = self.experiment.stages, list[Complaint | str]()
+        chain, problems = self.experiment.stages, list[Complaint | str]()
         for stage in stages:
             own = data_of(stage, data.directory, chain, data.directory)
-            is_there = not makers(stage, chain)  # rows that others make are checked when they are made
-            found += complaints(
+            is_there = not row_makers(stage, chain)  # rows that others make are checked when they are made
+            problems += complaints(
                 stage,
                 self.view(
                     data=own if is_there else None, base=base,
@@ -510,59 +510,59 @@ class Pipeline:
                 ),
             )  # fmt: skip
         if self.vllm is not None:
-            models = (each for name in pending for each in answering(chain[name], chain))
-            found += of_two_architectures(models, base)
-        refuse(found, "Nothing was loaded.")
+            models = (each for name in pending for each in sampled_models(chain[name], chain))
+            problems += of_two_architectures(models, base)
+        refuse(problems, "Nothing was loaded.")
 
-    def pending(self, prepared: Artifact) -> dict[str, Begun]:
-        """The stages behind `prepare` that are not in the store, and what an earlier attempt left."""
+    def pending(self, prepared: Artifact) -> dict[str, Attempt]:
+        """The stages after `prepare` that are not in the store -> what an earlier attempt left."""
         known: dict[str, Artifact] = {"prepare": prepared}
-        pending: dict[str, Begun] = {}
+        pending: dict[str, Attempt] = {}
         for name in self.experiment.needed():
             if name == "prepare":
                 continue
             stage = self.experiment.stages[name]
             if not set(self.inputs(stage)) <= set(known):
-                pending[name] = Begun()  # without its inputs it cannot have begun
+                pending[name] = Attempt()  # without its inputs it cannot have begun
                 continue
             recipe = self.recipe(stage, known)
-            found = None if self.is_forced(stage) else self.kept(stage, recipe, known)
-            if found:
-                known[name] = found
+            artifact = None if self.is_forced(stage) else self.reusable(stage, recipe, known)
+            if artifact:
+                known[name] = artifact
             else:
                 key = recipe_key(recipe)
                 resumes = self.experiment.settings.checkpoint.resume
-                pending[name] = Begun(
+                pending[name] = Attempt(
                     float(self.store.checkpoint_bytes(name, key)),
                     *(self.store.checkpoint_progress(name, key) if resumes else ()),
                 )
         return pending
 
-    def kept(self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Artifact | None:
+    def reusable(self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Artifact | None:
         """The store's artifact; None if it is damaged, or an input was rebuilt since with another result."""
         try:
-            found = self.store.find(stage.name, recipe_key(recipe))
+            artifact = self.store.find(stage.name, recipe_key(recipe))
         except DamagedError:
             return None
-        if found is None or found.manifest.input_digests != self.input_digests(stage, artifacts):
+        if artifact is None or artifact.manifest.input_digests != self.input_digests(stage, artifacts):
             return None
-        if not is_enough(stage, found.manifest.metrics):
+        if not is_enough(stage, artifact.manifest.metrics):
             return None
-        return found
+        return artifact
 
     def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
         """Everything that decides the artifact."""
         settings = self.experiment.settings
-        around = Surroundings(
+        context = RunContext(
             model=self.model_identity, seed=settings.seed, dtype=self.compute.dtype_name,
             vllm=settings.vllm if self.vllm is not None else None, run=self.results.directory,
         )  # fmt: skip
-        return recipe_of(stage, self.experiment.stages, artifacts, self.external_digests[stage.name], around)
+        return recipe_of(stage, self.experiment.stages, artifacts, self.external_digests[stage.name], context)
 
     def check_gates(self, name: str, artifact: Artifact) -> None:
         """Compare the stage's summary with its bounds."""
         run, stage, metrics = self.results, self.experiment.stages[name], artifact.manifest.metrics
-        results = results_of(stage, metrics)
+        results = gate_results(stage, metrics)
         run.gates += results
         run.write()
         failed = [result for result in results if result.outcome == "failed"]
@@ -589,12 +589,12 @@ class Pipeline:
             self.compute.main_only(lambda: held.enter_context(self.store.lock(name, key).awaited(log)))
             yield
 
-    def keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
-        """Convert or build a base model that needs it, once, and keep it in the store."""
+    def store_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
+        """Convert or build a base model that needs it, once, and save it in the store."""
 
         def make(directory: Path) -> None:
             load_libraries(self.console)
             write(directory)
 
-        self.base = self.compute.main_only(lambda: kept_base(self.store, content, make, self.log))
+        self.base = self.compute.main_only(lambda: stored_base(self.store, content, make, self.log))
         return self.base.path

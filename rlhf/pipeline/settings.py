@@ -20,7 +20,7 @@ Metric = Annotated[str, Field(pattern=r"^\w+(@\w+)?/\S+$")]
 
 
 class ParetoConfig(Strict):
-    """`sweep.pareto.*`: the two sides of a trade; of both, the base model has 0."""
+    """`sweep.pareto.*`: the two metrics of a trade-off; both are 0 for the base model."""
 
     gain: Metric
     """Summary metric of which more is better."""
@@ -53,10 +53,10 @@ class SweepConfig(Strict):
         return named
 
     def check(self, stages: Mapping[str, Stage]) -> None:
-        """The trials have the stages whose metrics are named, and these measure them; a picture can be drawn.
+        """Check that the trials measure the named metrics, and that a picture can be drawn if it is wanted.
 
         Raises:
-            ConfigError: if not.
+            ConfigError: they do not, or it cannot.
         """
         for key, metric in self.metrics.items():
             stage, _, name = metric.partition("/")

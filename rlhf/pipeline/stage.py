@@ -1,4 +1,4 @@
-"""What every stage is: a typed, frozen config with one method."""
+"""The base class of all stages: a typed, frozen config with one method, `run`."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from rlhf.pipeline.metrics import Metric
 
 @dataclass(frozen=True)
 class View:
-    """What is known of a run, each time that its stages are asked: first how they are set, then the run's
-    directory, then data and ranks."""
+    """What is known of a run when its stages are checked: first only their config, later the run's directory,
+    then data and ranks."""
 
     chain: Mapping[str, Stage]
     """All stages, by their names."""
     directory: Path | None = None
-    """The run's, before anything in it is replaced."""
+    """The run's directory, before anything in it is replaced."""
     data: PreparedData | None = None
     """The prepared rows, as the stage reads them. With them `base` is known."""
     base: BaseModelFiles | None = None
     """The base model, whose weights may not be there yet."""
     compute: Compute | None = None
-    """Where the stage will run; None also where the store has what it makes."""
+    """The ranks on which the stage will run; None also if the store has its artifact."""
 
     @property
     def prepared(self) -> tuple[PreparedData, BaseModelFiles] | None:
@@ -53,14 +53,14 @@ class Stage(Strict, ABC):
     """
 
     title: ClassVar[str] = ""
-    """What tables call the model that it publishes, without the label of a named instance."""
+    """Name in tables of the model that it publishes, without the label of a named instance."""
     makes: ClassVar[Literal["policy", "reward"] | None] = None
     """A policy can be evaluated, compared and merged; a reward scores."""
     metrics: ClassVar[Mapping[str, Metric]] = {}
-    """The figures that it publishes and logs, by their names without the stage's; `a*` stands for all that
+    """The metrics that it publishes and logs, by their names without the stage's; `a*` stands for all that
     begin with a."""
     repeats_keys: ClassVar[bool] = False
-    """Whether its YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
+    """Whether its YAML repeats other stages' keys (`${ppo.reward}`): a complaint then names theirs first."""
     version: ClassVar[int] = 1
     """Raise it when the stage's code changes what it publishes: old artifacts are then not reused."""
     random: ClassVar[bool] = True
@@ -70,24 +70,25 @@ class Stage(Strict, ABC):
     reads_weights: ClassVar[bool] = True
     """Whether it loads a model, or only what describes one."""
     in_chain: ClassVar[bool] = True
-    """Whether `stage=all` runs it; others run only where they are named."""
+    """Whether `stage=all` runs it; other stages run only if they are named."""
     is_timed: ClassVar[bool] = False
-    """Whether it says how long sampling took, so that `vllm.*` decide the result."""
+    """Whether it publishes how long sampling took, so that `vllm.*` decide the result."""
     roles: ClassVar[Mapping[str, Role]] = {}
-    """Data roles that it brings along, by name: `prepare` reads, checks, splits and counts their rows."""
+    """Data roles that it defines, by name: `prepare` reads, checks, splits and counts their rows."""
     _mount: Mount = PrivateAttr(Mount(""))
     gates: dict[str, Bound | None]
     """Summary metric -> the range it must lie in. Checked after every run and every reuse;
     null turns a bound off."""
 
     def model_post_init(self, context: Any) -> None:
-        """Where it is mounted is the context of its validation. A subclass that has its own calls this."""
+        """Store the context of the validation: where the stage is mounted. A subclass with its own calls
+        this."""
         if isinstance(context, Mount):
             self._mount = context
 
     @property
     def mount(self) -> Mount:
-        """Where it stands in the config, and what the other stages there offer it."""
+        """Its place in the config, and what the other stages there offer it."""
         return self._mount
 
     @property
@@ -97,11 +98,11 @@ class Stage(Strict, ABC):
 
     @property
     def full_title(self) -> str:
-        """What tables call the model that it publishes."""
+        """Name in tables of the model that it publishes."""
         return f"{self.title} {self._mount.label}".strip()
 
     def filled(self, words: str) -> str:
-        """Words of `metrics` as they are said of this stage."""
+        """A text of `metrics` with this stage's title and label filled in."""
         label = self._mount.label
         return words.replace("{title}", self.full_title).replace("{label}", f" {label}" if label else "")
 
@@ -114,12 +115,12 @@ class Stage(Strict, ABC):
         return self.reads().roles
 
     def more_metrics(self) -> Iterable[str]:
-        """Names of metrics that follow from its keys, beside those of `metrics`."""
+        """Names of metrics that follow from its keys, in addition to those of `metrics`."""
         return ()
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """What does not fit, as far as it can be told by what is known. It is asked again each time that more
-        is known. By default: fields of the type `Batch` that the ranks cannot share equally. May raise
+        """What does not fit, as far as it can be told from what is known. It is called again whenever more is
+        known. By default: fields of the type `Batch` that the ranks cannot share equally. May raise
         ConfigError instead.
 
         Args:
@@ -130,7 +131,7 @@ class Stage(Strict, ABC):
                 yield from view.compute.uneven_batch(f"{self.name}.{name}", getattr(self, name), self.unit())
 
     def unit(self) -> int:
-        """Sizes of batches are multiples of it."""
+        """Batch sizes must be multiples of it."""
         return 1
 
     def not_checked(self) -> dict[str, str]:
@@ -138,16 +139,16 @@ class Stage(Strict, ABC):
         return {}
 
     def unkeyed(self) -> tuple[str, ...]:
-        """Knobs that decide nothing, as others turn them off; beside those of the type `Memory` and those
-        that are `UNKEYED`."""
+        """Knobs that decide nothing because other knobs turn them off, in addition to those of the type
+        `Memory` and those that are `UNKEYED`."""
         return ()
 
     def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
-        """Digests of what lies outside the store and decides the result, beside the rewards and models that
-        its fields name.
+        """Digests of things outside the store that decide the result, in addition to the rewards and models
+        that its fields name.
 
         Args:
-            digest: takes those of directories.
+            digest: computes the digest of a directory.
             chain: all stages.
         """
         return {}
@@ -156,13 +157,13 @@ class Stage(Strict, ABC):
         """What it needs in memory, phase by phase, and the work it does, from its knobs alone.
 
         Returns:
-            None for what follows from its fields: each row of its first role is learned `epochs` times, in
+            None: the cost follows from its fields. Each row of its first role is learned `epochs` times, in
             steps of its first `Batch` and passes of its first `Memory`, in tokens. Without fields of the
-            types `Peft`, `Batch` and `Memory`, nothing worth counting.
+            types `Peft`, `Batch` and `Memory` the cost is empty.
 
         Args:
             on: model, hardware, and the lengths of its data.
-            chain: all stages, where others' knobs decide too.
+            chain: all stages; other stages' knobs may matter too.
         """
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """The store: finished artifacts under their keys, published atomically, computed once.
 
-Layout: STORE/STAGE/KEY/manifest.json beside the stage's files. KEY is a hash of the *recipe*: all that
-decides the content. STORE/STAGE/.KEY.digests.json remembers the digests of files that were read, so that an
-artifact is verified again without reading it.
+Layout: STORE/STAGE/KEY/manifest.json next to the stage's files. KEY is a hash of the *recipe*: everything
+that decides the content. STORE/STAGE/.KEY.digests.json remembers the digests of files that were read, so
+that an artifact is verified again without reading it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from rlhf.pipeline.why import Change, changes
 FORMAT = 3
 KEY_LENGTH = 16
 
-INPUTS = ("model.", "data.", "external.", "inputs.")
+INPUT_PREFIXES = ("model.", "data.", "external.", "inputs.")
 """Recipe entries with these prefixes describe what a stage reads, not its settings."""
 
 
@@ -52,10 +52,10 @@ class Manifest(BaseModel):
     key: str
     recipe: Recipe
     config: dict[str, Any]
-    """The whole resolved config of the run that made it."""
+    """The full resolved config of the run that made it."""
     metrics: dict[str, float]
     seconds: float
-    """Of all attempts."""
+    """Time of all attempts."""
     peak_bytes: float | None = None
     """Memory of the rank that held most, in the last attempt: rlhf/distributed/peak.py."""
     created: str
@@ -63,7 +63,7 @@ class Manifest(BaseModel):
     packages: dict[str, str]
     hardware: str
     tokenizer: str | None = None
-    """Digest of tokenizer, chat template and special tokens, where the artifact holds one."""
+    """Digest of tokenizer, chat template and special tokens, if the artifact holds a tokenizer."""
     files: dict[str, str]
     """Relative path -> sha256."""
     input_digests: dict[str, str] = {}
@@ -88,7 +88,7 @@ class Artifact:
 class DamagedError(ConfigError):
     """An artifact is not what was published. Nothing was loaded from it.
 
-    `extra` names files that lie in its directory and are not its own, where nothing else is wrong.
+    `extra` names files in its directory that are not its own, if nothing else is wrong.
     """
 
     def __init__(self, path: Path, complaint: str, extra: Sequence[str] = ()) -> None:
@@ -105,7 +105,7 @@ class DamagedError(ConfigError):
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """What an artifact's manifest says.
+    """The manifest of an artifact.
 
     Raises:
         DamagedError: it is not what was written.
@@ -137,7 +137,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write it with its own digest."""
+    """Write a manifest with its own digest."""
     manifest.digest = _manifest_digest(json.loads(manifest.model_dump_json()))
     (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
 
@@ -146,7 +146,7 @@ def _manifest_digest(values: Mapping[str, Any]) -> str:
     return digest_of({name: value for name, value in values.items() if name != "digest"})
 
 
-def _memory_of(artifact: Path) -> Path:
+def _digest_cache_of(artifact: Path) -> Path:
     return artifact.with_name(f".{artifact.name}.digests.json")
 
 
@@ -168,10 +168,10 @@ class Store:
             ) from None
 
     def find(self, stage: str, key: str, *, read: bool = False) -> Artifact | None:
-        """The finished artifact, verified, or None. What is remembered of its files is not read again.
+        """The finished artifact, verified, or None. Files whose digests are remembered are not read again.
 
         Args:
-            read: as of `file_digests`.
+            read: as in `file_digests`.
 
         Raises:
             DamagedError: it is not what was published.
@@ -191,7 +191,7 @@ class Store:
         """Compare an artifact's files with its manifest.
 
         Args:
-            read: as of `file_digests`: for what is going to be loaded.
+            read: as in `file_digests`: for files that will be loaded.
 
         Raises:
             DamagedError: a file is missing, is not what was published, or is not one of its own.
@@ -204,31 +204,31 @@ class Store:
                 f"{path}: {outside} leads out of the directory, or to itself. It was tampered with: remove "
                 "it."
             )
-        there = {name for name in files_below(path) if name != MANIFEST}
-        missing = sorted(files.keys() - there)
+        present = {name for name in files_below(path) if name != MANIFEST}
+        missing = sorted(files.keys() - present)
         if missing:
             raise DamagedError(path, f"{missing[0]} is missing")
-        memory = _memory_of(path)
+        memory = _digest_cache_of(path)
         try:
-            found = file_digests(path, files, memory, read=read)
-            if found != files and not read:  # or what is remembered is wrong: reading tells
-                found = file_digests(path, files, memory, read=True)
+            digests = file_digests(path, files, memory, read=read)
+            if digests != files and not read:  # perhaps the remembered digests are wrong: read the files
+                digests = file_digests(path, files, memory, read=True)
         except FileNotFoundError as error:  # another run replaces it just now
             raise DamagedError(path, f"{Path(error.filename).name} is missing") from None
-        wrong = [name for name in files if found[name] != files[name]]
+        wrong = [name for name in files if digests[name] != files[name]]
         if wrong:
             raise DamagedError(path, f"{wrong[0]} is not what was written")
-        # hidden ones are the file system's own, as NFS's of deleted files that are still open
-        extra = sorted(name for name in there - files.keys() if "/." not in f"/{name}")
+        # hidden files are the file system's own: NFS keeps deleted files that are still open under such names
+        extra = sorted(name for name in present - files.keys() if "/." not in f"/{name}")
         if extra:
             raise DamagedError(path, f"{extra[0]} is not one of its files", extra)
 
     def set_aside(self, stage: str, key: str, *, read: bool = False) -> str | None:
-        """Rename what is damaged in the artifact's place, so that it is made anew, or is found again if only
-        other files lay in it; call it under the lock.
+        """Rename a damaged artifact, so that it is made again. If its only damage is extra files, rename
+        these, so that it is found again. Call it under the lock.
 
         Args:
-            read: as of `file_digests`.
+            read: as in `file_digests`.
 
         Returns:
             What was done, in words; None if nothing is damaged.
@@ -254,13 +254,13 @@ class Store:
             return f"{path} is damaged ({damage.complaint}): set aside as {aside}"
         return None
 
-    def memory(self, directory: Path) -> Path:
-        """Where to remember the digests of a directory outside the store: see `file_digests`."""
+    def digest_cache(self, directory: Path) -> Path:
+        """The file with the remembered digests of a directory outside the store: see `file_digests`."""
         return self.root / ".digests" / f"{digest_of(str(directory.resolve()))[:KEY_LENGTH]}.json"
 
     def directory_digest(self, directory: Path, *, read: bool = False) -> str:
-        """Of a directory outside the store. Unless told to `read`, what is remembered is not read again."""
-        return directory_digest(directory, self.memory(directory), read=read)
+        """Digest of a directory outside the store. Remembered digests are trusted, unless `read` is set."""
+        return directory_digest(directory, self.digest_cache(directory), read=read)
 
     def lock(self, stage: str, key: str) -> Lock:
         """Held while an artifact is made. The kernel frees it when its holder dies."""
@@ -272,23 +272,23 @@ class Store:
         return self.root / stage / f".{key}.checkpoints"
 
     def checkpoint_bytes(self, stage: str, key: str) -> int:
-        """What those take. A file under several names counts once."""
+        """Size of these checkpoints. A file under several names counts once."""
         files = [path.stat() for path in self.checkpoints(stage, key).rglob("*") if path.is_file()]
         return sum({(status.st_dev, status.st_ino): status.st_size for status in files}.values())
 
     def checkpoint_progress(self, stage: str, key: str) -> tuple[float, float]:
-        """What the newest of those has spent, in seconds, and the share of the steps that it holds. 0 where
-        it cannot be read, and so is not gone on from, or does not say how many steps there are."""
+        """Seconds spent until the newest checkpoint, and the share of the steps that it holds. 0 if it cannot
+        be read, so that the stage does not continue from it, or does not say how many steps there are."""
         newest = max(self.checkpoints(stage, key).glob(f"step-*/{MANIFEST}"), default=None)
         try:
-            said = {} if newest is None else json.loads(content_of(newest))
-            return float(said.get("seconds", 0.0)), said.get("step", 0) / (said.get("steps") or math.inf)
+            saved = {} if newest is None else json.loads(content_of(newest))
+            return float(saved.get("seconds", 0.0)), saved.get("step", 0) / (saved.get("steps") or math.inf)
         except (OSError, ValueError, AttributeError, TypeError):
             return 0.0, 0.0
 
-    def left_behind(self, stage: str, recipe: Recipe) -> tuple[Path, list[Change]] | None:
-        """Checkpoints of an artifact that differs in nothing but what it was to be made from: where they are,
-        and the differences."""
+    def stale_checkpoints(self, stage: str, recipe: Recipe) -> tuple[Path, list[Change]] | None:
+        """Checkpoints of an artifact that differs from this recipe only in its inputs: their directory, and
+        the differences."""
         for path in sorted((self.root / stage).glob(f".*.checkpoints/step-*/{MANIFEST}")):
             try:
                 other = json.loads(content_of(path))["recipe"]
@@ -300,7 +300,7 @@ class Store:
             ):  # damaged, being removed, or of an earlier version
                 continue
             differences = [*changes(other, recipe)]
-            if differences and all(f"{each.name}.".startswith(INPUTS) for each in differences):
+            if differences and all(f"{each.name}.".startswith(INPUT_PREFIXES) for each in differences):
                 return path.parents[1], differences
         return None
 
@@ -316,13 +316,15 @@ class Store:
         return path
 
     def publish(self, scratch: Path, manifest: Manifest) -> Artifact:
-        """Write the manifest, flush everything, and rename into place, for all whom the umask allows."""
+        """Write the manifest, flush everything, and rename into place, readable as the umask allows."""
         final = self.root / manifest.stage / manifest.key
         mode = scratch.stat().st_mode & 0o666  # a new directory's, by the umask
         for path in scratch.rglob("*"):
             if path.is_file() and not path.is_symlink():
-                path.chmod(mode)  # safetensors lets nobody but the owner read its files
-        manifest.files = file_digests(scratch, sorted(files_below(scratch)), _memory_of(final), read=True)
+                path.chmod(mode)  # safetensors lets only the owner read its files
+        manifest.files = file_digests(
+            scratch, sorted(files_below(scratch)), _digest_cache_of(final), read=True
+        )
         with naming(scratch / MANIFEST):
             write_manifest(scratch, manifest)
         for path in [*scratch.rglob("*"), scratch]:
@@ -337,10 +339,12 @@ class Store:
         return Artifact(final, manifest)
 
     def differences(self, stage: str, recipe: Recipe) -> list[Change] | None:
-        """Why there is no artifact for this recipe: how it differs from the most similar one there is; None
-        if there is none."""
+        """How this recipe differs from that of the most similar artifact of the stage; None if there is no
+        artifact."""
         differences: list[list[Change]] = []
-        for path in (self.root / stage).glob(f"[!.]*/{MANIFEST}"):  # not what is being made
+        for path in (self.root / stage).glob(
+            f"[!.]*/{MANIFEST}"
+        ):  # without hidden ones, which are being made
             with suppress(OSError, ValidationError):  # another run replaces it just now, or it is damaged
                 differences.append([*changes(Manifest.model_validate_json(content_of(path)).recipe, recipe)])
         return min(differences, key=len, default=None)

@@ -1,4 +1,4 @@
-"""A policy that a stage trains: read, checked, tuned as `STAGE.peft` says, sampled from, published."""
+"""A policy that a stage trains: loaded, checked, tuned as `STAGE.peft` says, sampled from, published."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class TunedPolicy:
-    """A policy with what trains of it, before an engine takes it."""
+    """A policy with its trainable parameters, before it is in an engine."""
 
     start: BaseModelFiles
-    """What it was read from."""
+    """The files that it was loaded from."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     adapter: Adapter
@@ -47,12 +47,12 @@ class TunedPolicy:
     def load(
         cls, job: Job, init: str, peft: PeftConfig, *, share: bool = False, check_decodes: bool = False
     ) -> TunedPolicy:
-        """Read and check the model that a key of the type `Model` names, and add what `peft` trains.
+        """Load and check the model that a key of the type `Model` names, and add what `peft` trains.
 
         Args:
-            share: whether other models shall share its weights, if they can: only LoRA leaves the weights as
-                they are, and under `zero=` they belong to one engine.
-            check_decodes: refuse a model that the local engine cannot sample from: now, not in a later stage.
+            share: let other models share its weights, if possible: only LoRA leaves the weights unchanged,
+                and under `zero=` they belong to one engine.
+            check_decodes: refuse now, not in a later stage, a model that the local engine cannot sample from.
 
         Raises:
             ConfigError: the model is of a kind that is not supported.
@@ -72,14 +72,14 @@ class TunedPolicy:
 
 
 class PolicyLearner(Learner):
-    """A policy under its engine."""
+    """A policy in its engine."""
 
     def __init__(
         self, job: Job, policy: TunedPolicy, model: nn.Module, groups: Groups, *, in_turns: bool = False
     ) -> None:
         """Args:
-        model: what the engine runs, with the policy in it.
-        groups, in_turns: as of `make_engine`.
+        model: the model that the engine runs; the policy is a part of it.
+        groups, in_turns: as in `make_engine`.
         """
         super().__init__(job, model, groups, published=policy.model, in_turns=in_turns)
         self._tuned, self._is_alone = policy, isinstance(model, ResponseModel)
@@ -87,7 +87,7 @@ class PolicyLearner(Learner):
 
     @property
     def access(self) -> Access:
-        """How the policy is run as it is, for sampling."""
+        """How to run the policy in its current state, for sampling."""
         engine, policy, compute = self.engine, self.policy, self.compute
         if compute.zero == "none":
             return Access(self._tuned.adapter.merged)
@@ -95,7 +95,7 @@ class PolicyLearner(Learner):
         return Access(lambda: engine.gathered(policy), together, engine.gathered_weights)
 
     def sampler(self) -> PolicyModel:
-        """The policy that trains, as it is at each call: it samples by the run's engine.
+        """The policy that trains, in its state at each call. It samples with the run's engine.
 
         Raises:
             ConfigError: the stage does not say that it `samples`.
@@ -114,14 +114,16 @@ class PolicyLearner(Learner):
         """The model that the policy started from, which does not train.
 
         Args:
-            placement: of a model of its own; None for as the weights that train.
-            in_policy: it is the policy with its adapter turned off, in the same weights. Only for LoRA.
+            placement: where a separate model's weights are; None: as those of the model that trains.
+            in_policy: use the policy's own weights, with its adapter turned off. Only for LoRA.
         """
         tuned, compute = self._tuned, self.compute
         if tuned.backbone is not None:
             return PolicyModel(tuned.backbone.model, self.tokenizer, compute)
         if in_policy:
-            return PolicyModel(self.policy, self.tokenizer, compute, _without(tuned.adapter, self.access))
+            return PolicyModel(
+                self.policy, self.tokenizer, compute, _with_adapter_off(tuned.adapter, self.access)
+            )
         return PolicyModel.load(
             tuned.start.directory, self.job.base.config, compute, self.tokenizer, placement=placement
         )
@@ -129,8 +131,8 @@ class PolicyLearner(Learner):
     def log_probabilities(
         self, responses: Responses, micro_batch_tokens: int, temperature: float = 1.0
     ) -> Tensor:
-        """How likely the policy finds responses, by the very passes that train it: nats, fp32 [B, R] on the
-        CPU, 0 on padding; without gradient. `sampler` merges adapters first, which rounds."""
+        """Log probabilities of responses under the policy, in nats: fp32 [B, R] on the CPU, 0 on padding, no
+        gradient. The forward passes are those that train; `sampler` merges adapters first, which rounds."""
         assert self._is_alone, "the engine runs the policy with another model: ask it"
         return answer_logprobs(self.engine.model, responses, temperature, micro_batch_tokens, self.compute)
 
@@ -147,11 +149,11 @@ class PolicyLearner(Learner):
         Dimensions: B responses, R tokens of a response (padded).
 
         Args:
-            loss: gets of a micro-batch logp_BR (nats, under the policy as it is; carries the gradient),
-                mask_BR (bool, true on response tokens), and of each tensor in `beside_BR` the same rows and
-                columns. It gives a scalar: its part of the loss, a sum divided by a count of the whole step,
-                so that the parts of micro-batches and ranks add up.
-            beside_BR: of all responses, such as advantages.
+            loss: receives for a micro-batch logp_BR (nats, under the current policy; carries the gradient),
+                mask_BR (bool, true on response tokens), and the same rows and columns of each tensor in
+                `beside_BR`. It returns a scalar: its part of the loss, a sum divided by a count of the whole
+                step, so that the parts of micro-batches and ranks add up.
+            beside_BR: further tensors with the rows of all responses, such as advantages.
             temperature: divides the logits.
 
         Returns:
@@ -173,8 +175,8 @@ class PolicyLearner(Learner):
         return self.engine.learn(responses.lengths, list, of_part, micro_batch_tokens)
 
     def publish(self) -> dict[str, float]:
-        """Write the policy into the artifact: a plain model, or with a method that does not merge what was
-        trained and a reference to the start.
+        """Write the policy into the artifact: a plain model; or, with a method that does not merge, the
+        trained parameters and a reference to the start.
 
         Returns:
             Summary metrics of it: `artifact_bytes`, `trained_parameters`, ...
@@ -195,13 +197,13 @@ class PolicyLearner(Learner):
         }
 
 
-Opens = Callable[[], AbstractContextManager[None]]
+OpenContext = Callable[[], AbstractContextManager[None]]
 
 
-def _without(adapter: Adapter, access: Access) -> Access:
-    """How the policy's start is run in the policy's own weights: with the adapter turned off."""
+def _with_adapter_off(adapter: Adapter, access: Access) -> Access:
+    """How to run the policy's start in the policy's own weights: with the adapter turned off."""
 
-    def opened(context: Opens) -> Opens:
+    def opened(context: OpenContext) -> OpenContext:
         @contextmanager
         def both() -> Iterator[None]:
             with adapter.off(), context():

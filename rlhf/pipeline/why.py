@@ -1,4 +1,4 @@
-"""Why a stage runs: what is otherwise than in the most similar artifact there is, in the user's own keys."""
+"""Why a stage runs: how it differs from the most similar artifact, in the user's own keys."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DIGEST = re.compile("[0-9a-f]{16,64}")
 
 
 class Change(NamedTuple):
-    """One part of a recipe that is another one."""
+    """One part of a recipe that differs."""
 
     name: str
-    """Where it stands in the recipe: `knobs.optim.lr`."""
+    """Its place in the recipe: `knobs.optim.lr`."""
     before: Any
-    """None where it was not there."""
+    """None if it was not there."""
     after: Any
 
 
@@ -36,17 +36,17 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
             yield Change(key, before, after)
 
 
-def in_words(stage: str, found: Sequence[Change] | None, store: Path, roles: Roles) -> str:
-    """Changes with the keys that the user types, and without digests.
+def in_words(stage: str, differences: Sequence[Change] | None, store: Path, roles: Roles) -> str:
+    """Changes in words, with the keys that the user types, and without digests.
 
     Args:
-        found: None if there is nothing to compare with.
-        store: where the numbers of rows are looked up.
-        roles: of the config.
+        differences: None if there is nothing to compare with.
+        store: the store in which numbers of rows are looked up.
+        roles: the roles of the config.
     """
-    if found is None:
+    if differences is None:
         return "none was made before"
-    return "; ".join(_in_words(stage, each, store, roles) for each in found)
+    return "; ".join(_in_words(stage, each, store, roles) for each in differences)
 
 
 def _in_words(stage: str, change: Change, store: Path, roles: Roles) -> str:
@@ -72,9 +72,9 @@ def _in_words(stage: str, change: Change, store: Path, roles: Roles) -> str:
 
 
 def _num_rows(role: str, digest: str | None, store: Path, roles: Roles) -> int | None:
-    """How many rows of a role have this digest, by the prepared data of a store; None if none has."""
+    """Number of rows in a role's prepared data with this digest; None if the store has no such data."""
     for path in (store / "prepare").glob("[!.]*/manifest.json") if digest else ():
-        # one that is being replaced, damaged, or has no such role, is not the one
+        # skip an artifact that is being replaced, is damaged, or has no such role
         with suppress(OSError, ValueError, KeyError):
             if role_digest(role, roles[role], json.loads(content_of(path))["files"]) == digest:
                 data = PreparedData(path.parent, roles=roles)

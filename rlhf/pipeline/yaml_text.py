@@ -18,7 +18,7 @@ class _Quoting(yaml.SafeDumper):
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    text = str(text)  # a ModelDirectory is one
+    text = str(text)  # it may be of a subclass, such as ModelDirectory
     try:
         float(text)
     except ValueError:

@@ -13,7 +13,7 @@ from rlhf.costs.hardware import GIB
 from rlhf.costs.memory import amount
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import SLOW, Activity, StageCost, ThroughputModel
-from rlhf.pipeline.preflight import most
+from rlhf.pipeline.preflight import peak_memory
 from rlhf.printable import duration
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells
@@ -43,7 +43,7 @@ def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
     ]  # fmt: skip
     rows = []
     for place, strategy in enumerate(strategies, 1):
-        phase, size = most(strategy.cost, strategy.on)
+        phase, size = peak_memory(strategy.cost, strategy.on)
         cost = "-" if price is None else price_of(strategy, price)
         rows.append([
             "no" if strategy.against else str(place), strategy.name, strategy.on.zero,

@@ -24,7 +24,7 @@ from rlhf.pipeline.checks import complaints
 from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.experiment import Experiment, check_method
 from rlhf.pipeline.fields import Mark, fields_of, peft_of
-from rlhf.pipeline.preflight import FITS, check_tunes, shortage, tightest
+from rlhf.pipeline.preflight import MAX_MEMORY_SHARE, check_tuning, shortage, tightest
 from rlhf.pipeline.stage import Stage, View
 from rlhf.planner.report import DOES_NOT_FIT, LARGER, time_of
 from rlhf.printable import duration, quantity
@@ -102,7 +102,7 @@ class Strategy:
     @property
     def fits(self) -> bool:
         """Whether there is memory for it."""
-        return shortage(self.cost, self.on) <= FITS
+        return shortage(self.cost, self.on) <= MAX_MEMORY_SHARE
 
     @property
     def hours(self) -> float:
@@ -236,11 +236,11 @@ def tuned(
         setting = replace(on, zero=zero, vllm=engine, local_sampling=local)
         changed = [with_method(stage, name, squeeze, scored_by, setting, use) for stage in stages]
         tried = attempted(changed, given, setting)
-        if shortage(tried.cost, setting) > FITS:
+        if shortage(tried.cost, setting) > MAX_MEMORY_SHARE:
             continue
         if engine is not None and not on.on_cpu:
             tried = with_cache(tried, given)
-            if shortage(tried.cost, tried.on) > FITS:
+            if shortage(tried.cost, tried.on) > MAX_MEMORY_SHARE:
                 continue
         if best and not best.refused and tried.cost.seconds > WORTH_IT * best.cost.seconds:
             continue
@@ -258,7 +258,7 @@ def tuned(
         Figure(on.dtype_bytes * count, f"{quantity(count)} parameters x {on.dtype_bytes} B"),
         served(on, peft, use), *quality(peft, on, use), experiment(stages, changed, setting, on.vllm),
         source=method.source, costs=found.costs,
-        larger={} if shortage(larger.cost, found.on) > FITS else larger.costs,
+        larger={} if shortage(larger.cost, found.on) > MAX_MEMORY_SHARE else larger.costs,
     )  # fmt: skip
     against = []
     if name == "qlora" and on.on_cpu:
@@ -333,7 +333,7 @@ def refused_by_stages(found: Attempt, given: Experiment, base: PreTrainedModel) 
         yield from map(str, complaints(stage, View(chain, compute=compute)))
         try:
             check_method(stage, planned)
-            check_tunes(stage, base, check_attachable)
+            check_tuning(stage, base, check_attachable)
         except ConfigError as error:
             yield str(error)
 

@@ -13,9 +13,9 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.distributed.compute import Compute
 from rlhf.models.peft.methods import METHODS
-from rlhf.pipeline.checks import too_long
+from rlhf.pipeline.checks import length_complaints
 from rlhf.pipeline.fields import Reads, reads_of
-from rlhf.pipeline.graph import chain_of
+from rlhf.pipeline.graph import with_ancestors
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
 from rlhf.pipeline.stage import Stage, View
@@ -101,10 +101,10 @@ class PolicyStage(PolicyConfig, Stage):
                 "Give more prompts, or raise prepare.held_out_fraction.",
             )
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
-        yield from too_long(
+        yield from length_complaints(
             view, f"{self.name}.init", self.init, self.prompts_key,
             lambda: itertools.chain(data.rows("ppo", "train"), held_out[: self.evaluate_prompts]),
-            beside=virtual + self.max_new_tokens,
+            reserved_tokens=virtual + self.max_new_tokens,
             fix=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
             "start from a model with a longer context.",
         )  # fmt: skip
@@ -147,7 +147,7 @@ class PolicyStage(PolicyConfig, Stage):
         for name, value in wanted.items():
             if measured[name] != value:
                 wanted_there, fix = f"so this must be {value}.", "Or use"
-                if "generate" in chain_of(str(value), chain):  # it would read what is made from it
+                if "generate" in with_ancestors(str(value), chain):  # it would read what is made from it
                     wanted_there, fix = f"and those of {self.name}.init={value} are not there.", "Use"
                 yield Complaint(
                     f"generate.{name}={measured[name]}",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rlhf.config import ConfigError
 from rlhf.digests import Recipe
 from rlhf.pipeline.auto import JUDGE
-from rlhf.pipeline.defaults import Change, references, shown
+from rlhf.pipeline.defaults import Change, references, value_text
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
@@ -135,7 +135,7 @@ def differences(
             # what nobody typed was worked out from other keys
             key = _part_of(knob, typed) if typed else knob
             if key is not None and knob.split(".")[1] in type(chain[name]).model_fields:
-                values = typed.get(key, (shown(key, own), shown(key, other)))
+                values = typed.get(key, (value_text(key, own), value_text(key, other)))
                 found[key] = f"={values[0]} (there: {values[1]})"
         for label, _ in _leaves(here["external"], there["external"], ""):
             outside, how = _outside(chain[name], label, here["knobs"])
@@ -191,7 +191,7 @@ def _outside(stage: Stage, label: str, knobs: Mapping[str, Any]) -> tuple[str | 
         return None, ""
     for key, value in knobs.items():
         is_start = label == "init" and key == "policy"  # as `generate` calls it
-        text = shown(key, value)  # of several rewards, the list
+        text = value_text(key, value)  # of several rewards, the list
         if (
             key == label
             or is_start

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import JUDGE
-from rlhf.pipeline.metrics import purpose
+from rlhf.pipeline.metrics import purpose_metric
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.report.blame import Blame
@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 def measured(run: Run) -> Iterator[tuple[str, Finding]]:
     """What the stages found out about themselves, in the chain's order."""
     for name, stage in run.chain.items():
-        if (found := purpose(stage)) is not None and name != JUDGE:
+        if (found := purpose_metric(stage)) is not None and name != JUDGE:
             metric, about = found
             sampled = Sampled.found(metric, run.metrics_of(name))
             if sampled is not None:

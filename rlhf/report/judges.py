@@ -15,8 +15,8 @@ from typing import NamedTuple
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.auto import ENOUGH, JUDGE
-from rlhf.pipeline.graph import chain_of, makers, named_source, own_roles, roles_of, starts_from
+from rlhf.pipeline.auto import JUDGE, MIN_JUDGE_PAIRS
+from rlhf.pipeline.graph import named_source, own_roles, roles_of, row_makers, starts_from, with_ancestors
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
@@ -82,8 +82,8 @@ def no_judge(run: Run) -> str:
         ]
     return (
         f"{' '.join(found)} Name a judge that nothing learned from: {evaluation}.gold (a function, a "
-        f"verifier, a language model), give {ENOUGH:,} pairs or more for {evaluation}.judge=auto, or "
-        "let people judge (label)."
+        f"verifier, a language model), give {MIN_JUDGE_PAIRS:,} pairs or more for {evaluation}.judge=auto, "
+        "or let people judge (label)."
     )
 
 
@@ -130,13 +130,13 @@ def made_from(run: Run) -> set[str]:
     found = [*learners(run)]
     if BEST_OF_N in found and (chose := getattr(run.chain[evaluation], "reward", None)):
         found += filter(None, (stage_of(part.source) for part in parts_of(chose)))
-    return {each for name in found for each in chain_of(name, run.chain)}
+    return {each for name in found for each in with_ancestors(name, run.chain)}
 
 
 def learns_from_scores(stage: Stage, chain: Mapping[str, Stage]) -> bool:
     """Whether a stage learns a policy from scores, preferences, or answers that scores chose: then what it
     measures judges itself."""
-    chosen = any(chain[maker].reads().rewards for maker in makers(stage, chain))
+    chosen = any(chain[maker].reads().rewards for maker in row_makers(stage, chain))
     return stage.makes == "policy" and (bool(stage.reads().rewards) or chosen or any(preference_roles(stage)))
 
 
@@ -225,7 +225,7 @@ def learned_from(run: Run) -> Iterator[RewardPart]:
     for name in learners(run):
         if name == BEST_OF_N and (chose := getattr(run.chain[evaluation], "reward", None)):
             yield from parts_of(chose)
-        for each in chain_of(name, run.chain):
+        for each in with_ancestors(name, run.chain):
             if learns_from_scores(run.chain[each], run.chain) or kind_of(each) == "generate":
                 yield from (part for _, part in keyed_parts(run.chain[each].reads().rewards))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.graph import chain_of, inputs
+from rlhf.pipeline.graph import inputs, with_ancestors
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
 from rlhf.pipeline.run import Run
 
@@ -57,9 +57,11 @@ def cost_of(run: Run, policy: str) -> Cost | None:
         judge = run.chain[evaluation]
         rewards = [name for name in inputs(judge, run.chain) if run.chain[name].makes == "reward"]
         start = str(getattr(judge, "start", ""))
-        made_from = [*dict.fromkeys(each for name in (start, *rewards) for each in chain_of(name, run.chain))]
+        made_from = [
+            *dict.fromkeys(each for name in (start, *rewards) for each in with_ancestors(name, run.chain))
+        ]
     elif policy in run.chain:
-        made_from = [*chain_of(policy, run.chain)]
+        made_from = [*with_ancestors(policy, run.chain)]
     else:
         return None
     found = [run.stages[name]["cost"] for name in made_from if run.stages.get(name, {}).get("cost")]

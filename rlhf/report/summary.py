@@ -16,7 +16,7 @@ from rich.table import Table
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled, reward_parts
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
-from rlhf.pipeline.run import GateResult, Run, headed, listed
+from rlhf.pipeline.run import GateResult, Run, as_markdown_list, with_outcome
 from rlhf.printable import printable
 from rlhf.report.compare import comparison_cells
 from rlhf.report.over_seeds import policies_json
@@ -105,7 +105,9 @@ def print_summary(run: Run, console: Console) -> None:
     for words, path in places(run):
         console.print(f"{words}: {run.directory / path}", highlight=False, soft_wrap=True)
     if run.verdict:
-        console.print(f"\n[bold]Verdict.[/] {escape(headed(run.outcome, run.verdict))}", highlight=False)
+        console.print(
+            f"\n[bold]Verdict.[/] {escape(with_outcome(run.outcome, run.verdict))}", highlight=False
+        )
 
 
 def write_page_too(run: Run, console: Console) -> None:
@@ -120,7 +122,7 @@ def write_page_too(run: Run, console: Console) -> None:
 def write_report(run: Run) -> Path:
     """Write report.md into the run directory."""
     said = verdict(run) if run.verdict is None else run.verdict
-    judged = [f"**Verdict.** {listed(headed(outcome(run), said))}"] if said else []
+    judged = [f"**Verdict.** {as_markdown_list(with_outcome(outcome(run), said))}"] if said else []
     parts = [f"# Run {run.directory.name}", *judged, stage_cells(run).markdown()]
     policies = policy_cells(run)
     if policies.rows:

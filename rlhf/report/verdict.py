@@ -11,7 +11,7 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import AUTO
 from rlhf.pipeline.defaults import Change, references
 from rlhf.pipeline.graph import inputs, roles_of
-from rlhf.pipeline.metrics import purpose
+from rlhf.pipeline.metrics import purpose_metric
 from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
@@ -229,7 +229,7 @@ def decisive(run: Run) -> Finding | None:
 
 def has_purpose(stage: Stage) -> bool:
     """Whether a stage makes a model, or asks one."""
-    return stage.makes is not None or purpose(stage) is not None or stage.samples
+    return stage.makes is not None or purpose_metric(stage) is not None or stage.samples
 
 
 def causes(run: Run) -> dict[str, Blame]:
@@ -344,7 +344,7 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
     stage, mine = run.chain[name], own.get(name)
     reward = reward_of(run, name)
     if mine is not None and mine.direction == "not better":
-        found = purpose(stage)
+        found = purpose_metric(stage)
         assert found is not None
         why = found[1].failed
         if reward is None:

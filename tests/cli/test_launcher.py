@@ -19,7 +19,7 @@ def test_the_ranks_files_of_a_run_that_goes_on_are_left_alone(tmp_path: Path, lo
     errors.parent.mkdir()
     errors.write_text("why it failed")
     with (
-        Run(tmp_path).alone(lock),  # of rank 0; of the launcher, before its ranks are up
+        Run(tmp_path).locked(lock),  # of rank 0; of the launcher, before its ranks are up
         pytest.raises(
             ConfigError, match=rf"run_name={tmp_path.name}: another run is .*\(pid {os.getpid()} on"
         ),

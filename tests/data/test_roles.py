@@ -13,7 +13,7 @@ from rlhf.data.formats import prompt_row
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES, Role
 from rlhf.data.schema import PromptRow
-from rlhf.pipeline.experiment import check_roles, roles_with
+from rlhf.pipeline.experiment import check_roles, collect_roles
 from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.graph import named_sources
 from rlhf.pipeline.stage import Stage
@@ -45,16 +45,16 @@ def with_roles(**roles: Role) -> type[Stage]:
 
 def test_a_config_has_the_roles_of_its_mounted_stages_alone() -> None:
     first, second = with_roles(mine=own("mine.data")), with_roles(theirs=own("theirs.data"))
-    assert [*roles_with({"merge": first})] == [*ROLES, "mine"]
-    assert [*roles_with({"merge": second, "sft": second})] == [*ROLES, "theirs"]  # a subclass has the same
-    assert roles_with({"merge": MergeStage}) == ROLES
+    assert [*collect_roles({"merge": first})] == [*ROLES, "mine"]
+    assert [*collect_roles({"merge": second, "sft": second})] == [*ROLES, "theirs"]  # a subclass has the same
+    assert collect_roles({"merge": MergeStage}) == ROLES
 
 
 @pytest.mark.parametrize("name", ["sft", "mine"])
 def test_two_roles_of_one_name_are_refused(name: str) -> None:
     stages = {"mine": with_roles(mine=own("mine.data")), "merge": with_roles(**{name: own("merge.data")})}
     with pytest.raises(ConfigError, match=f"merge: it brings a role {name} along, and there is one already"):
-        roles_with(stages)
+        collect_roles(stages)
 
 
 def test_a_role_that_does_not_exist_is_told() -> None:
@@ -69,7 +69,7 @@ def test_a_role_that_does_not_exist_is_told() -> None:
 @pytest.mark.parametrize("key", ["merge.data", "mine.data"])
 def test_a_role_whose_key_does_not_exist_is_told(key: str) -> None:
     stages = build("model=tiny").stages
-    roles = roles_with({"merge": with_roles(mine=own(key))})
+    roles = collect_roles({"merge": with_roles(mine=own(key))})
     mounted("prepare", stages["prepare"], roles)
     with pytest.raises(ConfigError, match=f"{key}: the role mine is read from there, and there is no such"):
         named_sources(stages)

@@ -14,9 +14,9 @@ from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext, Sizes
 from rlhf.data.prepared import LengthStats
 from rlhf.pipeline.preflight import (
-    Begun,
-    Checked,
+    Attempt,
     Disk,
+    PreflightResult,
     preflight,
 )
 from rlhf.training.checkpoint import CheckpointConfig
@@ -38,10 +38,15 @@ def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> CostContext:
     return CostContext(shape_of(EIGHT_BILLION), 2, "none", machine, lambda role, split: lengths)
 
 
-def check(tmp_path: Path, on: CostContext, stage: str, *overrides: str) -> Checked:
+def check(tmp_path: Path, on: CostContext, stage: str, *overrides: str) -> PreflightResult:
     found = build(*overrides)
     return preflight(
-        [found.stages[stage]], found.stages, on, Disk(tmp_path, LARGE), NO_CHECKPOINTS, begun={stage: Begun()}
+        [found.stages[stage]],
+        found.stages,
+        on,
+        Disk(tmp_path, LARGE),
+        NO_CHECKPOINTS,
+        attempts={stage: Attempt()},
     )
 
 

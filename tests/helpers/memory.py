@@ -25,7 +25,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.base import load_tokenizer
 from rlhf.models.peft.merge import publish_policy
 from rlhf.pipeline.costing import cost_of
-from rlhf.pipeline.preflight import found_context
+from rlhf.pipeline.preflight import cost_context
 from rlhf.stages.ppo import PpoStage
 
 Result = TypeVar("Result")
@@ -83,7 +83,7 @@ def main(model: Path, scratch: Path, device: torch.device) -> dict[str, tuple[fl
     sizes = LengthStats(len(rows), mean(lengths), pstdev(lengths), round(max(lengths)))
     compute = Compute(str(device), dtype)
     job = small_job("ppo", scratch / "ppo", tiny_base(model), {"sft": model}, compute=compute)
-    on = found_context(experiment.settings, shape_in(model), compute, lambda role, split: sizes)
+    on = cost_context(experiment.settings, shape_in(model), compute, lambda role, split: sizes)
     cost, on_host = cost_of(stage, on, experiment.stages), None if on.on_cpu else False
 
     meter = Meter(device)

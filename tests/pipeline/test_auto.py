@@ -1,4 +1,4 @@
-"""As soon as one source is the user's, no packaged set is used for another without being named."""
+"""As soon as one source is the user's own, a packaged set is used only if it is named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEMO = {
 
 
 def values(*overrides: str) -> dict[str, Any]:
-    """Of the keys that may be auto, as the run's config.yaml has them."""
+    """The values of the keys that may be auto, as in the run's config.yaml."""
     resolved = build("stage=prepare", *overrides).resolved
     found = {}
     for key in DEMO:
@@ -153,7 +153,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_own_answers_alone_are_enough_to_tune_and_to_judge(tmp_path: Path) -> None:
-    """The whole chain but for the reward model: prompts of `sft.data`, none of them postcards."""
+    """The full chain without the reward model, on prompts of `sft.data`; no packaged prompts."""
     write(
         tmp_path / "mine.jsonl",
         [{"prompt": f"Ticket {n % 60}?", "completion": f"Reply {n}."} for n in range(90)],

@@ -1,4 +1,4 @@
-"""A checkpoint is gone on from only by what reads the same inputs, unless it is told to forget it."""
+"""A stage continues from a checkpoint only with the same inputs, and not with `force=`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def chain(stopped: Chain, tmp_path: Path) -> Chain:
 
 
 def change_weights(directory: Path) -> None:
-    """Of a saved model."""
+    """Change the weights of a saved model."""
     path = directory / "model.safetensors"
     weights = load_file(path)
     for weight in weights.values():
@@ -52,7 +52,7 @@ def change_weights(directory: Path) -> None:
 
 
 def test_it_goes_on_with_the_same_inputs(chain: Chain) -> None:
-    """Though the SFT model was rebuilt: it is the same, bit for bit."""
+    """The SFT model is rebuilt, but it is the same, bit for bit."""
     assert chain.run("stage=sft", "force=[sft]").statuses["sft"] == "ran"
     assert "ppo: continues from step 1 (" in chain.run(*GOES_ON).out
 
@@ -99,4 +99,4 @@ def test_other_knobs_are_not_other_inputs(chain: Chain) -> None:
     outcome = chain.run(*STOPPED, "ppo.gamma=0.9")
     assert outcome.code == 2
     assert "starts again" not in outcome.out
-    assert artifacts.Store(chain.directory / "store").left_behind("ppo", {"stage": "ppo"}) is None
+    assert artifacts.Store(chain.directory / "store").stale_checkpoints("ppo", {"stage": "ppo"}) is None

@@ -30,14 +30,14 @@ from rlhf.tracking.tracker import TrackerConfig
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 DEFAULT_GROUPS = ("model", "tracker", "recipe", "hydra/sweeper")
-"""In the defaults list, so chosen without a plus."""
+"""Groups in the defaults list, which are chosen without a plus."""
 WITH = {
     "remedy": ("+sweep=forgetting",),
     "experiment": ("sft.data=samples:instructions", "reward.pairs=samples:pairs"),
 }
-"""Groups whose choices stand beside others."""
+"""Group -> further overrides that its choices need."""
 WITH_DEFAULTS = (PeftConfig, SourceConfig, Bound, RewardMix, RewardPart)
-"""Sections that a user writes himself, often as one word; their defaults stand in the class and its docs."""
+"""Sections that users write themselves, often as one word; their defaults are in the class and its docs."""
 CHOICES = [
     (path.parent.relative_to(CONF).as_posix(), path.stem)
     for path in sorted(CONF.rglob("*.yaml"))
@@ -57,7 +57,7 @@ STAGES = tuple(
     for key in entry
     if key.startswith("stages@")
 )
-"""In the order in which they are mounted."""
+"""All stages, in the order in which they are mounted."""
 
 
 def stage_class(name: str) -> type[Stage]:

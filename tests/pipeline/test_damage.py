@@ -1,4 +1,4 @@
-"""Damage in a store: found whatever it is, set aside by name, and rebuilt."""
+"""Damage of any kind in a store is found, named, set aside, and rebuilt."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def flip(path: Path) -> None:
 
 
 def flip_unnoticed(artifact: Path, name: str) -> None:
-    """As a bit that flips on the disk itself: no size, time or inode tells of it."""
+    """Flip a bit as on the disk itself: size, times and inode do not change."""
     flip(artifact / name)
     memory = artifact.with_name(f".{artifact.name}.digests.json")
     known = json.loads(memory.read_text())
@@ -69,7 +69,7 @@ def remove_weights(path: Path) -> str:
 
 
 def change_a_metric(path: Path) -> str:
-    """PPO normalises with those of `generate`."""
+    """Metrics matter, because PPO normalises with those of `generate`."""
     text = (path / "manifest.json").read_text()
     assert '"loss": 1.5' in text
     (path / "manifest.json").write_text(text.replace('"loss": 1.5', '"loss": 2.5'))
@@ -147,7 +147,7 @@ def test_two_directories_that_changed_places_are_both_found(store: Store) -> Non
 
 
 def bytes_read() -> int:
-    """By this process, from its start."""
+    """Bytes that this process has read since its start."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -209,15 +209,15 @@ def test_a_directory_outside_is_remembered_too(store: Store, monkeypatch: pytest
     model = store.root.parent / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"x" * 2_000_000)
-    first = directory_digest(model, store.memory(model))
+    first = directory_digest(model, store.digest_cache(model))
     assert first == directory_digest(model)
     digests._digests_read.clear()
     before = bytes_read()
-    assert directory_digest(model, store.memory(model)) == first
+    assert directory_digest(model, store.digest_cache(model)) == first
     assert bytes_read() - before < 1_000_000
     flip(model / "model.safetensors")
-    assert directory_digest(model, store.memory(model)) not in {first, None}
-    assert file_digest(model / "model.safetensors") != file_digest(store.memory(model))
+    assert directory_digest(model, store.digest_cache(model)) not in {first, None}
+    assert file_digest(model / "model.safetensors") != file_digest(store.digest_cache(model))
 
 
 def test_models_of_the_users_are_not_read_at_every_start(
@@ -559,7 +559,7 @@ def test_a_checkpoint_whose_manifest_is_no_manifest_is_damaged(store: Store, con
     (checkpoint / "manifest.json").write_text(content)
     assert run_verify(store.root.parent).code == 3
     assert store.checkpoint_progress("sft", KEY) == (0.0, 0.0)
-    assert store.left_behind("sft", RECIPE) is None
+    assert store.stale_checkpoints("sft", RECIPE) is None
 
 
 def test_a_file_that_cannot_be_read_is_named() -> None:

@@ -1,17 +1,17 @@
-"""What a run says of its config: the keys with another value than the packaged one."""
+"""The changed keys that a run reports: those with another value than the packaged one."""
 
 from __future__ import annotations
 
 from helpers.experiments import compose
-from rlhf.pipeline.defaults import changed, references
+from rlhf.pipeline.defaults import changed_keys, references
 
 
 def table(*overrides: str) -> dict[str, tuple[str, str]]:
-    return {each["key"]: (each["default"], each["value"]) for each in changed(compose(*overrides))}
+    return {each["key"]: (each["default"], each["value"]) for each in changed_keys(compose(*overrides))}
 
 
 def test_without_an_override_nothing_differs() -> None:
-    assert changed(compose()) == []
+    assert changed_keys(compose()) == []
 
 
 def test_what_was_typed_and_what_a_choice_sets_differ() -> None:
@@ -38,4 +38,4 @@ def test_a_secret_is_left_out() -> None:
     found = table("ppo.reward=http://me:pass-1234@host/score", "+own={token: hf-123456789}")
     assert found["ppo.reward"] == ("learned", "http://<redacted>@host/score")
     assert found["own"] == ("null", '{"token": "<redacted>"}')
-    assert changed({"own_token": "hf-123456789"})[0]["value"] == "<redacted>"
+    assert changed_keys({"own_token": "hf-123456789"})[0]["value"] == "<redacted>"

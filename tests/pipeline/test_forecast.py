@@ -1,4 +1,4 @@
-"""The time left is said again when steps take longer or shorter than was predicted."""
+"""The time left is printed again when steps take longer or shorter than predicted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Watched:
     def stage(
         self, name: str, steps: int, each: float, *, is_main: bool = True, before: float = 0.0, done: int = 0
     ) -> None:
-        """A stage of so many steps, each of so many seconds.
+        """Run a stage with this number of steps, and these seconds for each.
 
         Args:
             before: how much longer the first step takes.
@@ -38,7 +38,7 @@ class Watched:
         self.now += before
         for step in range(done + 1, steps + 1):
             self.now += each
-            self.forecast.hear(task=name, done=step, total=steps, is_main=is_main)
+            self.forecast.update(task=name, done=step, total=steps, is_main=is_main)
         self.forecast.end()
 
 

@@ -1,4 +1,4 @@
-"""A summary metric against its bound: passed, failed, or nothing that can be told from so few rows."""
+"""A summary metric against its bound: passed, failed, or undecided because there are too few rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from rlhf.config import Bound
 from rlhf.evaluation.reward_model import Ranking, rank_quality
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.run import GateResult, two_digits
+from rlhf.pipeline.run import GateResult, rounded_up
 
 AT_LEAST, AT_MOST = Bound(min=0.5, advice="do this"), Bound(max=0.5, advice="do that")
 BETWEEN = Bound(min=0.4, max=0.6, advice="do both")
@@ -126,4 +126,4 @@ def test_summary_json_holds_the_interval() -> None:
 
 @pytest.mark.parametrize(("count", "shown"), [(7, 7), (99, 99), (101, 110), (12_345, 13_000)])
 def test_an_estimate_shows_no_more_digits_than_it_knows(count: int, shown: int) -> None:
-    assert two_digits(count) == shown
+    assert rounded_up(count) == shown

@@ -1,4 +1,4 @@
-"""The training loop: what is not finite is skipped, and told with its batch when it keeps coming."""
+"""The training loop: steps that are not finite are skipped; several in a row end the run."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path) ->
 
 
 class Counter:
-    """What a step counts, kept as it is."""
+    """Counts of the steps, as a `Stateful` that does not copy."""
 
     def __init__(self) -> None:
         self.count, self.seen = torch.zeros(()), list[float]()
@@ -176,7 +176,7 @@ class Counter:
 
 
 def counted(directory: Path, limit: float) -> Counter:
-    """Steps of which one may be too much."""
+    """Train on three batches; a step whose batch reaches the limit ends the run."""
     bench, counter = Bench(directory), Counter()
 
     def step(batch: Sequence[float]) -> dict[str, float]:
@@ -218,7 +218,7 @@ def test_an_error_that_may_be_of_one_rank_alone_is_not_waited_for(tmp_path: Path
 
 
 class Weight(NamedTuple):
-    """The bench's, as a measurement."""
+    """The bench's weight, as a measurement."""
 
     weight: Tensor
 

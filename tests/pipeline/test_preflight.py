@@ -41,17 +41,17 @@ from rlhf.models.peft.attach import check_attachable
 from rlhf.pipeline.checks import complaints
 from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.preflight import (
-    Begun,
+    Attempt,
     Disk,
     check_before_loading,
-    check_tunes,
-    chosen,
+    check_tuning,
     disk_complaints,
     expectations,
     longest_sampled,
     preflight,
     sampling_note,
-    with_copy,
+    with_checkpoint_copy,
+    with_sampling_choice,
 )
 from rlhf.pipeline.stage import Stage, View
 
@@ -133,8 +133,8 @@ def test_vllm_is_built_for_the_longest_row_that_the_run_samples(tiny_model: Path
 def test_time_is_for_the_usual_answers_and_memory_for_the_longest(tmp_path: Path) -> None:
     stages = build().stages
     names = ("generate", "ppo", "evaluate")
-    pending, begun = [stages[name] for name in names], dict.fromkeys(names, Begun())
-    args = (pending, stages, gpus(80), Disk(tmp_path, 1e12), NO_CHECKPOINTS, begun)
+    pending, attempts = [stages[name] for name in names], dict.fromkeys(names, Attempt())
+    args = (pending, stages, gpus(80), Disk(tmp_path, 1e12), NO_CHECKPOINTS, attempts)
     longest, usual = preflight(*args), preflight(*args, answer_tokens=4.0)
     above = preflight(*args, answer_tokens=4000.0)
     for name in names:
@@ -148,8 +148,8 @@ def test_disk_and_memory_count_checkpoints_that_the_longest_answers_would_bring(
     usual = cost_of(stages["ppo"], replace(gpus(80), answer_tokens=1.0), stages)
     minutes = (longest.seconds + usual.seconds) / 2 / 60
     checkpoints = NO_CHECKPOINTS.model_copy(update={"every_minutes": minutes})
-    disk, begun = Disk(tmp_path, 2 * longest.artifact + longest.checkpoint), {"ppo": Begun()}
-    args = ([stages["ppo"]], stages, gpus(80), disk, checkpoints, begun)
+    disk, attempts = Disk(tmp_path, 2 * longest.artifact + longest.checkpoint), {"ppo": Attempt()}
+    args = ([stages["ppo"]], stages, gpus(80), disk, checkpoints, attempts)
     assert preflight(*args).refused
     found = preflight(*args, answer_tokens=1.0)
     assert found.refused and found.costs["ppo"].seconds < 60 * minutes
@@ -161,9 +161,9 @@ def test_a_cache_without_room_for_a_row_of_a_finished_stage_is_told(tmp_path: Pa
     )
     on, disk = replace(gpus(80), vllm=vllm), Disk(tmp_path, 1e12)
     stages = build("stage=generate").stages
-    pending, begun = [stages["generate"]], {"generate": Begun()}
-    assert not preflight(pending, stages, on, disk, NO_CHECKPOINTS, begun).refused
-    (line,) = preflight(pending, stages, on, disk, NO_CHECKPOINTS, begun, longest=20_000).refused
+    pending, attempts = [stages["generate"]], {"generate": Attempt()}
+    assert not preflight(pending, stages, on, disk, NO_CHECKPOINTS, attempts).refused
+    (line,) = preflight(pending, stages, on, disk, NO_CHECKPOINTS, attempts, longest=20_000).refused
     assert "one row of 20000 tokens" in line
 
 
@@ -195,12 +195,12 @@ def test_sharded_weights_are_gathered_whole_for_sampling_only_where_there_is_mem
         cost = cost_of(stage, at, stages)
         return max(phase.size(on_host=False) for phase in cost.phases if phase.name == "sampling")
 
-    large = chosen(stage, stages, on(800))
+    large = with_sampling_choice(stage, stages, on(800))
     assert large.local_sampling == "whole"
     whole, layers = (while_sampling(replace(large, local_sampling=way)) for way in ("whole", "layers"))
     assert whole - layers > EIGHT.parameters  # of 2 bytes each, less two layers and the embeddings
     between = on((whole + layers) / 2 / GIB)
-    assert chosen(stage, stages, between).local_sampling == "layers"
+    assert with_sampling_choice(stage, stages, between).local_sampling == "layers"
     said = sampling_note(stage, stages, between, "layers")
     assert (
         said.startswith(f"{name} samples layer by layer") and f"of {(whole + layers) / 2 / GIB:.1f}" in said
@@ -208,7 +208,7 @@ def test_sharded_weights_are_gathered_whole_for_sampling_only_where_there_is_mem
     (line,) = check(tmp_path, on(0.5), name, "ppo.peft=none", "ppo.gates.first_kl=null").refused
     assert line.endswith("Or sample with generation=vllm vllm.tensor_parallel=8.")
     assert (
-        chosen(stage, stages, replace(between, zero="zero2")).local_sampling == "whole"
+        with_sampling_choice(stage, stages, replace(between, zero="zero2")).local_sampling == "whole"
     )  # nothing to choose
 
 
@@ -231,8 +231,8 @@ def test_what_vllm_holds_stays_until_the_run_ends_unless_it_sleeps(
             for name, cost in costs.items()
         }
 
-    begun = dict.fromkeys(found.stages, Begun())
-    together = preflight(stages, found.stages, on, Disk(tmp_path, LARGE), NO_CHECKPOINTS, begun)
+    attempts = dict.fromkeys(found.stages, Attempt())
+    together = preflight(stages, found.stages, on, Disk(tmp_path, LARGE), NO_CHECKPOINTS, attempts)
     every = {name: {phase.name for phase in cost.phases} for name, cost in together.costs.items()}
     alone = check(tmp_path, on, "ppo").costs
     if kind == "cuda":  # it sleeps, but its graphs stay
@@ -252,18 +252,18 @@ def test_what_vllm_holds_stays_until_the_run_ends_unless_it_sleeps(
 def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> None:
     every = NO_CHECKPOINTS.model_copy(update={"every_steps": 5, "keep": 2})
     cost, disk = StageCost(artifact=1.0, checkpoint=10.0), Disk(tmp_path, 12.0)
-    assert list(disk_complaints({"sft": cost}, disk, NO_CHECKPOINTS, {"sft": Begun()})) == []
-    written = {"sft": Begun(30.0)}
+    assert list(disk_complaints({"sft": cost}, disk, NO_CHECKPOINTS, {"sft": Attempt()})) == []
+    written = {"sft": Attempt(30.0)}
     assert list(disk_complaints({"sft": cost}, disk, every, written)) == []
-    (line,) = disk_complaints({"sft": cost}, disk, every, {"sft": Begun()})
+    (line,) = disk_complaints({"sft": cost}, disk, every, {"sft": Attempt()})
     assert line.startswith(f"store_dir={tmp_path}") and "checkpoint.keep" in line
 
 
 def test_what_an_artifact_is_made_from_is_on_the_disk_too(tmp_path: Path) -> None:
     two = {"sft": StageCost(artifact=4.0), "reward": StageCost(artifact=3.0)}
-    begun, disk = dict.fromkeys(two, Begun()), Disk(tmp_path, 10.0)
-    assert list(disk_complaints({"sft": two["sft"]}, disk, NO_CHECKPOINTS, begun)) == []
-    assert len(list(disk_complaints(two, disk, NO_CHECKPOINTS, begun))) == 1
+    attempts, disk = dict.fromkeys(two, Attempt()), Disk(tmp_path, 10.0)
+    assert list(disk_complaints({"sft": two["sft"]}, disk, NO_CHECKPOINTS, attempts)) == []
+    assert len(list(disk_complaints(two, disk, NO_CHECKPOINTS, attempts))) == 1
 
 
 @pytest.mark.parametrize(
@@ -279,18 +279,20 @@ def test_the_copy_that_the_background_writes_from_counts(
     on = replace(gpus(80.0, ranks=4), zero=zero)
     config = NO_CHECKPOINTS.model_copy(update={"background": background, "every_steps": 5})
     cost = StageCost([MemoryPhase("learning"), MemoryPhase("publishing")], checkpoint=8.0)
-    assert [each.size(on_host=True) for each in with_copy(cost, on, config).phases] == [8.0 * share] * 2
+    assert [each.size(on_host=True) for each in with_checkpoint_copy(cost, on, config).phases] == [
+        8.0 * share
+    ] * 2
     never = config.model_copy(update={"every_steps": None, "every_minutes": None})
-    assert with_copy(cost, on, never) == cost
+    assert with_checkpoint_copy(cost, on, never) == cost
 
 
 @pytest.mark.parametrize(
     ("spent", "share", "left"), [(0.0, 0.0, "3:20"), (9.0, 0.7, "2:10"), (999.0, 0.7, "2:10")]
 )
 def test_what_is_to_come_begins_where_the_checkpoint_is(spent: float, share: float, left: str) -> None:
-    """However long its steps took beside what is predicted of them."""
+    """It does not matter how far the time spent is from the prediction."""
     costs = dict.fromkeys(("sft", "ppo"), StageCost(work=[Task("train", 100.0, "")]))
-    said = expectations(costs, gpus(80.0), {"sft": Begun(), "ppo": Begun(1.0, spent, share)})
+    said = expectations(costs, gpus(80.0), {"sft": Attempt(), "ppo": Attempt(1.0, spent, share)})
     assert said.startswith(f"About {left} to go")
 
 
@@ -346,13 +348,13 @@ def test_checkpoints_that_no_disk_holds_are_refused_before_training(chain: Chain
 
 
 def before(chain: Outcome, compute: Compute, stages: str, *overrides: str, base: Path | None = None) -> str:
-    """What the check of stages says, on the finished chain's data."""
+    """The output of the preflight of these stages, on the finished chain's data."""
     said = io.StringIO()
     found = build("model=tiny", f"store_dir={chain.directory}", *overrides)
     data = PreparedData(chain.artifact("prepare"))
     files = BaseModelFiles(base or chain.artifact("sft"), "tiny", found.settings.model)
-    begun = {stage: Begun() for stage in stages.split()}
-    check_before_loading(found, begun, files, compute, data, Console(file=said, width=300))
+    attempts = {stage: Attempt() for stage in stages.split()}
+    check_before_loading(found, attempts, files, compute, data, Console(file=said, width=300))
     return said.getvalue()
 
 
@@ -444,10 +446,10 @@ def test_a_method_that_does_not_know_the_model(
     stage = build("stage=prepare", f"sft.peft={peft}").stages["sft"]
     base = skeleton(config)
     if complaint is None:
-        check_tunes(stage, base, check_attachable)
+        check_tuning(stage, base, check_attachable)
         return
     with pytest.raises(ConfigError, match=f"^{complaint}"):
-        check_tunes(stage, base, check_attachable)
+        check_tuning(stage, base, check_attachable)
 
 
 def test_a_held_out_answer_beyond_the_context_is_cut_and_not_refused(tmp_path: Path) -> None:

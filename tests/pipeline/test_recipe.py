@@ -14,9 +14,9 @@ from rlhf.data.roles import ROLES
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.graph import inputs, roles_of
 from rlhf.pipeline.made_rows import context_of
-from rlhf.pipeline.metrics import purpose
-from rlhf.pipeline.recipe import as_typed, typed_key
-from rlhf.pipeline.run import results_of
+from rlhf.pipeline.metrics import purpose_metric
+from rlhf.pipeline.recipe import as_typed, hydra_argument
+from rlhf.pipeline.run import gate_results
 from rlhf.stages.dpo import DpoStage
 
 
@@ -54,7 +54,7 @@ def test_a_recipe_says_what_all_means_and_what_is_compared() -> None:
     ],
 )
 def test_a_source_in_the_place_of_the_recipes_is_refused(overrides: tuple[str, ...], said: str) -> None:
-    """Nobody would be asked."""
+    """With it, no person would be asked for labels."""
     with pytest.raises(ConfigError, match=said):
         build("recipe=feedback", *overrides)
     assert "label" in build("recipe=feedback", *overrides, "reward.pairs=stage:label").needed()
@@ -142,7 +142,7 @@ def test_the_verdict_tells_instances_apart() -> None:
     found = on_command_line(
         "ppo.reward=[learned,learned@wide]", "reward@wide.epochs=2", "dpo@2.beta=0.3", "stage=[ppo,dpo@2]"
     )
-    purposes = [purpose(found.stages[name]) for name in ("reward", "reward@wide", "dpo@2")]
+    purposes = [purpose_metric(found.stages[name]) for name in ("reward", "reward@wide", "dpo@2")]
     assert [each and each[1].purpose.partition(" against ")[0] for each in purposes] == [
         "the reward model's ranking", "the reward model wide's ranking", "DPO 2's ranking",
     ]  # fmt: skip
@@ -162,10 +162,10 @@ def test_a_label_that_is_none_is_told(argument: str) -> None:
 
 def test_values_and_other_keys_stay_as_they_are() -> None:
     for argument in ("stage=dpo@2", "dpo.init=dpo@2", "-m", "evaluate.policies=[base,dpo@2]", "a@b=c"):
-        assert typed_key(argument) == argument
-    typed = typed_key("dpo@2.optim.lr=1e-4,1e-5")
+        assert hydra_argument(argument) == argument
+    typed = hydra_argument("dpo@2.optim.lr=1e-4,1e-5")
     assert typed == "++instances.dpo-at-2.optim.lr=1e-4,1e-5"
-    assert typed_key("instances.dpo@2.optim.lr=1e-4,1e-5") == typed
+    assert hydra_argument("instances.dpo@2.optim.lr=1e-4,1e-5") == typed
     assert as_typed(f"+remedy=full {typed} ppo.clip=0.1") == (
         "+remedy=full dpo@2.optim.lr=1e-4,1e-5 ppo.clip=0.1"
     )
@@ -174,7 +174,7 @@ def test_values_and_other_keys_stay_as_they_are() -> None:
 def test_gates_of_an_instance_advise_about_its_own_keys() -> None:
     stage, name = build("recipe=iterated_dpo").stages["dpo@2"], "held_out_loss_change"
     wide = {f"{name}_low": -0.1, f"{name}_high": 0.1, f"{name}_rows": 20}
-    (failed, *_), (unsure, *_) = (results_of(stage, {name: 0.09} | more) for more in ({}, wide))
+    (failed, *_), (unsure, *_) = (gate_results(stage, {name: 0.09} | more) for more in ({}, wide))
     assert failed.name == unsure.name == name
     assert "dpo@2.optim.lr" in failed.advice and "docs/problems/dpo-does-not-help.md" in failed.advice
     assert "dpo@2.data" in unsure.advice

@@ -14,7 +14,7 @@ from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.rehearsal import ANSWER, rehearse_rewards
+from rlhf.pipeline.rehearsal import TEST_ANSWER, rehearse_rewards
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.http import RewardServerConfig
 
@@ -35,5 +35,5 @@ def test_a_stage_that_reads_no_data_has_its_reward_asked(
     monkeypatch.syspath_prepend(tmp_path)
     server = RewardServerConfig(timeout=1.0, retries=0)
     stages, console = [ReadsNothing(gates={})], Console(file=io.StringIO())
-    with pytest.raises(ConfigError, match=rf"never_finite:score gave nan for the response '{ANSWER}'"):
+    with pytest.raises(ConfigError, match=rf"never_finite:score gave nan for the response '{TEST_ANSWER}'"):
         rehearse_rewards(stages, PreparedData(tmp_path), tiny_base(tiny_model), on_cpu(), server, console)

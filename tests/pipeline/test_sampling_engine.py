@@ -1,4 +1,4 @@
-"""What `generation=auto` is: decided from what was looked at, and said; artifacts keep their keys."""
+"""What `generation=auto` decides, from which facts, and what it prints; artifacts keep their keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.experiments import build
 from helpers.jobs import tiny_base
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles, ModelConfig
-from rlhf.pipeline.sampling_engine import installed_vllm, unmet, why_local
+from rlhf.pipeline.sampling_engine import installed_vllm, unmet_requirement, why_local
 
 GPU = Compute("cuda:0", "bfloat16")
 VLLM = "0.32.0"
@@ -120,10 +120,10 @@ def test_a_vllm_that_cannot_live_with_the_installed_transformers_is_not_taken(
     monkeypatch.syspath_prepend(tmp_path)
     found = installed_vllm()
     wanted = None if said is None else said.format(version("transformers"))
-    assert unmet(found) == wanted
+    assert unmet_requirement(found) == wanted
     if name == "vllm":
-        assert why_local(build().stages, base, GPU, found, unmet(found)) == wanted
-    assert unmet(None) is None
+        assert why_local(build().stages, base, GPU, found, unmet_requirement(found)) == wanted
+    assert unmet_requirement(None) is None
 
 
 def test_the_installed_vllm_is_known_without_importing_it() -> None:

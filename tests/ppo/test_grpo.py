@@ -229,7 +229,7 @@ def test_a_batch_of_which_nothing_can_be_used_is_a_bad_step(
     trainer.prompts = TRAIN
     metrics = take_step(trainer, GROUPS, 1)
     assert metrics["bad_steps"] == 1.0 and "grad_norm" not in metrics
-    assert said in trainer.learner.last_bad and asked == [16] * attempts
+    assert said in trainer.learner.last_bad_reason and asked == [16] * attempts
 
 
 def test_a_reward_that_cannot_be_learned_moves_nothing_and_says_so(tmp_path: Path, tiny_model: Path) -> None:

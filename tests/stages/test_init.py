@@ -22,7 +22,7 @@ from rlhf.digests import weights_digest
 from rlhf.models import base
 from rlhf.models.start import ModelDirectory, check_start, init_digest, of_two_architectures
 from rlhf.pipeline.costing import cost_of
-from rlhf.pipeline.graph import answering
+from rlhf.pipeline.graph import sampled_models
 
 
 def weights(outcome: Outcome, stage: str) -> dict[str, torch.Tensor]:
@@ -296,7 +296,7 @@ def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_
     def complaints(*overrides: str) -> list[str]:
         chain = build("model=tiny", *overrides).stages
         names = ("ppo", "evaluate", "compare")
-        models = [each for name in names for each in answering(chain[name], chain)]
+        models = [each for name in names for each in sampled_models(chain[name], chain)]
         return [*map(str, of_two_architectures(models, base))]
 
     wider, other_tokens = (f"ppo.init={other_models[name]}" for name in ("wider", "other-tokens"))

@@ -19,7 +19,7 @@ from rlhf.data.prepared import LengthStats
 from rlhf.distributed.compute import Compute
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.experiment import Experiment
-from rlhf.pipeline.preflight import Begun, Disk, preflight
+from rlhf.pipeline.preflight import Attempt, Disk, preflight
 from rlhf.pipeline.stage import View
 
 CONFIGS = Path(__file__).parents[1] / "costs" / "configs"
@@ -85,8 +85,8 @@ def taken(outcome: Outcome, shape: ModelShape, ranks: int, memory: float = 80.0)
 
     vllm = settings.vllm if settings.generation == "vllm" else None
     on = CostContext(shape, 2, settings.zero, machine, sizes, vllm)
-    begun = {stage.name: Begun() for stage in stages}
-    checked = preflight(stages, found.stages, on, Disk(Path("/"), LARGE), NO_CHECKPOINTS, begun)
+    attempts = {stage.name: Attempt() for stage in stages}
+    checked = preflight(stages, found.stages, on, Disk(Path("/"), LARGE), NO_CHECKPOINTS, attempts)
     assert {"sft", "reward", "generate", "ppo"} <= set(checked.costs)
     return Taken(found, [*checked.refused, *checked.warned])
 

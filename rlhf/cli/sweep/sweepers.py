@@ -170,7 +170,7 @@ class GridSweep(Sweeper):
         codes, main = [0], is_main_process()
         console = RedactingConsole(quiet=not main)
         table = SweepTable(self.directory, self.knobs, self.trials)
-        with Run(self.directory).alone() if main else nullcontext():
+        with Run(self.directory).locked() if main else nullcontext():
             self.begin()
             console.print(
                 f"Sweep in {self.directory}; run_name={self.directory.name} continues it.", highlight=False
