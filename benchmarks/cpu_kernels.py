@@ -47,7 +47,7 @@ WITHOUT: dict[str, Changes] = {
     "nothing": [],
     "LeanDecoder": NO_LEAN,
     "LeanDecoder, _of_one_token": [*NO_LEAN, (packed_attention, "_of_one_token", by_torchs_kernel)],
-    "ShortAttention": [(packed_attention, "SHORT", 0)],
+    "ShortAttention": [(packed_attention, "MAX_SHORT_TOKENS", 0)],
     "shared prefixes": [(Packed, "_share", lambda *_: None)],
 }
 """What is left out -> how. Models that `LeanDecoder` does not know decode by `_of_one_token`."""

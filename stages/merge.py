@@ -15,9 +15,9 @@ from rlhf.config import Complaint
 from rlhf.costs.memory import Allocation, MemoryPhase, billions, over, weight_bytes
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel
-from rlhf.models.alike import other_token, other_weight
+from rlhf.models.alike import differing_token, differing_weight
 from rlhf.models.base import UnknownShapeError, load_tokenizer
-from rlhf.models.on_disk import kept_on_disk
+from rlhf.models.on_disk import open_scratch
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import origin_of
 from rlhf.models.save import save_policy
@@ -67,18 +67,18 @@ class MergeStage(Stage):
             return
         base, start = view.base, files_of(init, view.base)
         try:
-            weight = other_weight(
+            weight = differing_weight(
                 base.architecture, start.architecture, trust_remote_code=base.config.trust_remote_code
             )
         except UnknownShapeError:  # the checks that follow say so
             return
-        token = other_token(base.load_tokenizer(), start.load_tokenizer())
+        token = differing_token(base.load_tokenizer(), start.load_tokenizer())
         why = weight and f"weights of another shape ({weight})"
         why = why or (token and f"another vocabulary ({token!r} has another id, or none)")
         if why:
             yield Complaint(
                 f"merge.policy={self.policy}",
-                f"{key}={directory} has {why} than {base.config.said}, and merging is between these two, "
+                f"{key}={directory} has {why} than {base.config.user_key}, and merging is between these two, "
                 "weight by weight.",
                 f"Use model=local model.path={directory} {key}=base, or leave merge out.",
             )
@@ -103,12 +103,12 @@ class MergeStage(Stage):
         from rlhf.models.peft.merge import merged_policy
 
         directory, settings, dtype = job.inputs[self.policy].path, job.base.config, job.compute.dtype
-        with kept_on_disk(job.directory) as scratch:
+        with open_scratch(job.directory) as scratch:
             base = load_causal_lm(job.base.directory, settings, dtype, scratch=scratch.directory)
             if origin_of(directory) is not None:
                 tuned = merged_policy(directory, settings, dtype, scratch)
             else:
                 tuned = load_causal_lm(directory, settings, dtype, scratch=scratch.directory)
-            change = interpolate(base, tuned, self.alpha, scratch.keep)
+            change = interpolate(base, tuned, self.alpha, scratch.map_to_file)
             save_policy(tuned, load_tokenizer(directory, settings), job.directory)
         return change

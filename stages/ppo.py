@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf.config import Complaint
 from rlhf.data.roles import TRAINING
-from rlhf.models.peft.methods import KINDS, METHODS
-from rlhf.models.peft.saved import described, origin_of
+from rlhf.models.peft.methods import METHODS, VIRTUAL_TOKEN_METHODS
+from rlhf.models.peft.saved import adapter_config, origin_of
 from rlhf.models.start import files_of
 from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.job import Job
@@ -78,7 +78,11 @@ class PpoStage(PpoConfig, PolicyStage):
         directory = reward_directory(part.source, {})
         if directory is None or origin_of(directory) is None:
             return None
-        return f"ppo.reward={self.reward}" if described(directory)["peft_type"] in KINDS else None
+        return (
+            f"ppo.reward={self.reward}"
+            if adapter_config(directory)["peft_type"] in VIRTUAL_TOKEN_METHODS
+            else None
+        )
 
     def objective(self) -> Objective:
         """A critic, the clipped loss."""

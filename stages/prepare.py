@@ -22,7 +22,7 @@ from rlhf.data.prepared import FAULTS
 from rlhf.data.schema import TextRow
 from rlhf.digests import DirectoryDigest, digest_of
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.intact import has_foreign_template
+from rlhf.models.intact import uses_other_template
 from rlhf.pipeline.fields import Reads
 from rlhf.pipeline.graph import named_sources
 from rlhf.pipeline.job import Job
@@ -124,7 +124,7 @@ class PrepareStage(Stage):
             preparation.write(job.directory)
             preparation.show(job.progress.console)
             return preparation.metrics() | {
-                "foreign_template": float(has_foreign_template(job.base)),
+                "foreign_template": float(uses_other_template(job.base)),
                 "vocabulary_size": float(len(preparation.tokenizer)),
             }
 

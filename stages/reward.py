@@ -19,7 +19,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from rlhf.config import Complaint, ConfigError
 from rlhf.data.roles import TRAINING
 from rlhf.data.sources import SourceConfig
-from rlhf.models.on_disk import kept_on_disk
+from rlhf.models.on_disk import open_scratch
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
@@ -104,7 +104,7 @@ class RewardStage(Stage):
         """Train, publish, and measure what was published."""
         from rlhf.evaluation.reward_model import calibration, rank_quality
         from rlhf.models.value_head import load_scalar_model
-        from rlhf.models.weight_sharing import frozen
+        from rlhf.models.weight_sharing import load_frozen
 
         tokenizer = job.start(self.init).load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
@@ -116,7 +116,7 @@ class RewardStage(Stage):
         if not train or not held_out:
             raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
         metrics = self.train(job, tokenizer, train)
-        published, _ = frozen(
+        published, _ = load_frozen(
             lambda device: load_scalar_model(
                 job.directory, job.base.config, job.compute.dtype, device, job.compute
             ),
@@ -135,7 +135,7 @@ class RewardStage(Stage):
 
     def train(self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Pairs) -> dict[str, float]:
         """Train and publish; summary metrics of both."""
-        from rlhf.models.peft.attach import attach, check_reached, loads_on
+        from rlhf.models.peft.attach import attach, check_adapters_used, loads_on
         from rlhf.models.recompute import checkpoint_layers
         from rlhf.models.value_head import load_scalar_model, reset_head
         from rlhf.pipeline.learner import Learner
@@ -146,7 +146,7 @@ class RewardStage(Stage):
         reset_head(model)
         attach(model.model, self.peft, compute.device)
         model.to(compute.loads_on)  # its head, behind what QLoRA took there
-        compute.ask_once(lambda: check_reached(model.model))
+        compute.ask_once(lambda: check_adapters_used(model.model))
         model.head.requires_grad_(True)
         model.offset.requires_grad_(False)
         if self.activation_checkpointing:
@@ -180,17 +180,17 @@ class RewardStage(Stage):
         from rlhf.training.trained import load_trained, put_weights
 
         start = job.start(self.init)
-        with kept_on_disk(job.directory) as scratch:
+        with open_scratch(job.directory) as scratch:
             model = load_scalar_model(
                 start.directory, job.base.config, job.compute.dtype, new_head=True, scratch=scratch.directory
             )
-            adapter = attach_to_merge(model.model, self.peft, scratch.keep)
+            adapter = attach_to_merge(model.model, self.peft, scratch.map_to_file)
             model.head.requires_grad_(True)
             model.offset.requires_grad_(False)
             put_weights(model, load_trained(weights))
             metrics = save_adapter(adapter, job.directory, start.directory, start.identity, model.head.weight)
             if METHODS[self.peft.method].merges:
-                adapter.merge(scratch.keep)
+                adapter.merge(scratch.map_to_file)
                 save_scalar_model(model, tokenizer, job.directory)
             else:
                 model.model.config.save_pretrained(job.directory)

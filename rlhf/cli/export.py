@@ -18,8 +18,8 @@ from rlhf.cli.runs import find_run
 from rlhf.config import ConfigError
 from rlhf.disk import naming
 from rlhf.exit_codes import DONE
-from rlhf.models.peft.methods import KINDS, METHODS
-from rlhf.models.peft.saved import ADAPTER, CONFIG, WEIGHTS, base_of, described
+from rlhf.models.peft.methods import METHODS, VIRTUAL_TOKEN_METHODS
+from rlhf.models.peft.saved import ADAPTER, CONFIG, WEIGHTS, adapter_config, base_of
 from rlhf.pipeline.store import Artifact
 
 HELP = """python -m rlhf export RUN DIR [policy=STAGE] [push=OWNER/NAME] [private=false] [runs_dir=DIR]
@@ -102,8 +102,8 @@ def write_adapter(run: RunFiles, artifact: Artifact, base: Path, target: Path) -
     Raises:
         ConfigError: PEFT has no such method.
     """
-    content = described(artifact.path)
-    if content["peft_type"] not in KINDS:
+    content = adapter_config(artifact.path)
+    if content["peft_type"] not in VIRTUAL_TOKEN_METHODS:
         merging = ", ".join(name for name, each in METHODS.items() if each.merges)
         raise ConfigError(
             f"{artifact.path}: neither transformers nor PEFT knows the layers that peft=adapter adds, and "

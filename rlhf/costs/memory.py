@@ -465,7 +465,7 @@ def sampling(
     if gathers:
         yield gathered_whole(on) if on.local_sampling == "whole" else gathered_by_layers(on)
     from rlhf.generation.cpu_decoder import multiplies_bf16
-    from rlhf.generation.sampler import READ_TOKENS, GrowingLayer
+    from rlhf.generation.sampler import PREFILL_TOKENS, GrowingLayer
 
     if folds:
         yield folded(on)
@@ -473,7 +473,7 @@ def sampling(
     if on.on_cpu and b == 2 and rows > 1 and shape.is_lean and not by_layers and multiplies_bf16():
         copied = shape.linear + shape.head
         yield Allocation("weights", b * copied, f"laid out for decoding: {billions(copied)} x {b} B")
-    room, per_token = GrowingLayer.ROOM, b * shape.kv_elements
+    room, per_token = GrowingLayer.GROWTH_TOKENS, b * shape.kv_elements
     tokens = prompt + new_tokens + room
     how = f"{rows:.0f} rows x ({prompt:.0f} + {new_tokens} + {room}) tokens x {per_token} B"
     yield Allocation("KV cache", rows * tokens * per_token, how)
@@ -481,7 +481,7 @@ def sampling(
     yield Allocation(
         "logits", rows * shape.vocabulary * each, f"{rows:.0f} rows x {shape.vocabulary} x {each} B"
     )
-    yield reading(on, min(rows * prompt, max(READ_TOKENS, prompt)))
+    yield reading(on, min(rows * prompt, max(PREFILL_TOKENS, prompt)))
 
 
 def beside_vllm(on: CostContext, phases: Sequence[MemoryPhase]) -> list[MemoryPhase]:

@@ -119,7 +119,7 @@ def counted(model: PreTrainedModel) -> ModelShape:
     from rlhf.generation.cpu_decoder import is_lean_kind
     from rlhf.generation.sampler import growing_cache
     from rlhf.models.packed_attention import may_pack
-    from rlhf.models.peft.target_modules import backbone_of, cannot_be_updated
+    from rlhf.models.peft.target_modules import backbone_of, excluded_layers
 
     config, text = model.config, model.config.get_text_config()
     for name in SIZES:
@@ -128,7 +128,7 @@ def counted(model: PreTrainedModel) -> ModelShape:
         if int(getattr(text, name)) < 1:
             raise UnknownShapeError(f"{type(config).__name__} has {name}={getattr(text, name)}")
     backbone = backbone_of(model)
-    linears, left_out = _linears(backbone), cannot_be_updated(model)
+    linears, left_out = _linears(backbone), excluded_layers(model)
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)

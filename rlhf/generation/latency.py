@@ -1,4 +1,4 @@
-"""How much longer a token takes with an adapter that is not merged."""
+"""Measure by how much an unmerged adapter slows decoding."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from rlhf.generation.sampler import generate
 from rlhf.models.peft.attach import has_adapters, without_adapters
 
 TOKENS, ROUNDS = 16, 3
-"""Tokens per round, and rounds. The fastest round counts, since other work can only slow one down."""
+"""Tokens per round, and number of rounds. The fastest round counts, because other work on the machine can
+only slow a round down."""
 
 
 def token_seconds(model: PreTrainedModel, compute: Compute) -> dict[str, float]:
-    """Summary metrics: seconds to decode a token of one row, greedily and with a KV cache, with and without
-    the adapters. Rank 0 measures on whole weights. Empty for a model without adapters, or one that the local
-    engine does not decode."""
+    """Summary metrics: seconds per decoded token of one row, greedily and with a KV cache, with and without
+    the adapters. Rank 0 measures. Empty if the weights are sharded, the model has no adapters, or the local
+    engine cannot decode it."""
     if compute.zero != "none" or not has_adapters(model):
         return {}
     return compute.main_only(lambda: _measured(model))
@@ -28,9 +29,9 @@ def token_seconds(model: PreTrainedModel, compute: Compute) -> dict[str, float]:
 def _measured(model: PreTrainedModel) -> dict[str, float]:
     try:
         check_decoding(model)
-    except UndecodableError:  # trained, but never sampled from here: another stage would have said so
+    except UndecodableError:  # this stage never samples from it; a stage that does reports the error
         return {}
-    _seconds(model)  # a first call sets up caches and threads
+    _seconds(model)  # warm-up: the first call sets up caches and threads
     rounds = []
     for _ in range(ROUNDS):
         with_adapters = _seconds(model)

@@ -1,4 +1,4 @@
-"""Forward passes of ranks that share a model's weights, where each rank has other rows and other counts."""
+"""Forward passes of ranks that share a model's weights, each with its own rows and number of passes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.peft.virtual_tokens import virtual_tokens
 
 PASS, OVER = "pass", "over"
-"""What rank 0 tells the ranks that answer its passes."""
+"""Messages of rank 0 to the ranks that answer its passes: before each pass, and at the end."""
 Result = TypeVar("Result")
 
 
 @contextmanager
 def in_step(model: PreTrainedModel, compute: Compute) -> Iterator[None]:
-    """While open, no rank calls the model alone: a layer is gathered by all ranks, so all must make equally
-    many passes.
+    """While open, no rank calls the model alone. All ranks must make the same number of passes, because every
+    layer is gathered by all ranks; otherwise they would deadlock.
 
-    A rank tells the others before each pass. At the end it answers theirs with passes over one token, until
-    all ranks are at the end. A rank without rows only answers.
+    A rank announces each pass to the others. At the end it answers their passes with passes over one token,
+    until all ranks are at the end. A rank without rows only answers.
     """
 
-    def tell(*call: Any) -> None:
+    def announce(*call: Any) -> None:
         compute.global_sum(torch.ones(1))
 
     virtual = virtual_tokens(model)
@@ -34,7 +34,7 @@ def in_step(model: PreTrainedModel, compute: Compute) -> Iterator[None]:
         if virtual is not None:
             with torch.no_grad():
                 stack.enter_context(virtual.computed_once(model))
-        hook = model.register_forward_pre_hook(tell, prepend=True)
+        hook = model.register_forward_pre_hook(announce, prepend=True)
         try:
             yield
         finally:
@@ -44,7 +44,8 @@ def in_step(model: PreTrainedModel, compute: Compute) -> Iterator[None]:
 
 
 def on_main(model: PreTrainedModel, compute: Compute, work: Callable[[], Result]) -> Result:
-    """`Compute.main_only` for work that calls a model whose weights the ranks share: they answer its passes.
+    """`Compute.main_only` for work that calls a model whose weights the ranks share: the others answer rank
+    0's passes.
 
     Raises:
         Exception: what rank 0's work raised.
@@ -69,8 +70,8 @@ def on_main(model: PreTrainedModel, compute: Compute, work: Callable[[], Result]
                 outcome.append(error)
         compute.broadcast(OVER)
     else:
-        while (heard := compute.broadcast(None)) != OVER:
-            if heard == PASS:
+        while (message := compute.broadcast(None)) != OVER:
+            if message == PASS:
                 _answer(model)
 
     def result() -> Result:

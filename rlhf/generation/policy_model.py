@@ -1,4 +1,4 @@
-"""A policy: a causal model with its tokenizer, which answers conversations."""
+"""A policy: a causal model with its tokenizer. It answers conversations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf.generation.vllm import Vllm
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import ResponseModel, answer_logprobs, check_policy
-from rlhf.models.weight_sharing import Placement, frozen
+from rlhf.models.weight_sharing import Placement, load_frozen
 from rlhf.rl.rollout import Responses, Rollout
 from rlhf.training.engine import WHOLE, Access
 
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class PolicyModel:
-    """Samples answers, and computes how likely they are."""
+    """Samples answers, and computes their log-probabilities."""
 
     def __init__(
         self,
@@ -40,13 +40,14 @@ class PolicyModel:
         vllm: Vllm | None = None,
         local_sampling: Literal["whole", "layers"] = "whole",
     ) -> None:
-        """Put a model and its tokenizer together.
+        """Combine a model and its tokenizer.
 
         Args:
-            access: how the model is run.
-            vllm: samples; None for the local engine.
-            local_sampling: how the local engine samples from sharded weights: gathered whole for the rollout,
-                or layer by layer, with all ranks in step. `Job.local_sampling`.
+            access: how to reach the model's weights.
+            vllm: the engine that samples; None for the local engine.
+            local_sampling: how the local engine samples from sharded weights: `whole` gathers all weights for
+                the rollout, `layers` gathers them layer by layer, with all ranks in step. See
+                `Job.local_sampling`.
         """
         self._local_sampling = local_sampling
         self.model, self.tokenizer, self.compute, self.access = model, tokenizer, compute, access
@@ -74,14 +75,15 @@ class PolicyModel:
         """A published model, frozen.
 
         Args:
-            tokenizer: needed for a base model; a published one carries the config's chat template.
-            placement: None for as the weights that train.
-            check: refuse a model whose output layer is not supported.
+            tokenizer: needed for a base model; None for a published model, whose own tokenizer has the
+                config's chat template.
+            placement: None for that of the weights that train.
+            check: whether to run `check_policy`.
 
         Raises:
-            ConfigError: its output layer is of a kind that is not supported.
+            ConfigError: `check_policy` refuses the model.
         """
-        model, access = frozen(
+        model, access = load_frozen(
             lambda device: load_causal_lm(directory, config, compute.dtype, device, compute),
             compute,
             placement,
@@ -92,12 +94,12 @@ class PolicyModel:
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and response together, in the model and in the engine that samples."""
+        """Largest number of tokens of prompt and response together, for the model and the sampling engine."""
         own = context_left(self.model)
         return own if self.vllm is None else min(own, self.vllm.max_model_len or own)
 
     def hand_over(self) -> None:
-        """Copy the weights into vLLM, if it samples. `sample` does it, if nobody did."""
+        """Copy the weights into vLLM, if it is the engine. `sample` calls this if needed."""
         if self.vllm is not None:
             self.vllm.hand_over(self.model, self.access.weights)
 
@@ -108,7 +110,7 @@ class PolicyModel:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """While open, the weights are as `sample` needs them. So whole ones are gathered once for many
+        """While open, the weights are ready for `sample`. So sharded weights are gathered once for many
         calls."""
         if self._is_ready or self.vllm is not None:
             yield
@@ -121,7 +123,7 @@ class PolicyModel:
                 self._is_ready = False
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Run work that calls the model on rank 0. Every rank gets its result, or its error.
+        """Run `work`, which calls the model, on rank 0. Every rank gets its result, or its error.
 
         Raises:
             Exception: what rank 0's work raised.
@@ -132,8 +134,8 @@ class PolicyModel:
             return on_main(self.model, self.compute, work)
 
     def special_token_rate(self, rollout: Rollout) -> float:
-        """Share of responses with a special token before their stop token. Rewards and readers see text,
-        which has none."""
+        """Share of responses with a special token before their stop token. Rewards and readers do not see
+        these tokens, because the text leaves them out."""
         inside = (
             ids[:-1] if stopped else ids
             for ids, stopped in zip(rollout.response_ids, rollout.stopped.tolist(), strict=True)
@@ -156,11 +158,12 @@ class PolicyModel:
 
         Args:
             generator: on the CPU, in the same state on every rank.
-            batch_rows: rows decoded together on each rank, None for all; vLLM uses vllm.max_num_seqs.
-            on_rows: called with the number of newly answered prompts, as if all ranks were equally fast.
+            batch_rows: rows decoded together on each rank; None for all. vLLM uses vllm.max_num_seqs instead.
+            on_rows: called with the number of newly answered prompts, estimated as if all ranks were equally
+                fast.
 
         Raises:
-            ConfigError: the local engine cannot decode this model; raised before its first answer.
+            ConfigError: the local engine cannot decode this model; raised before the first answer.
         """
         ids = [torch.tensor(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         uniform_BR = torch.rand(len(ids), max_new_tokens, generator=generator)
@@ -184,7 +187,7 @@ class PolicyModel:
         on_rows: Callable[[int], None],
         settings: Mapping[str, Any],
     ) -> Rollout:
-        """`sample` with the local engine: this rank's share of the prompts, collected from all ranks."""
+        """`sample` with the local engine. Each rank samples its share, then all responses are collected."""
         lengths = [len(row) for row in ids]
         mine = self.compute.shard_indices(lengths)
         together = self.compute if self._in_step else None
@@ -215,7 +218,8 @@ class PolicyModel:
         )
 
     def log_probabilities(self, responses: Responses, temperature: float, micro_batch_tokens: int) -> Tensor:
-        """Nats, fp32 [B, R] on the CPU, 0 on padding; without gradient."""
+        """Log-probability of every response token, without gradient: nats, fp32 [B, R] on the CPU, 0 on
+        padding."""
         with nullcontext() if self._is_ready else self.access.reading():
             model = ResponseModel(self.model)
             return answer_logprobs(model, responses, temperature, micro_batch_tokens, self.compute)

@@ -1,7 +1,7 @@
 """The local engine: sampling with a KV cache that grows in steps and drops finished rows.
 
 Dimensions: B unfinished rows, V vocabulary, K tokens in the cache (prompts padded on the left), D size of a
-head, T tokens of packed prompts, U different ones of them.
+head, T tokens of packed prompts, U different tokens among them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rlhf.models.base import ATTENTION, check_rows
 from rlhf.models.packed_batch import Packed
 from rlhf.rl.rollout import Rollout
 
-READ_TOKENS = 4096
-"""Tokens of prompts that go through the model together; a single prompt may be longer."""
+PREFILL_TOKENS = 4096
+"""Most prompt tokens in one pass of the model; a single prompt may be longer."""
 
 
 def generate(
@@ -47,19 +47,19 @@ def generate(
     """Sample one response per prompt.
 
     Prompts of similar length decode together. A row that has sampled a stop token leaves the cache, so only
-    sampled tokens cost time. temperature 0 is greedy. The result is in the prompts' order, with the engine's
-    log-probabilities (at this temperature, before top_p).
+    sampled tokens cost time. Temperature 0 is greedy. The result is in the order of the prompts, with the
+    engine's log-probabilities (at this temperature, before top_p).
 
     Args:
         prompts: 1-D long, at least one token each.
-        uniform_BR: [prompts, max_new_tokens] in [0, 1): each row's random numbers, so that a
-            response depends neither on the batch nor on the ranks.
+        uniform_BR: [prompts, max_new_tokens] in [0, 1): random numbers for each row, so that a response
+            depends neither on the batch nor on the ranks.
         batch_rows: rows decoded together.
-        copies: on CPUs weights may be copied for the time of the call, so that they multiply faster.
+        copies: whether weights may be copied during the call, so that CPUs multiply them faster.
         together: the ranks that share the model's weights and gather them layer by layer. All of them must
-            call this; each has its own prompts, or none.
+            call this, each with its own prompts, or none.
         on_rows: called with the number of newly finished rows.
-        on_token: called after each decoding step, with the tokens of the rows that had not ended, [B].
+        on_token: called after each decoding step, with the new tokens [B] of the unfinished rows.
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     check_rows(model.config, max(map(len, prompts), default=0) + max_new_tokens)
@@ -68,10 +68,10 @@ def generate(
     stopped = torch.zeros(len(prompts), dtype=torch.bool)
     stops = torch.tensor(sorted(stop_ids), device=model.device)
     lean = None
-    # one answer may end before the copies have paid off: they take as long as several tokens
+    # the copies take as long as several tokens: a single answer may end before they pay off
     if copies and together is None and len(prompts) > 1 and is_lean(model, growing_cache(model)):
         lean = LeanDecoder(model, batch_rows)
-    # what is gathered in inference mode could never learn again
+    # weights that are gathered in inference mode could not be trained later
     no_graph = torch.inference_mode() if together is None else torch.no_grad()
     with no_graph, nullcontext() if together is None else in_step(model, together):
         for start in range(0, len(order), batch_rows):
@@ -94,7 +94,7 @@ def generate(
     responses, logps = (
         [ids.clone() for ids in responses],
         [logp.clone() for logp in logps],
-    )  # autograd may keep them
+    )  # clones are no inference tensors, so autograd can save them
     return Rollout(list(prompts), responses, stopped, logps)
 
 
@@ -116,8 +116,8 @@ def _decode(
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     uniform_BR = uniform_BR.to(device)
-    active_B = torch.arange(len(prompts), device=device)  # which row each row of the cache belongs to
-    cache, logits_BV, mask_BK = _read(model, prompts, pad_id)
+    active_B = torch.arange(len(prompts), device=device)  # index of the prompt of each row in the cache
+    cache, logits_BV, mask_BK = _prefill(model, prompts, pad_id)
     position_B = mask_BK.sum(-1)
 
     for step in range(max_new_tokens):
@@ -128,13 +128,13 @@ def _decode(
         if bool(stop_B.any()):
             finished = active_B[stop_B]
             lengths[finished], ended[finished] = step + 1, True
-            going = (~stop_B).nonzero().squeeze(-1)
-            if len(going) == 0:
+            unfinished = (~stop_B).nonzero().squeeze(-1)
+            if len(unfinished) == 0:
                 break
-            # batch_select_indices does not know state-space layers
-            cache.reorder_cache(going)  # type: ignore[arg-type]  # typed as LongTensor
+            # batch_select_indices does not support state-space layers
+            cache.reorder_cache(unfinished)  # type: ignore[arg-type]  # typed as LongTensor
             active_B, token_B, mask_BK, position_B = (
-                active_B[going], token_B[going], mask_BK[going], position_B[going]
+                active_B[unfinished], token_B[unfinished], mask_BK[unfinished], position_B[unfinished]
             )  # fmt: skip
             mask_BK = without_padding(cache, mask_BK)
         if step + 1 == max_new_tokens:
@@ -159,38 +159,40 @@ def _decode(
     ]
 
 
-def _read(model: PreTrainedModel, prompts: list[Tensor], pad_id: int) -> tuple[DynamicCache, Tensor, Tensor]:
-    """Read the prompts, the longest first, into a cache. Equal prompts are read once. They go in groups, so
-    that activations do not grow with their number; prompts of models with other states than keys and values
-    go together.
+def _prefill(
+    model: PreTrainedModel, prompts: list[Tensor], pad_id: int
+) -> tuple[DynamicCache, Tensor, Tensor]:
+    """Read the prompts into a cache, the longest first. Equal prompts are read once. Groups of prompts go
+    through the model one after the other, so that activations do not grow with the number of prompts. Models
+    with other states than keys and values read all prompts at once.
 
     Returns:
-        The cache, the logits after the prompts [B, V], and where the cache holds a token [B, K]: prompts are
-        padded on the left.
+        The cache, the logits [B, V] after the prompts, and a mask [B, K], 1 where the cache holds a token.
+        Prompts are padded on the left.
     """
-    asked = [tuple(prompt.tolist()) for prompt in prompts]
-    unique = dict(zip(asked, prompts, strict=True))
+    keys = [tuple(prompt.tolist()) for prompt in prompts]
+    unique = dict(zip(keys, prompts, strict=True))
     places = {ids: place for place, ids in enumerate(unique)}
     prompts = [*unique.values()]
     layers, width = growing_cache(model).layers, len(prompts[0])
     is_packed = model.config._attn_implementation == ATTENTION
     is_packed = is_packed and all(isinstance(layer, GrowingLayer) for layer in layers)
     tokens = [len(row) if is_packed else width for row in prompts]
-    can_join = all(type(layer) in JOINABLE for layer in layers)
-    groups = token_budget_batches(tokens, READ_TOKENS if can_join else sum(tokens))
+    can_join = all(type(layer) in JOINABLE_LAYERS for layer in layers)
+    groups = token_budget_batches(tokens, PREFILL_TOKENS if can_join else sum(tokens))
     parts = [
-        _read_group(model, [prompts[row] for row in group], width, pad_id, is_packed) for group in groups
+        _prefill_group(model, [prompts[row] for row in group], width, pad_id, is_packed) for group in groups
     ]
     caches, logits, masks = zip(*parts, strict=True)
     cache, logits_BV, mask_BK = joined(caches), torch.cat(logits), torch.cat(masks)
-    if len(places) < len(asked):
-        place_B = torch.tensor([places[ids] for ids in asked], device=model.device)
+    if len(places) < len(keys):
+        place_B = torch.tensor([places[ids] for ids in keys], device=model.device)
         cache.reorder_cache(place_B)  # type: ignore[arg-type]  # typed as LongTensor
         logits_BV, mask_BK = logits_BV[place_B], mask_BK[place_B]
     return cache, logits_BV, mask_BK
 
 
-def _read_group(
+def _prefill_group(
     model: PreTrainedModel, prompts: list[Tensor], width: int, pad_id: int, is_packed: bool
 ) -> tuple[DynamicCache, Tensor, Tensor]:
     packed, cache = Packed(prompts, model.device), growing_cache(model)
@@ -205,7 +207,7 @@ def _read_group(
         return cache, output.logits[0], mask_BK
     ids_BK = torch.full_like(mask_BK, pad_id)
     ids_BK[mask_BK.bool()] = packed.ids_T
-    # an index: of the number 1 transformers makes a view, for which torch copies the output layer once a row
+    # an index: for the number 1 transformers makes a view, and torch copies the output layer for each row
     last = torch.tensor([-1], device=model.device)
     output = model(
         input_ids=ids_BK,
@@ -220,7 +222,7 @@ def _read_group(
 
 def _sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     scaled_BV = logits_BV / temperature if temperature not in (0.0, 1.0) else logits_BV
-    highest_B1 = scaled_BV.amax(-1, keepdim=True)  # with its index it takes ten times as long on a CPU
+    highest_B1 = scaled_BV.amax(-1, keepdim=True)  # max(), with its index, is slower on CPUs
     weight_BV = (scaled_BV - highest_B1).exp_()
     total_B = weight_BV.sum(-1)
     check_finite(total_B)
@@ -235,8 +237,8 @@ def _sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tens
 def _draw(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """One index per row, with probability proportional to its weight, by the inverse distribution function.
 
-    On a CPU torch.multinomial takes forty times as long for a vocabulary of 49152. A weight of 0 is never
-    drawn: the first entry that exceeds a number below the total has a positive weight.
+    torch.multinomial is much slower on CPUs. An index of weight 0 is never drawn: the first cumulative weight
+    that exceeds a number below the total belongs to an index with a positive weight.
     """
     cumulative_BV = weight_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
@@ -247,10 +249,10 @@ def _draw(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def check_finite(values: Tensor) -> None:
-    """Check values that any NaN in a row's logits reaches.
+    """Check that values are finite. They must depend on all logits of a row, so that a NaN in one shows.
 
     Raises:
-        ConfigError: there is a NaN, so no token can be chosen.
+        ConfigError: a value is not finite, so no token can be chosen.
     """
     if not bool(values.isfinite().all()):
         raise ConfigError(
@@ -269,10 +271,10 @@ def _nucleus(weight_BV: Tensor, total_B: Tensor, top_p: float) -> Tensor:
 
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """transformers' cache, whose plain layers grow in steps instead of being copied for every token.
+    """transformers' cache, but its plain layers grow in steps instead of being copied for every token.
 
-    The model needs an attention_mask with it, which hides the unused places. Models that compute something of
-    the mask's length (Bloom's ALiBi) get the plain cache.
+    Each call of the model then needs an attention_mask, which hides the unused places. Models that compute
+    values from the mask's length (Bloom's ALiBi) get the plain cache.
     """
     cache = DynamicCache(config=model.config)
     if model._supports_attention_backend:
@@ -281,52 +283,52 @@ def growing_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 class GrowingLayer(DynamicLayer):
-    """`keys` and `values` [B, heads, room, D] are filled up to a length. The rest is zeros, which the mask
-    hides. The model gets whole buffers: matrix products would copy parts."""
+    """A cache layer with buffers `keys` and `values` [B, heads, capacity, D]. Unused places are zeros, which
+    the mask hides. The model gets the full buffers, because matrix products would copy parts of them."""
 
-    ROOM = 64
+    GROWTH_TOKENS = 64
     """Tokens by which the buffers grow."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped
         self._length = 0
         self.prompts: tuple[Tensor, Tensor, int, int] | None = None
-        """Announce packed prompts for the first call: which of the U tokens each of the T is, their places
-        [T] in the flattened [B, K], and B and K."""
+        """Set before a first call with packed prompts: index of each of the T tokens among the U, index of
+        each of the T in the flattened [B, K], B, and K."""
 
     def get_seq_length(self) -> int:
-        """Tokens so far."""
+        """Number of tokens so far, padding included."""
         return self._length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The length and offset of what `update` will return."""
-        return self._room_for(self._length + query_length), 0
+        """Length and offset of the keys that `update` will return."""
+        return self._capacity_for(self._length + query_length), 0
 
-    def _room_for(self, length: int) -> int:
+    def _capacity_for(self, length: int) -> int:
         if self.keys is None:
             return length
-        room = self.keys.shape[-2]
-        return room if length <= room else length + self.ROOM
+        capacity = self.keys.shape[-2]
+        return capacity if length <= capacity else length + self.GROWTH_TOKENS
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the new tokens."""
+        """Append the new tokens' keys and values, and return all of them."""
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = self._padded(key_states), self._padded(value_states)
             self._length = self.keys.shape[-2]
             return key_states, value_states
         start, self._length = self._length, self._length + key_states.shape[-2]
-        room = self._room_for(self._length)
-        if room > self.keys.shape[-2]:
-            self.keys, self.values = _widened(self.keys, room), _widened(self.values, room)
+        capacity = self._capacity_for(self._length)
+        if capacity > self.keys.shape[-2]:
+            self.keys, self.values = _widened(self.keys, capacity), _widened(self.values, capacity)
         self.keys[:, :, start : self._length] = key_states
         self.values[:, :, start : self._length] = value_states
         return self.keys, self.values
 
     def _padded(self, x: Tensor) -> Tensor:
-        """Packed prompts' [1, heads, U, D] -> [B, heads, K, D]."""
+        """[1, heads, U, D] of packed prompts -> [B, heads, K, D]."""
         if self.prompts is None:
             return x
         token_T, places_T, rows, width = self.prompts
@@ -337,26 +339,26 @@ class GrowingLayer(DynamicLayer):
         return padded.view(rows, width, heads, size).transpose(1, 2).contiguous()
 
     def cut(self, start: int, stop: int) -> None:
-        """Drop these columns."""
+        """Drop the columns from `start` to before `stop`."""
         assert self.keys is not None and self.values is not None
         self.keys = torch.cat([self.keys[:, :, :start], self.keys[:, :, stop:]], dim=2)
         self.values = torch.cat([self.values[:, :, :start], self.values[:, :, stop:]], dim=2)
         self._length -= stop - start
 
 
-def _widened(x: Tensor, room: int) -> Tensor:
-    """[B, heads, K, D] -> [B, heads, room, D], zeros behind."""
-    wider = x.new_zeros(*x.shape[:2], room, x.shape[-1])
+def _widened(x: Tensor, capacity: int) -> Tensor:
+    """[B, heads, K, D] -> [B, heads, capacity, D], with zeros at the end."""
+    wider = x.new_zeros(*x.shape[:2], capacity, x.shape[-1])
     wider[:, :, : x.shape[-2]] = x
     return wider
 
 
-JOINABLE = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)
+JOINABLE_LAYERS = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)
 """Cache layers that hold keys and values [B, heads, K, D] and nothing else."""
 
 
 def joined(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """Move the rows of all caches, which are equally wide, into the first one, layer by layer."""
+    """Move the rows of all caches into the first one, layer by layer. All caches have the same width K."""
     if len(caches) > 1:
         for layers in zip(*(cache.layers for cache in caches), strict=True):
             layers[0].keys = torch.cat([layer.keys for layer in layers])
@@ -367,10 +369,10 @@ def joined(caches: Sequence[DynamicCache]) -> DynamicCache:
 
 
 def without_padding(cache: DynamicCache, mask_BK: Tensor) -> Tensor:
-    """Drop leading columns that hold no token of any row, if every layer can. Virtual tokens stay.
+    """Drop leading columns that are padding in every row, if every layer can do so. Virtual tokens stay.
 
     Returns:
-        The mask of the columns that are left.
+        The mask of the remaining columns.
     """
     layers = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
     unused = int(mask_BK.any(0).int().argmax())

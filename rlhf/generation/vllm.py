@@ -1,8 +1,8 @@
-"""vLLM as the engine: in this process, on this rank's device, with weights handed over in place.
+"""vLLM as the sampling engine: in this process, on this rank's device.
 
-It never reads a policy from disk again. Before each rollout `hand_over` copies the trained weights into the
+The engine never reads weights from disk. Before each rollout `hand_over` copies the trained weights into the
 running engine. It uses vLLM's own reloading, which keeps CUDA graphs and repacks weights for its kernels.
-On a GPU the engine sleeps between rollouts: its weights and its cache are gone, and learning has the memory.
+On a GPU the engine sleeps between rollouts: its weights and cache are freed, so that training has the memory.
 Dimensions: B prompts, R response tokens.
 """
 
@@ -35,37 +35,38 @@ if TYPE_CHECKING:
     from rlhf.training.engine import Gather
 
 WEIGHTS, CACHE = "weights", "kv_cache"
-"""vLLM's names for what it can lose while it sleeps, and get back alone."""
+"""vLLM's tags of the memory that it frees while it sleeps. Each can be woken separately."""
 BATCHED_TOKENS = 8192
-"""Tokens of prompts that an engine on a GPU reads in one pass. When it is built it tries such a pass, to see
-that there is memory for it: `rlhf.costs.memory.beside_vllm` counts that."""
+"""Prompt tokens that an engine on a GPU reads in one pass. A new engine tries such a pass, to check that the
+memory is sufficient: `rlhf.costs.memory.beside_vllm` counts that memory."""
 BLOCK_TOKENS = {"cuda": 16, "cpu": 128}
-"""Tokens of a row for which vLLM gives out its cache at once."""
-PORTIONS = 8
-"""In so many portions, at least, an engine takes its share of the prompts. With one portion the engine that
-asks first would get all of the longest."""
+"""Device type -> tokens in one block of vLLM's KV cache."""
+MIN_PORTIONS = 8
+"""Fewest portions in which an engine takes its share of the prompts. With one portion, the first engine would
+get all of the longest prompts."""
 
 
 class VllmConfig(Strict):
     """`vllm.*`: the engine of `generation=vllm`, on each rank. Values: conf/config.yaml."""
 
     tensor_parallel: PositiveInt
-    """Ranks that run one engine together, each with a part of its weights and of its keys and values. Must
-    divide the number of ranks."""
+    """Ranks that run one engine together. Each holds a part of the engine's weights and KV cache. Must divide
+    the number of ranks."""
     kv_cache_gib: PositiveFloat
-    """GiB for keys and values, in addition to the engine's copy of the policy. A GPU has them back between
+    """GiB for keys and values, in addition to the engine's copy of the policy. A GPU frees them between
     rollouts."""
     max_num_seqs: PositiveInt
     """Responses that one engine decodes together."""
     max_model_len: PositiveInt | None
-    """Most tokens of prompt and response together; null uses the longest that the run's stages sample. One
-    such row must fit into kv_cache_gib."""
+    """Largest number of tokens of prompt and response together; null uses the longest that the run's stages
+    sample. One such row must fit into kv_cache_gib."""
     enforce_eager: bool
-    """Turn torch.compile and CUDA graphs off: starts sooner, decodes more slowly. Always true on CPUs."""
+    """Turn torch.compile and CUDA graphs off: the engine starts sooner and decodes more slowly. Always true
+    on CPUs."""
 
 
 def check_groups(config: VllmConfig, compute: Compute) -> None:
-    """Refuse engines of more or fewer ranks than there are.
+    """Refuse a run whose ranks cannot be divided into engines.
 
     Raises:
         ConfigError: vllm.tensor_parallel does not divide the number of ranks.
@@ -78,18 +79,18 @@ def check_groups(config: VllmConfig, compute: Compute) -> None:
 
 
 def batched_tokens(config: VllmConfig) -> int:
-    """Tokens that go through the model in one pass, on a GPU."""
+    """Largest number of tokens in one pass of the engine, on a GPU."""
     return max(BATCHED_TOKENS, config.max_num_seqs)
 
 
 class Vllm:
-    """One engine for all policies of a run, which have one architecture. Built at the first use."""
+    """One engine for all policies of a run, which must have the same architecture. Built at the first use."""
 
     def __init__(self, config: VllmConfig, compute: Compute, *, trust_remote_code: bool = False) -> None:
-        """Imports nothing yet.
+        """Check the config; vLLM is imported at the first use.
 
         Raises:
-            ConfigError: vLLM is not installed.
+            ConfigError: vLLM is not installed, or `check_groups` refuses the config.
         """
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(
@@ -101,21 +102,21 @@ class Vllm:
         self._llm: Any = None
         self._holds: PreTrainedModel | None = None
         self._has_own_group = False
-        self._sleeps = compute.device_name.startswith("cuda")  # for CPUs vLLM takes the calls, to no effect
+        self._sleeps = compute.device_name.startswith("cuda")  # on CPUs vLLM's sleep has no effect
         self._asleep: set[str] = set()
         self._engines = compute.world_size // config.tensor_parallel
         self._rollouts = 0
         self.longest: int | None = None
-        """Most tokens of prompt and response that the run samples, as far as that is known before the engine
-        is built; None for the model's context."""
+        """Largest number of tokens of prompt and response that the run samples; None for the model's context.
+        Set before the engine is built."""
 
     @property
     def max_model_len(self) -> int | None:
-        """The user's limit for tokens of prompt and response together."""
+        """The user's limit for the tokens of prompt and response together; None if there is none."""
         return self._config.max_model_len
 
     def holds(self, model: PreTrainedModel) -> bool:
-        """Whether the model's weights were handed over and not yet sampled from."""
+        """Whether the engine has this model's weights, and has not sampled from them yet."""
         return self._holds is model
 
     def hand_over(self, model: PreTrainedModel, gathered: Gather = lambda modules: nullcontext()) -> None:
@@ -125,7 +126,7 @@ class Vllm:
             gathered: as of `Access.weights`.
 
         Raises:
-            ConfigError: vLLM cannot run this model, or leaves some of its weights as they were.
+            ConfigError: vLLM cannot run this model, or does not accept some of its weights.
         """
         from torch import distributed
 
@@ -135,17 +136,17 @@ class Vllm:
             self._has_own_group = not distributed.is_initialized()
             self._llm = self._build(model)
         self._wake(WEIGHTS)
-        of_ours: list[Exception] = []
-        weights = _noting(merged_weights(model, gathered), of_ours)
+        own_failures: list[Exception] = []
+        weights = _noting_failures(merged_weights(model, gathered), own_failures)
         try:
             (missing,) = self._llm.collective_rpc(_load, args=(weights,))
-        except (KeyError, ValueError, AssertionError) as error:  # it knows no such weight, or another shape
-            if error in of_ours:
+        except (KeyError, ValueError, AssertionError) as error:  # an unknown weight, or another shape
+            if error in own_failures:
                 raise
             raise _refused(model, str(error)) from error
         if missing:
             raise _refused(model, f"it does not accept {len(missing)} weights, such as {min(missing)}")
-        emptied = self._llm.reset_prefix_cache()  # it was computed by the old weights
+        emptied = self._llm.reset_prefix_cache()  # the old weights computed it
         assert emptied, "requests are still running"
         self._holds = model
 
@@ -160,17 +161,18 @@ class Vllm:
         top_p: float = 1.0,
         on_rows: Callable[[int], None] = lambda rows: None,
     ) -> Rollout:
-        """Sample one response per prompt with the weights that were handed over last. Engines share the work,
+        """Sample one response per prompt with the weights of the last `hand_over`. Engines share the work,
         and each rank gets all responses.
 
         Differences from rlhf/generation/sampler.py: vLLM makes the batches; a row's random numbers only seed
         its request; with top_p < 1 there are no log-probabilities, because vLLM's are those of the nucleus.
 
         Args:
-            on_rows: called with the number of newly answered prompts, as if all engines were equally fast.
+            on_rows: called with the number of newly answered prompts, estimated as if all engines were
+                equally fast.
 
         Raises:
-            ConfigError: prompt and response do not fit into the engine's context, or a policy is broken.
+            ConfigError: prompt and response do not fit into the engine's context, or logits are not finite.
         """
         import torch
 
@@ -178,39 +180,39 @@ class Vllm:
         from rlhf.rl.rollout import Rollout
 
         assert self._holds is not None, "no weights were handed over"
-        self._holds = None  # what is sampled next may be another policy
+        self._holds = None  # so that the next rollout hands its weights over again
         settings = {
             "temperature": temperature,
             "top_p": top_p,
             "max_tokens": max_new_tokens,
             "stop_token_ids": list(stop_ids),
-            "ignore_eos": True,  # stop_ids has all that end a response
-            "logprobs": 0,  # the sampled token's alone
+            "ignore_eos": True,  # stop_ids has every id that ends a response
+            "logprobs": 0,  # only that of the sampled token
             "detokenize": False,
         }
-        told = 0
+        reported = 0
 
-        def tell(answered: int) -> None:
-            nonlocal told
+        def report(answered: int) -> None:
+            nonlocal reported
             now = min(len(prompts), answered * self._engines)
-            if now > told:
-                on_rows(now - told)
-            told = max(now, told)
+            if now > reported:
+                on_rows(now - reported)
+            reported = max(now, reported)
 
-        with self._until_asleep():
+        with self._awake():
             self._check_length(max(map(len, prompts), default=0), max_new_tokens)
             seeded = [{**settings, "seed": _seed(uniform_R)} for uniform_R in uniform_BR]
             self._rollouts += 1
             queue = SharedQueue(
                 self._compute, f"rollout {self._rollouts}", len(prompts), self._config.tensor_parallel
             )
-            mine = self._run([prompt.tolist() for prompt in prompts], seeded, queue, tell)
+            mine = self._run([prompt.tolist() for prompt in prompts], seeded, queue, report)
         rows = self._compute.collect_taken(
             {index: (one.token_ids, one.finish_reason == "stop", _logps(one)) for index, one in mine.items()},
             len(prompts),
         )
         queue.close()
-        tell(len(prompts))
+        report(len(prompts))
         logps = [logp for _, _, logp in rows]
         if logps:
             check_finite(torch.cat(logps))
@@ -222,12 +224,13 @@ class Vllm:
         )
 
     def close(self) -> None:
-        """Free the engine's memory if there is one rank. vLLM would end the process group of several."""
+        """Free the engine's memory if there is only one rank. With several, vLLM would end our process
+        group."""
         if self._llm is not None and self._has_own_group:
             import torch
 
             gc.collect()
-            if self._sleeps:  # its allocator cannot free what is asleep, whole or in part
+            if self._sleeps:  # vLLM's allocator cannot free memory that is asleep, even in part
                 self._llm.collective_rpc("wake_up")
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = self._holds = None
@@ -237,14 +240,14 @@ class Vllm:
                 torch.cuda.empty_cache()
 
     def _wake(self, tag: str) -> None:
-        """Give the engine the memory of its weights or of its cache again; what was in it is lost."""
+        """Give the engine the memory of its weights or its cache again. The former content is lost."""
         if tag in self._asleep:
             self._llm.wake_up(tags=[tag])
             self._asleep.remove(tag)
 
     @contextmanager
-    def _until_asleep(self) -> Iterator[None]:
-        """While open, the engine can sample. Then, or if something fails, it sleeps."""
+    def _awake(self) -> Iterator[None]:
+        """While open, the engine can sample. Afterwards it sleeps, also after an error."""
         try:
             self._wake(CACHE)
             yield
@@ -253,13 +256,13 @@ class Vllm:
                 self._asleep = {WEIGHTS, CACHE}
                 self._llm.sleep(level=2)  # without a copy in the host's memory
 
-    def _waits(self) -> AbstractContextManager[None]:
-        """Limits how long this rank waits inside vLLM for the others of its engine. The memory that CPU ranks
-        share has no limit of its own, nor has all that GPUs do."""
+    def _limited_wait(self) -> AbstractContextManager[None]:
+        """Limit the time that this rank waits inside vLLM for the other ranks of its engine. vLLM's shared
+        memory of CPU ranks has no time limit of its own, nor do some operations on GPUs."""
         return self._compute.limited() if self._config.tensor_parallel > 1 else nullcontext()
 
     def _check_length(self, prompt: int, max_new_tokens: int) -> None:
-        """Refuse a prompt of so many tokens if its response may not fit into the engine's context."""
+        """Refuse a prompt of `prompt` tokens if its response may not fit into the engine's context."""
         limit, longest = self._llm.llm_engine.model_config.max_model_len, prompt + max_new_tokens
         if longest > limit:
             raise ConfigError(
@@ -272,44 +275,44 @@ class Vllm:
         prompts: Sequence[list[int]],
         settings: Sequence[Mapping[str, Any]],
         queue: SharedQueue,
-        tell: Callable[[int], None],
+        report: Callable[[int], None],
     ) -> dict[int, Any]:
-        """The completions of the prompts that this rank's engine takes, by the prompts' places.
+        """Completions of the prompts that this rank's engine takes, by the prompts' indices.
 
-        Engines take prompts from one queue, the longest first, a few at a time, and none has more than its
-        share at once. So each gets prompts of all lengths, and one that is done early takes more.
+        Engines take prompts from one queue, the longest first, a few at a time. No engine has more than its
+        share at once. So each engine gets prompts of all lengths, and one that is done early takes more.
         """
         from vllm import SamplingParams
 
         engine, scheduler = self._llm.llm_engine, self._llm.llm_engine.engine_core.engine_core.scheduler
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        most, at_once = len(order), len(order)
+        max_active, at_once = len(order), len(order)
         if self._engines > 1:
-            most = min(-(-most // self._engines), self._config.max_num_seqs)
-            at_once = max(1, most // PORTIONS)
+            max_active = min(-(-max_active // self._engines), self._config.max_num_seqs)
+            at_once = max(1, max_active // MIN_PORTIONS)
         taken: list[int] = []
         outputs: list[Any] = []
-        with _undisturbed(self._compute), self._waits():
+        with _process_state_restored(self._compute), self._limited_wait():
             try:
                 while not queue.is_empty or len(outputs) < len(taken):
-                    room = min(at_once, most - len(taken) + len(outputs))
-                    if room > 0 and not queue.is_empty and scheduler.get_request_counts()[1] == 0:
-                        more = [order[place] for place in queue.take(room)]
+                    num_free = min(at_once, max_active - len(taken) + len(outputs))
+                    if num_free > 0 and not queue.is_empty and scheduler.get_request_counts()[1] == 0:
+                        new_indices = [order[place] for place in queue.take(num_free)]
                         self._llm.enqueue(
-                            [{"prompt_token_ids": prompts[index]} for index in more],
-                            [SamplingParams(**settings[index]) for index in more],
+                            [{"prompt_token_ids": prompts[index]} for index in new_indices],
+                            [SamplingParams(**settings[index]) for index in new_indices],
                             use_tqdm=False,
                         )
-                        taken += more
+                        taken += new_indices
                     if len(outputs) == len(taken):
                         break
                     outputs += [each for each in engine.step() if each.finished]
                     self._compute.count_progress()
-                    tell(len(outputs))
-            except BaseException:  # whatever it is: what is left would be answered in the next rollout
+                    report(len(outputs))
+            except BaseException:  # any error: the remaining requests would be answered in the next rollout
                 engine.abort_request(list(engine.output_processor.request_states), internal=True)
                 raise
-        outputs.sort(key=lambda each: int(each.request_id))  # vLLM counts them
+        outputs.sort(key=lambda each: int(each.request_id))  # vLLM's ids are consecutive numbers
         return {index: each.outputs[0] for index, each in zip(taken, outputs, strict=True)}
 
     def _build(self, model: PreTrainedModel) -> Any:
@@ -320,8 +323,8 @@ class Vllm:
         """
         config, compute = self._config, self._compute
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
-        with _undisturbed(compute), _own_shared_memory(compute):
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would send usage statistics
+        with _process_state_restored(compute), _own_shared_memory(compute):
             from vllm import LLM, SamplingParams
             from vllm.platforms import current_platform
 
@@ -340,24 +343,24 @@ class Vllm:
                     load_format="dummy",  # the weights are handed over
                     use_tqdm_on_load=False,
                     skip_tokenizer_init=True,
-                    generation_config="vllm",  # no sampling settings but ours
+                    generation_config="vllm",  # only our sampling settings
                     logprobs_mode="processed_logprobs",  # at the sampling temperature
                     kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
-                    gpu_memory_utilization=0.01,  # vLLM would want it free beside the trainer, and not use it
+                    gpu_memory_utilization=0.01,  # memory that must be free, but is not used
                     max_num_seqs=config.max_num_seqs,
                     max_num_batched_tokens=None if compute.device.type == "cpu" else batched_tokens(config),
                     max_model_len=config.max_model_len or self.longest,
-                    # on CPUs a compiled graph would keep packed copies of the weights that it was made with
+                    # on CPUs a compiled graph would keep packed copies of the old weights
                     enforce_eager=config.enforce_eager or compute.device.type == "cpu",
-                    # beside other ranks it must join their process group, and take its own rank's device
+                    # with several ranks, vLLM must join their process group and use this rank's device
                     distributed_executor_backend="external_launcher" if compute.world_size > 1 else "uni",
                     tensor_parallel_size=config.tensor_parallel,
                     distributed_timeout_seconds=ceil(compute.timeout),
                     cpu_distributed_timeout_seconds=ceil(compute.timeout),
                     enable_sleep_mode=compute.device.type == "cuda",
                 )
-                # the CPU's kernels are looked for at the first call only
-                with self._waits():
+                # vLLM looks for the CPU's kernels only at the first call
+                with self._limited_wait():
                     llm.generate([{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1), use_tqdm=False)
             except (ValueError, RuntimeError) as error:
                 if not is_refusal(error):
@@ -367,10 +370,10 @@ class Vllm:
 
 
 def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Runs in vLLM's worker: load these weights. Returns the names of weights that did not change.
+    """Load weights, in vLLM's worker. Returns the names of the weights that did not get a value.
 
-    The worker's own `reload_weights` only logs what is missing, and forgets a tied output layer on CPUs: its
-    kernel has a packed copy, which is not renewed because no weight has its name.
+    The worker's own `reload_weights` only logs missing weights. It also forgets a tied output layer on CPUs:
+    the kernel has a packed copy, which is not renewed because no weight has its name.
     """
     import torch
     from vllm.config import set_current_vllm_config
@@ -392,20 +395,22 @@ def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     return set() if loaded is None else wanted - set(loaded)
 
 
-def _noting(weights: Iterable[tuple[str, Tensor]], failures: list[Exception]) -> Iterator[tuple[str, Tensor]]:
-    """The weights. An error while they are computed is noted as not vLLM's."""
+def _noting_failures(
+    weights: Iterable[tuple[str, Tensor]], failures: list[Exception]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights. Add an error while one is computed to `failures`, because it is not vLLM's error."""
     try:
         yield from weights
-    except Exception as error:  # whatever it is: noted, and raised again
+    except Exception as error:  # any error is recorded and raised again
         failures.append(error)
         raise
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the error says that vLLM cannot run the model or its settings, which the user can change. Out
-    of memory, a lost rank and other failures are not."""
+    """Whether the error means that vLLM cannot run this model or these settings, which the user can change.
+    False for out of memory, a lost rank and other failures."""
     is_general = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
-    return not is_general or UNSUPPORTED.search(str(error)) is not None
+    return not is_general or UNSUPPORTED_MESSAGE.search(str(error)) is not None
 
 
 def _refused(model: PreTrainedModel, reason: str) -> ConfigError:
@@ -417,7 +422,7 @@ def _refused(model: PreTrainedModel, reason: str) -> ConfigError:
 
 
 def _seed(uniform_R: Tensor) -> int:
-    """63 bits from a row's random numbers."""
+    """A seed of 63 bits from a row's random numbers."""
     digest = hashlib.blake2b(uniform_R.contiguous().numpy().tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -432,8 +437,8 @@ def _logps(completion: Any) -> Tensor:
 
 @contextmanager
 def _own_shared_memory(compute: Compute) -> Iterator[None]:
-    """Give the memory that the CPU ranks of one engine share a name of this run, and remove the name when all
-    have joined. vLLM uses the same name in all runs of a machine, and leaves it behind."""
+    """While open, the shared memory of CPU ranks has a name of this run. Afterwards, when all ranks have
+    joined, remove the name. vLLM itself uses the same name in all runs of a machine, and never removes it."""
     if compute.device.type != "cpu" or compute.world_size == 1:
         yield
         return
@@ -449,32 +454,34 @@ def _own_shared_memory(compute: Compute) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-UNSUPPORTED = re.compile("unsupported|not (yet )?supported|not implemented", re.I)
-"""Messages of its kernels for models that they do not support; the errors have no class of their own."""
-CHANGED = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "VLLM_ENABLE_V1_MULTIPROCESSING")
-"""Environment variables that vLLM, or this file for it, sets for the whole process."""
+UNSUPPORTED_MESSAGE = re.compile("unsupported|not (yet )?supported|not implemented", re.I)
+"""Matches error messages of vLLM's kernels for unsupported models; these errors have no class of their
+own."""
+CHANGED_VARIABLES = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "VLLM_ENABLE_V1_MULTIPROCESSING")
+"""Environment variables that vLLM, or this module for it, sets for the whole process."""
 
 
 @contextmanager
-def _undisturbed(compute: Compute) -> Iterator[None]:
-    """Restore the random state, threads and environment, which vLLM changes for the whole process."""
+def _process_state_restored(compute: Compute) -> Iterator[None]:
+    """At the end, restore the random state, number of threads and environment, which vLLM changes for the
+    whole process."""
     import numpy
     import torch
 
     states = random.getstate(), numpy.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    environment = {name: os.environ.get(name) for name in CHANGED}
+    environment = {name: os.environ.get(name) for name in CHANGED_VARIABLES}
     try:
         with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
             yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
-        torch.set_num_threads = set_num_threads  # vLLM for CPUs puts one there that does nothing
+        torch.set_num_threads = set_num_threads  # vLLM for CPUs replaces it by a function without effect
         torch.set_num_threads(num_threads)
         for name, value in environment.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        gc.unfreeze()  # what it froze is the trainer's too
+        gc.unfreeze()  # vLLM froze the trainer's objects too

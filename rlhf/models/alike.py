@@ -1,4 +1,4 @@
-"""Whether two models are equal, as far as their files without the weights show it."""
+"""Compare two models by their configs, weight shapes and tokenizers, without reading weights."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from rlhf.models.base import skeleton
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-COMPUTES_NOTHING = {
+IRRELEVANT_SETTINGS = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings",
     "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
     "problem_type", "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
-"""Settings of a config that do not change the result of a forward pass, at least within the context."""
+"""Settings of a config that do not change the result of a forward pass within the context length."""
 
 
-def other_setting(first: PreTrainedConfig, second: PreTrainedConfig) -> str | None:
-    """A setting that makes two models compute differently, such as `hidden_size: 64 and 128`; None if none
-    does."""
+def differing_setting(first: PreTrainedConfig, second: PreTrainedConfig) -> str | None:
+    """The first setting by which two models compute differently, such as `hidden_size: 64 and 128`; None if
+    there is none."""
     ours, theirs = first.to_dict(), second.to_dict()
-    for name in ("model_type", *sorted({*ours, *theirs} - COMPUTES_NOTHING)):
+    for name in ("model_type", *sorted({*ours, *theirs} - IRRELEVANT_SETTINGS)):
         if ours.get(name) != theirs.get(name):
             return f"{name}: {ours.get(name)} and {theirs.get(name)}"
     return None
 
 
-def other_weight(first: PreTrainedConfig, second: PreTrainedConfig, *, trust_remote_code: bool) -> str | None:
-    """A weight that the models do not both have in the same shape; None if there is none.
+def differing_weight(
+    first: PreTrainedConfig, second: PreTrainedConfig, *, trust_remote_code: bool
+) -> str | None:
+    """A weight that only one model has, or that has another shape in the other; None if there is none.
 
     Raises:
-        UnknownShapeError: one is no causal language model.
+        UnknownShapeError: one of the models is not a causal language model.
     """
     ours, theirs = (
         {
@@ -47,7 +49,7 @@ def other_weight(first: PreTrainedConfig, second: PreTrainedConfig, *, trust_rem
     return None
 
 
-def other_token(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:
-    """A token that has another id, or none, in the second tokenizer; None if there is no such token."""
+def differing_token(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:
+    """A token that only one tokenizer has, or that has another id in the other; None if there is none."""
     ours, theirs = first.get_vocab(), second.get_vocab()
     return min((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), default=None)

@@ -1,4 +1,4 @@
-"""The base model: which one it is, where its files are, and its identity."""
+"""The base model: its config, its files and its identity."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ ATTENTION = "packed"
 """`model.attention=packed`: the name under which transformers' models find the attention of packed rows."""
 
 
-TOKENIZER = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
-"""Files that a Hub model's config and tokenizer are read from."""
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+"""Patterns of the files that hold a Hub model's config and tokenizer."""
 
 
 @cache
-def warn_once(said: str) -> None:
-    """Print a warning once, although every stage finds its reason (for example when it loads the
-    tokenizer)."""
-    logger.warning(said)
+def warn_once(message: str) -> None:
+    """Print a warning only once per process. Several stages may meet its reason, for example when each loads
+    the tokenizer."""
+    logger.warning(message)
 
 
 class ModelConfig(Strict):
@@ -56,14 +56,14 @@ class ModelConfig(Strict):
     chat_template: str | None = None
     """chatml, plain, or a jinja file; null keeps the tokenizer's own (plain if it has none)."""
     attention: str = "auto"
-    """auto puts rows end to end if the model allows it; otherwise it uses sdpa, or else eager.
-    transformers' sdpa, eager, ... pad rows."""
+    """auto: rows are laid end to end if the model allows it; otherwise sdpa, or eager if the model has no
+    sdpa. transformers' own sdpa, eager, ... pad the rows."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""
 
     @property
-    def said(self) -> str:
-        """The model in the user's own keys, such as `model.path=DIR`."""
+    def user_key(self) -> str:
+        """The config key that names the model, with its value, such as `model.path=DIR`."""
         if self.kind == "local":
             return f"model.path={self.path}"
         return f"model.id={self.id}" if self.kind == "hub" else f"model={self.kind}"
@@ -91,22 +91,21 @@ class BaseModelFiles:
         from transformers import AutoConfig
 
         with reading(self.directory):
-            found: PreTrainedConfig = AutoConfig.from_pretrained(
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.directory, trust_remote_code=self.config.trust_remote_code
             )
-        return found
+        return config
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and response may have together."""
+        """Largest number of tokens of prompt and response together."""
         return context_length(self.architecture)
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Tokens that prompt and response may have together; a million if the model names no limit.
+    """Largest number of tokens of prompt and response together; 2^20 if the model states no limit.
 
-    With LongRoPE (Phi-3.5, Phi-4-mini) it is the length that the model was first trained on; see
-    `check_rows`.
+    With LongRoPE (Phi-3.5, Phi-4-mini) it is the length of the model's first training; see `check_rows`.
     """
     length = int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 20))
     for rope in _ropes(config):
@@ -118,11 +117,14 @@ def context_length(config: PreTrainedConfig) -> int:
 def check_rows(config: PreTrainedConfig, longest: int) -> None:
     """Refuse a batch whose longest row would change the positions of all other rows.
 
-    transformers turns the positions of a whole batch by other frequencies if one row is longer than the
-    model's context, with these two kinds of RoPE.
+    With rope_type `dynamic` or `longrope`, transformers uses other frequencies for the whole batch if one row
+    is longer than the model's context.
+
+    Args:
+        longest: tokens of the longest row.
 
     Raises:
-        ConfigError: in which row a model cannot be read as if it were alone.
+        ConfigError: the longest row is too long for such a model.
     """
     kinds = {rope["rope_type"] for rope in _ropes(config)} & {"dynamic", "longrope"}
     if kinds and longest > (context := context_length(config)):
@@ -137,22 +139,22 @@ def check_rows(config: PreTrainedConfig, longest: int) -> None:
 
 
 def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The kinds of rotary positions of a model: one, or one for each kind of layer."""
+    """Settings of a model's rotary positions: one dict, or one for each type of layer."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    found = [rope, *(each for each in rope.values() if isinstance(each, dict))]
-    return [each for each in found if "rope_type" in each]
+    ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    return [each for each in ropes if "rope_type" in each]
 
 
 @contextmanager
 def reading(directory: Path) -> Iterator[None]:
-    """While open, an error while a model's directory is read becomes one line.
+    """While open, turn any error from reading a model's directory into a ConfigError of one line.
 
     Raises:
         ConfigError: there are no safetensors, the model brings code, it is an adapter, or a file is damaged.
     """
     import torch
 
-    # transformers would load the base model that it names, from anywhere
+    # transformers would load the adapter's base model, from wherever its config points
     if (directory / "adapter_config.json").exists():
         why = "an adapter (adapter_config.json)."
         raise ConfigError(Complaint(str(directory), why, "Merge it into its base first."))
@@ -160,13 +162,13 @@ def reading(directory: Path) -> Iterator[None]:
         yield
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a damaged file: whatever class stood behind the value that is wrong
-        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch's, on CPUs
+    except Exception as error:  # a damaged file can cause an error of any class
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # out of memory on a CPU
             raise
         text = " ".join(str(error).split())
-        reason = text.partition(". Please request")[0]  # of transformers' makers
-        if len(reason) > LONGEST_REASON:
-            reason = f"{reason[:LONGEST_REASON]}..."
+        reason = text.partition(". Please request")[0]  # drop transformers' advice to open an issue
+        if len(reason) > MAX_REASON_CHARS:
+            reason = f"{reason[:MAX_REASON_CHARS]}..."
         if not isinstance(error, (ImportError, OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
         advice = [way for word, way in ADVICE.items() if word in text.lower()]
@@ -175,7 +177,7 @@ def reading(directory: Path) -> Iterator[None]:
         raise ConfigError(Complaint(str(directory), why, fix)) from error
 
 
-LONGEST_REASON = 250
+MAX_REASON_CHARS = 250
 
 
 ADVICE = {
@@ -184,16 +186,15 @@ ADVICE = {
     "attention": "Use model.attention=auto: it takes one that the model has.",
     "attn_implementation": "Use model.attention=auto: it takes one that the model has.",
 }
-"""A word in an error message of transformers -> what helps."""
+"""A word in an error message of transformers -> advice for the user."""
 
 
 def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """A published model's tokenizer. Its pad token is not a stop token, if it has another special token to
-    use.
+    """A published model's tokenizer. Its pad token is not its eos token, if it has another special token.
 
     transformers' classifiers read the last token that is not pad. With pad == eos they would read the token
-    before the end. This project does not depend on it (every mask is explicit), but others load our reward
-    models too.
+    before the end. This project does not depend on the pad token (every mask is explicit), but other programs
+    load our reward models too.
     """
     from transformers import AutoTokenizer
 
@@ -221,7 +222,7 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
 
 
 def fetch_weights(config: ModelConfig) -> None:
-    """Download a Hub model's weights. The other files are there already."""
+    """Download a Hub model's weights. `base_files` has already downloaded its other files."""
     if config.kind == "hub":
         _hub_snapshot(config, weights=True)
 
@@ -231,7 +232,7 @@ def check_hub_files(config: ModelConfig, snapshot: Path, memory: Path) -> None:
     sha256 for large files, git's digest for the others (some proxies use sha1).
 
     Raises:
-        ConfigError: one is damaged.
+        ConfigError: a file is damaged.
     """
     blobs = {path.name: path.resolve().name for path in snapshot.iterdir() if path.is_symlink()}
     large = [name for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)]
@@ -241,8 +242,8 @@ def check_hub_files(config: ModelConfig, snapshot: Path, memory: Path) -> None:
             content = (snapshot / name).read_bytes()
             as_git_does = b"blob %d\0%b" % (len(content), content)
             digests[name] = {hashlib.sha1(each).hexdigest() for each in (as_git_does, content)}
-    for name, found in digests.items():
-        if blobs[name] not in found:
+    for name, actual in digests.items():
+        if blobs[name] not in actual:
             path = snapshot / name
             raise ConfigError(
                 f"model.id={config.id}: {name} in the Hub's cache is damaged: it differs from the "
@@ -261,9 +262,8 @@ def base_identity(
 
     Args:
         weights: whether a local directory must have weights.
-        memory: a file that remembers a directory's digests, as `Store.digest_cache`; without one everything
-            is read.
-        read: read all files, even if their digests are remembered. For a model that is going to be loaded.
+        memory: gives the file that caches a directory's digests, as `Store.digest_cache`; None reads every file.
+        read: read all files, even if their digests are cached. For a model that will be loaded.
     """
     template = config.chat_template and resolve_template(config.chat_template)
     choices = [template, config.attention, config.trust_remote_code]
@@ -280,7 +280,8 @@ def base_identity(
 def base_files(
     config: ModelConfig, identity: str, build: Callable[[list[str], Callable[[Path], None]], Path]
 ) -> BaseModelFiles:
-    """The base model's directory. If it must be made first, `build(content, write)` makes and keeps it.
+    """The base model's files. `build(content, write)` makes the directory of an embedded or tiny model, and
+    caches it.
 
     The directory of a Hub model has no weights before `fetch_weights`.
     """
@@ -317,7 +318,7 @@ def _hub_snapshot(config: ModelConfig, *, weights: bool = False) -> Path:
 
     if config.id is None:
         raise ConfigError("model=hub needs model.id=OWNER/NAME.")
-    patterns = [*TOKENIZER, *(["*.safetensors"] if weights else [])]
+    patterns = [*TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
     patterns += ["*.py"] if config.trust_remote_code else []
     try:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
@@ -340,7 +341,7 @@ def _embedded_version() -> str:
 
 def _embedded_source() -> Path:
     _embedded_version()
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)  # found, not imported: it would want llama.cpp
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)  # not imported: the import needs llama.cpp
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
 
@@ -390,11 +391,11 @@ def _write_tiny(directory: Path) -> None:
 
 
 class UnknownShapeError(Exception):
-    """The formulas of `costs/` do not fit this model."""
+    """The cost formulas of `costs/` do not cover this model."""
 
 
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on the meta device, so its tensors take no memory.
+    """The model on the meta device, where tensors take no memory.
 
     Raises:
         UnknownShapeError: it is not a causal language model.

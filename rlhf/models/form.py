@@ -1,4 +1,4 @@
-"""Weights in the form in which a model holds them: if files have another one, other files are made."""
+"""Convert a model's weight files to the layout in which transformers holds the weights in memory."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 def as_loaded(
     directory: Path, config: ModelConfig, dtype: torch.dtype, compute: Compute | None, scratch: Path | None
 ) -> Iterator[Path]:
-    """While open, a directory of this model whose files hold the weights as the model does: in dtype, and the
-    experts of a layer in one tensor where the model has that. So a CPU maps them.
+    """While open, a directory of this model whose files have the model's own weight layout: in `dtype`, and
+    with a layer's experts in one tensor if the model has them so. A CPU can map such files.
 
-    transformers would convert the files of another dtype, and merge experts that have files' weights of their
-    own, in the memory of every rank. So this is done once, into another directory, into files of at most
-    5 GB; in memory are a file, and the experts of a layer. The mappings outlast the directory. One process
-    alone converts in memory, unless it names a place.
+    Without it, transformers converts the dtype and merges experts in the memory of every rank. This function
+    converts once, into another directory, into files of at most 5 GB. It holds one file and the experts of a
+    layer in memory. The mappings stay valid after the directory is removed. A single process converts in
+    memory, unless `scratch` is given.
 
     Args:
-        compute: of ranks that all load this model at the same time. The first one of each node converts, into
+        compute: ranks that all load this model at the same time. The first rank of each node converts, into
             a temporary directory (TMPDIR).
-        scratch: where one process converts.
+        scratch: directory into which a single process converts.
     """
     together = compute is not None and compute.world_size > 1
-    if not (together or scratch) or not _is_converted(directory, config, dtype):
+    if not (together or scratch) or not _needs_conversion(directory, config, dtype):
         yield directory
     elif scratch is not None:
         target = scratch / uuid4().hex
@@ -83,35 +83,35 @@ def as_loaded(
             compute.barrier()
         finally:
             if converts:
-                shutil.rmtree(target, ignore_errors=True)  # on NFS, what is mapped cannot be removed yet
+                shutil.rmtree(target, ignore_errors=True)  # NFS cannot remove mapped files yet
 
 
 def _weights(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
 
-def _is_converted(directory: Path, config: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether the model holds some weight in another way than the files."""
-    form = Form.of(directory, config, dtype)
+def _needs_conversion(directory: Path, config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether the layout of some weight differs between the files and the model."""
+    layout = WeightLayout.of(directory, config, dtype)
     for file in _weights(directory):
         with safe_open(file, framework="pt") as weights:
             names = weights.keys()
-            if any(form.is_other(name, weights.get_slice(name).get_dtype()) for name in names):
+            if any(layout.is_converted(name, weights.get_slice(name).get_dtype()) for name in names):
                 return True
     return False
 
 
 @dataclass
-class Form:
-    """How transformers holds the weights of a model's files: some it merges, as the experts of a layer."""
+class WeightLayout:
+    """The layout in which transformers holds a model's weights. It merges some, such as a layer's experts."""
 
     model: PreTrainedModel
-    """Its weights are not read."""
+    """The model on the meta device, or with its weights; only names, shapes and dtypes are used."""
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, directory: Path, config: ModelConfig, dtype: torch.dtype) -> Form:
-        """Of the model in a directory."""
+    def of(cls, directory: Path, config: ModelConfig, dtype: torch.dtype) -> WeightLayout:
+        """The layout of the model in a directory."""
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
         own = getattr(settings, "auto_map", None) or {}
         is_causal = type(settings) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own
@@ -122,21 +122,21 @@ class Form:
 
     @cached_property
     def conversions(self) -> list[WeightTransform]:
-        """All that may be done to a file's weights: they are renamed, or converted."""
+        """Every renaming and conversion that transformers may apply to a file's weights."""
         return get_model_conversion_mapping(self.model)
 
-    def is_other(self, name: str, kind: str) -> bool:
-        """Whether a file's weight of this kind is held in another way."""
-        into, pattern = self.place_of(name)
+    def is_converted(self, name: str, kind: str) -> bool:
+        """Whether transformers converts this weight of a file, whose safetensors dtype is `kind`."""
+        into, pattern = self.target_of(name)
         return pattern is not None or (
             kind in FLOATS and f"torch.{FLOATS[kind]}" != str(self._dtype_of(into))
         )
 
     def converted(self, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every weight as it is held; merged ones have the model's names, others their own."""
+        """Every weight in the model's layout. Merged weights have the model's names, others the file's."""
         converters: dict[str, WeightConverter] = {}
         for name in sorted(weights, key=dot_natural_key):  # experts in their order
-            into, pattern = self.place_of(name)
+            into, pattern = self.target_of(name)
             if pattern is None:
                 yield name, self._cast(into, weights[name])
             else:
@@ -144,18 +144,18 @@ class Form:
                 converter.add_tensor(into, name, pattern, weights[name])  # type: ignore[arg-type]  # it takes tensors too
         for into, converter in converters.items():
             made = converter.convert(into, model=self.model, config=self.model.config)
-            for name, found in made.items():
-                yield name, self._cast(name, found[0] if isinstance(found, list) else found)
+            for name, weight in made.items():
+                yield name, self._cast(name, weight[0] if isinstance(weight, list) else weight)
 
-    def place_of(self, name: str) -> tuple[str, str | None]:
-        """The model's weight that a file's one becomes, or becomes a part of; then also the pattern of what
-        merges it."""
+    def target_of(self, name: str) -> tuple[str, str | None]:
+        """The name of the model's weight that a file's weight becomes. If it becomes a part of that weight,
+        also the pattern of the converter that merges it; otherwise None."""
         converters = [each for each in self.conversions if isinstance(each, WeightConverter)]
         renamings = [each for each in self.conversions if isinstance(each, WeightRenaming)]
         into, pattern = rename_source_key(
-            name, renamings, converters, self.model.base_model_prefix, self._held
+            name, renamings, converters, self.model.base_model_prefix, self._state
         )
-        return (into, pattern) if into in self._held else (name, None)
+        return (into, pattern) if into in self._state else (name, None)
 
     def _converter(self, pattern: str) -> WeightConverter:
         converters = (each for each in self.conversions if isinstance(each, WeightConverter))
@@ -165,37 +165,37 @@ class Form:
         return weight.to(self._dtype_of(name)) if weight.is_floating_point() else weight
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        """A few weights stay in fp32, such as what balances experts."""
-        stays = self._stays
-        if stays is not None and stays.search(name):
+        """The dtype of a weight in the model. A few stay in fp32, such as the bias that balances experts."""
+        pattern = self._fp32_pattern
+        if pattern is not None and pattern.search(name):
             return torch.float32
-        return self._held[name].dtype if name in self._held else self.dtype
+        return self._state[name].dtype if name in self._state else self.dtype
 
     @cached_property
-    def _stays(self) -> re.Pattern[str] | None:
+    def _fp32_pattern(self) -> re.Pattern[str] | None:
         plan = self.model._get_dtype_plan(self.dtype)
         return build_glob_alternation([*plan])[0] if plan else None
 
     @cached_property
-    def _held(self) -> dict[str, Tensor]:
+    def _state(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
 
-def keep_form(model: PreTrainedModel, directory: Path) -> None:
-    """Let `save_pretrained` write weights in the form of this directory's files, though the model was read
-    from those that `as_loaded` made of them."""
-    form = Form(model, model.dtype)
+def use_file_layout(model: PreTrainedModel, directory: Path) -> None:
+    """Make `save_pretrained` write weights in the layout of this directory's files, although the model was
+    read from the converted files of `as_loaded`."""
+    layout = WeightLayout(model, model.dtype)
     for file in _weights(directory):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - a file is no mapping
-                form.place_of(name)  # which notes what it uses
-    # what transformers sets when it reads files
-    used: Any = [each for each in form.conversions if each.was_used()]
+                layout.target_of(name)  # marks the conversions that it uses
+    # transformers sets this when it reads files
+    used: Any = [each for each in layout.conversions if each.was_used()]
     model._weight_conversions = used
 
 
 def _convert(directory: Path, target: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-    """Write a model once more, as it is held: see `as_loaded`."""
+    """Write a copy of a model in its own weight layout: see `as_loaded`."""
     target.mkdir(mode=0o700)
     for file in directory.iterdir():
         if file.suffix != ".safetensors" and file.name != INDEX:
@@ -211,7 +211,7 @@ def _convert(directory: Path, target: Path, config: ModelConfig, dtype: torch.dt
         waiting.clear()
 
     weights = {name: each for file in _weights(directory) for name, each in load_file(file).items()}
-    for name, each in Form.of(directory, config, dtype).converted(weights):
+    for name, each in WeightLayout.of(directory, config, dtype).converted(weights):
         waiting[name] = each.contiguous()
         if sum(weight.nbytes for weight in waiting.values()) >= trained.FILE_BYTES:
             write()

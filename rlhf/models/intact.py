@@ -1,4 +1,4 @@
-"""Checks of a model's files before anything trains: whole weights, a tokenizer that encodes, a template that
+"""Checks of a model's files before any training: complete weights, a tokenizer that encodes, a template that
 renders."""
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ OTHER_QUESTION = Message(role="user", content="Where is it?")
 
 
 def check_weights(directory: Path, key: str) -> None:
-    """Check that every safetensors file is whole and that none is missing. Only their headers are read.
+    """Check that every safetensors file is complete and that none is missing. Only headers are read.
 
     Args:
-        key: what the user calls the model, such as `model.path=DIR`.
+        key: the config key that names the model, with its value, such as `model.path=DIR`.
 
     Raises:
-        ConfigError: which file, and what is wrong with it.
+        ConfigError: a file is damaged or missing.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -48,10 +48,13 @@ def check_weights(directory: Path, key: str) -> None:
 
 
 def check_index(index: Path, held: dict[str, set[str]], key: str) -> None:
-    """Check that every tensor in the index is in its file.
+    """Check that every tensor of the index is in its file.
+
+    Args:
+        held: name of a file -> names of its tensors.
 
     Raises:
-        ConfigError: it is not, or the index cannot be read.
+        ConfigError: a tensor is not in its file, or the index cannot be read.
     """
     try:
         places: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
@@ -68,14 +71,14 @@ def check_index(index: Path, held: dict[str, set[str]], key: str) -> None:
 
 
 def check_tokenizer(base: BaseModelFiles, key: str) -> None:
-    """Check that the tokenizer is there, the template shows the question and opens an answer, and the model
-    has an embedding for each id.
+    """Check that the tokenizer encodes, that the template shows the question and opens an answer, and that
+    the model has an embedding for each id.
 
     Args:
         key: as of `check_weights`.
 
     Raises:
-        ConfigError: what is wrong.
+        ConfigError: one of these checks fails.
     """
     own = base.config.chat_template
     template = "its chat template" if own is None else f"model.chat_template={own}"
@@ -121,9 +124,9 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
         )
 
 
-def has_foreign_template(base: BaseModelFiles) -> bool:
-    """Whether `model.chat_template` asks otherwise than the template that the tokenizer came with. One that
-    came without knows no other."""
+def uses_other_template(base: BaseModelFiles) -> bool:
+    """Whether `model.chat_template` renders a question differently from the tokenizer's own template. False
+    if the tokenizer has no template of its own."""
     from jinja2 import TemplateError
 
     if base.config.chat_template is None:
@@ -133,5 +136,5 @@ def has_foreign_template(base: BaseModelFiles) -> bool:
         return False
     try:
         return prompt_ids(own, [QUESTION]) != prompt_ids(base.load_tokenizer(), [QUESTION])
-    except TemplateError:  # it does not even render, which is why the user took another
+    except TemplateError:  # the own template does not render, so the user chose another one
         return True

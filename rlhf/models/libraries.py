@@ -1,4 +1,4 @@
-"""The slow libraries, loaded once and for good."""
+"""Import the slow libraries once per process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from rlhf.distributed.signals import uninterrupted
 
 
 def load_libraries(console: Console) -> None:
-    """Import torch, transformers and peft here, where a signal can wait.
+    """Import torch, transformers and peft. A signal waits until the import is done.
 
-    What they make stays until the process ends. So nothing looks for garbage among it, now or later: that
-    took a fifth of the time to load, and a third of a second of each `gc.collect()`.
+    The objects of these libraries live until the process ends. So garbage collection is off during the
+    import, and skips these objects afterwards (`gc.freeze`). Otherwise imports and every `gc.collect()` are
+    slower.
     """
     if "rlhf.models.peft.attach" in sys.modules:
         return

@@ -17,14 +17,14 @@ from transformers import (
 from rlhf.config import Complaint, ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, context_length, reading
-from rlhf.models.form import as_loaded, keep_form
+from rlhf.models.form import as_loaded, use_file_layout
 from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.saved import attach_published, base_of
 from rlhf.models.peft.virtual_tokens import virtual_tokens
 
 
 def context_left(model: PreTrainedModel) -> int:
-    """Tokens that prompt and response may have together, after the model's virtual tokens (if it has any)."""
+    """Largest number of tokens of prompt and response together: the context without virtual tokens."""
     virtual = virtual_tokens(model)
     return context_length(model.config) - (virtual.config.num_virtual_tokens if virtual else 0)
 
@@ -37,17 +37,17 @@ def load_causal_lm(
     compute: Compute | None = None,
     scratch: Path | None = None,
 ) -> PreTrainedModel:
-    """A policy in dtype on device. It is in evaluation mode, so dropout is off.
+    """A causal model in `dtype` on `device`, in evaluation mode, so dropout is off.
 
-    On the CPU, weights whose files are in dtype stay in these files, which are mapped. They take memory only
-    when they are copied or written to. To another device the weights are read one by one.
+    On the CPU, weights whose files are in `dtype` are mapped from these files. They take memory only when
+    they are copied or written to. To another device, weights are read one by one.
 
     If the artifact is an adapter with a reference to its base model, the result is the base model with the
-    adapter in it, all frozen.
+    adapter attached, all frozen.
 
     Args:
-        compute: of ranks that all load the model at the same time.
-        scratch: where weights that the files hold in another way are converted to; see `as_loaded`.
+        compute: ranks that all load the model at the same time.
+        scratch: directory for weights that must be converted; see `as_loaded`.
     """
     model: PreTrainedModel
     base = base_of(directory, compute)
@@ -57,7 +57,9 @@ def load_causal_lm(
         model.generation_config = GenerationConfig.from_pretrained(directory)
         return model
     with reading(directory), files_as_loaded(directory, config, dtype, device, compute, scratch) as files:
-        if (directory / "generation_config.json").exists():  # a damaged one would be left out without a word
+        if (
+            directory / "generation_config.json"
+        ).exists():  # transformers would silently ignore a damaged one
             GenerationConfig.from_pretrained(directory)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files,
@@ -68,11 +70,11 @@ def load_causal_lm(
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-    model, found = loaded
+    model, info = loaded
     if files != directory:
-        keep_form(model, directory)
+        use_file_layout(model, directory)
     model.name_or_path = model.config.name_or_path = str(directory)
-    check_complete(directory, found["missing_keys"])
+    check_complete(directory, info["missing_keys"])
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.eval().to(device)
     if config.attention == "auto":
@@ -81,7 +83,8 @@ def load_causal_lm(
 
 
 def device_map(device: torch.device | str) -> dict[str, torch.device | str] | None:
-    """What makes transformers read each weight straight onto a device. The CPU is its default."""
+    """`device_map` with which transformers reads each weight directly to a device; None for the CPU, which is
+    its default."""
     return None if torch.device(device).type == "cpu" else {"": device}
 
 
@@ -93,7 +96,8 @@ def files_as_loaded(
     compute: Compute | None,
     scratch: Path | None,
 ) -> AbstractContextManager[Path]:
-    """The directory to read from: see `as_loaded`. Other devices than the CPU convert while they read."""
+    """The directory to read from: that of `as_loaded` for the CPU. For other devices transformers converts
+    while it reads."""
     on_cpu = torch.device(device).type == "cpu"
     return as_loaded(directory, config, dtype, compute, scratch) if on_cpu else nullcontext(directory)
 
@@ -102,7 +106,7 @@ def check_complete(directory: Path, missing: Collection[str]) -> None:
     """Refuse a model that lacks weights. transformers would use random ones.
 
     Raises:
-        ConfigError: names some.
+        ConfigError: weights are missing; the message names up to three.
     """
     if missing:
         why = f"cannot be read as a model: its weights lack {', '.join(sorted(missing)[:3])}."
@@ -110,6 +114,6 @@ def check_complete(directory: Path, missing: Collection[str]) -> None:
 
 
 def attention_of(config: ModelConfig) -> str | None:
-    """The attention that transformers gets when it loads a model. With None it uses sdpa, or eager if the
-    model has nothing else."""
+    """The `attn_implementation` for transformers. With None it uses sdpa, or eager if the model has no
+    sdpa."""
     return None if config.attention == "auto" else config.attention

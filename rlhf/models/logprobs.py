@@ -1,8 +1,8 @@
 """Log-probabilities of responses under a policy.
 
-Dimensions: B sequences, T tokens of a micro-batch laid end to end, N those of its responses, H hidden size,
-R response tokens (padded). Of the [tokens, vocabulary] logits no more are held at once than those
-of HEAD_CHUNK tokens.
+Dimensions: B sequences, T tokens of a micro-batch laid end to end, N response tokens among them, H hidden
+size, R response tokens of a row (padded). At most HEAD_CHUNK tokens' logits [tokens, vocabulary] are in
+memory at once.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Sequences:
 
     packed: Packed
     predicts_N: Tensor
-    """The position in T whose logits predict each response token: one place before the token. A row's last
-    token predicts nothing, so it is not among the T."""
+    """Index among the T of the token whose logits predict each response token: the token before it. A row's
+    last token predicts nothing, so it is not among the T."""
     targets_N: Tensor
-    """The response tokens, row by row."""
+    """Ids of the response tokens, row by row."""
     mask_BR: Tensor
     """bool: true on response tokens, false on padding."""
 
@@ -47,7 +47,7 @@ class Sequences:
 
 
 def pack_sequences(prompts: Sequence[Tensor], responses: Sequence[Tensor], device: torch.device) -> Sequences:
-    """Lay prompts and their responses (1-D, any length from 1) end to end."""
+    """Lay prompts and their responses (1-D, at least one token each) end to end."""
     assert all(len(row) > 0 for row in prompts), "a response needs at least one token before it"
     pairs = list(zip(prompts, responses, strict=True))
     packed = Packed([torch.cat([prompt, response[:-1]]) for prompt, response in pairs], device)
@@ -65,7 +65,7 @@ def pack_sequences(prompts: Sequence[Tensor], responses: Sequence[Tensor], devic
 
 
 class TokenStatistics(NamedTuple):
-    """Per response token, fp32."""
+    """Values of each response token, fp32."""
 
     logp_N: Tensor
     """Nats; carries the gradient."""
@@ -81,8 +81,8 @@ def response_statistics(model: PreTrainedModel, batch: Sequences, temperature: f
 
 
 def logit_cap(config: PreTrainedConfig) -> float | None:
-    """The cap of a model's logits before they are scaled: x becomes cap tanh(x / cap). None if there is no
-    cap.
+    """The soft cap of a model's logits, applied before they are scaled: x becomes cap tanh(x / cap). None if
+    the model has no cap.
 
     Source: Gemma Team 2024, arXiv:2408.00118, section 2.
     """
@@ -93,7 +93,7 @@ def logit_cap(config: PreTrainedConfig) -> float | None:
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """The factor that a model applies to the result of its output layer."""
+    """The factor by which a model multiplies the result of its output layer."""
     text: Any = config.get_text_config()
     if text.model_type.startswith("granite"):
         return 1 / float(text.logits_scaling)
@@ -121,17 +121,18 @@ class ResponseModel(nn.Module):
 def head_statistics(
     hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, temperature: float, cap: float | None = None
 ) -> TokenStatistics:
-    """Log-probabilities and entropies from the output layer, for any number of tokens (also none). `cap` is
-    from `logit_cap`.
+    """Log-probabilities and entropies from the output layer, for any number of tokens (also 0). `cap` is
+    the value of `logit_cap`.
 
-    The layer is called once. A sharding engine gathers a layer's weights, with all ranks, around each call
-    and once more for its gradients. With one call per chunk, ranks with different numbers of tokens would
-    wait for each other for ever.
+    The layer is called only once. Around each call, and again for its gradients, a sharding engine gathers
+    the layer's weights, which needs all ranks. With one call per chunk, ranks with different numbers of
+    tokens would deadlock.
     """
     assert isinstance(head, nn.Linear), f"an output layer of {type(head)}"
     layer = head
 
-    # ZeRO-3 gathers a weight that is looked at outside of its layer's call, and holds it for a whole pass.
+    # read the weights inside the call: ZeRO-3 would gather a weight that is read outside, and hold it for a
+    # whole pass
     def all_chunks(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
         statistics: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]  # torch's
             hidden_NH.to(layer.weight.dtype), layer.weight, layer.bias, targets_N, temperature, cap
@@ -144,8 +145,8 @@ def head_statistics(
 
 @contextmanager
 def _computing(module: nn.Module, function: Callable[[Tensor], Any]) -> Iterator[None]:
-    """While open, a call of the module runs `function` instead of its own, with the module's hooks around
-    it."""
+    """While open, a call of the module runs `function` instead of its own `forward`. The module's hooks still
+    run."""
     assert "forward" not in vars(module)
     vars(module)["forward"] = function
     try:
@@ -158,10 +159,11 @@ class _HeadStatistics(torch.autograd.Function):
     """log softmax((W hidden + b) / temperature) at the targets, and its entropy, in fp32. If there is a cap,
     the logits are `_capped` before the division.
 
-    Logits are computed twice, in parts. In the forward pass a part is HEAD_CHUNK tokens. In the backward
-    pass, if the weights train, a part is a slice of the vocabulary for all tokens. So a weight's gradient is
-    one product, rounded once, without a second copy. The gradient of the hidden states is added up in fp32.
-    Dimensions: V vocabulary, C tokens of a part, P of the vocabulary.
+    Logits are computed in parts, in the forward pass and again in the backward pass. In the forward pass a
+    part is HEAD_CHUNK tokens. In the backward pass, if the weights train, a part is a slice of the vocabulary
+    for all tokens. So each weight's gradient is one product, rounded once, without a second copy. The
+    gradient of the hidden states is summed in fp32. Dimensions: V vocabulary, C tokens of a part, P
+    vocabulary entries of a part.
     """
 
     @staticmethod
@@ -224,17 +226,17 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-CACHED = 16 * 49152
-"""Number of logits that a CPU works on at a time, so that intermediate results stay in its cache."""
+CACHED_LOGITS = 16 * 49152
+"""Number of logits that a CPU processes at a time, so that intermediate results stay in its cache."""
 
 
 def _pieces(x: Tensor) -> list[slice]:
-    rows = max(1, CACHED // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    rows = max(1, CACHED_LOGITS // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
     return _slices(len(x), rows)
 
 
 def _capped(x: Tensor, cap: float | None) -> Tensor:
-    """Soft-capped in place: cap tanh(x / cap), whose slope is 1 - (result / cap)^2."""
+    """Soft-cap x in place to cap tanh(x / cap), whose slope is 1 - (result / cap)^2."""
     return x if cap is None else x.div_(cap).tanh_().mul_(cap)
 
 
@@ -242,7 +244,7 @@ def _categorical(
     logits_CV: Tensor, targets_C: Tensor, temperature: float, cap: float | None, logp_C: Tensor,
     entropy_C: Tensor, total_C: Tensor,
 ) -> None:  # fmt: skip
-    """Write the results of a chunk: log-probabilities, entropies, and the logarithms of the normalizers."""
+    """Write a chunk's log-probabilities, entropies and log-normalizers into the last three arguments."""
     for rows in _pieces(logits_CV):
         x = _capped(logits_CV[rows].to(torch.float32, copy=True), cap)
         if temperature != 1.0:
@@ -262,10 +264,11 @@ def _into_gradient(
     logits_CP: Tensor, targets_C: Tensor, total_C: Tensor, gradient_C: Tensor, temperature: float,
     cap: float | None,
 ) -> None:  # fmt: skip
-    """Turn logits into the gradients that reach them.
+    """Replace logits by their gradients, in place.
 
     Args:
-        targets_C: counted from the first token of the part. Targets outside belong to another part.
+        targets_C: indices from the part's first vocabulary entry. Targets outside belong to another part.
+        total_C: log-normalizers from the forward pass.
         gradient_C: gradient of each log-probability, divided by the temperature.
     """
     size = logits_CP.shape[1]
@@ -283,22 +286,23 @@ def _into_gradient(
 
 @torch.no_grad()
 def check_policy(model: PreTrainedModel) -> None:
-    """Refuse a model whose tokens see later ones, or that changes its logits in other ways than `logit_cap`
+    """Refuse a model whose tokens see later tokens, or that changes its logits by anything but `logit_cap`
     and `logit_scale`.
 
-    The comparison is repeated with enlarged results of the output layer: small ones would not show a cap.
+    The comparison is repeated with enlarged results of the output layer, because small logits do not show a
+    cap.
 
     Raises:
-        ConfigError: log-probabilities would be those of another model.
+        ConfigError: our log-probabilities would not be the model's own.
     """
     head = model.get_output_embeddings()
-    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # some models have none
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # some models have no output layer
         raise ConfigError(
             f"model: the output layer of {type(model).__name__} is a {type(head).__name__}, which computes "
             "something of its own; this project needs a plain linear one. Choose another model."
         )
     ids_1T = torch.arange(min(model.config.get_text_config().vocab_size, 16), device=model.device)[None]
-    with _attention_here(model):
+    with _cpu_attention(model):
         logits_TV = _logits(model, ids_1T, 1.0)
         if not bool(logits_TV.isfinite().all()):
             why = (
@@ -308,10 +312,10 @@ def check_policy(model: PreTrainedModel) -> None:
             raise ConfigError(Complaint(str(model.config.name_or_path), why, "Try precision=fp32."))
         changed_TV = _logits(model, torch.cat([ids_1T[:, :-1], ids_1T[:, :1]], dim=1), 1.0)
         own_TV = head(backbone_of(model)(input_ids=ids_1T, use_cache=False)[0][0].to(head.weight.dtype))
-        enlarged = PROBED / max(float(own_TV.abs().max()), PROBED / 1e4)
+        enlarged = PROBE_LOGIT / max(float(own_TV.abs().max()), PROBE_LOGIT / 1e4)
         theirs = [(1.0, logits_TV), (enlarged, _logits(model, ids_1T, enlarged))]
     cap, scale = logit_cap(model.config), logit_scale(model.config)
-    # in 16 bits each operation rounds by half an eps: at most three of a cap, one of a scale
+    # in 16 bits each operation rounds by half an eps: at most three operations for a cap, one for a scale
     tolerance = 1e-4 if logits_TV.dtype == torch.float32 else 2 * torch.finfo(logits_TV.dtype).eps
     if not torch.allclose(
         changed_TV[:-1], logits_TV[:-1], rtol=tolerance, atol=tolerance * float(logits_TV.abs().max())
@@ -320,10 +324,10 @@ def check_policy(model: PreTrainedModel) -> None:
             f"model: the tokens of {type(model).__name__} see those behind them: it is no causal language "
             "model, or its config says so (is_decoder, use_bidirectional_attention). Choose another model."
         )
-    for factor, found_TV in theirs:
+    for factor, their_TV in theirs:
         ours_TV = _capped((own_TV * factor).float(), cap) * scale
         if not torch.allclose(
-            found_TV.float(), ours_TV, rtol=tolerance, atol=tolerance * float(ours_TV.abs().max())
+            their_TV.float(), ours_TV, rtol=tolerance, atol=tolerance * float(ours_TV.abs().max())
         ):
             raise ConfigError(
                 f"model: {type(model).__name__} transforms its logits behind the output layer in a way that "
@@ -331,23 +335,23 @@ def check_policy(model: PreTrainedModel) -> None:
             )
 
 
-PROBED = 64.0
-"""The largest of the enlarged logits: caps are between 15 and 50."""
+PROBE_LOGIT = 64.0
+"""Largest absolute value of the enlarged logits. It exceeds the known caps, which are between 15 and 50."""
 
 
 def _logits(model: PreTrainedModel, ids_1T: Tensor, factor: float) -> Tensor:
-    """Logits [T, V] of a whole pass, with the output layer's result multiplied by `factor`."""
+    """Logits [T, V] of a full forward pass, with the output layer's result multiplied by `factor`."""
     handle = model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: output * factor)
     try:
-        found: Tensor = model(input_ids=ids_1T, use_cache=False).logits[0]
+        logits_TV: Tensor = model(input_ids=ids_1T, use_cache=False).logits[0]
     finally:
         handle.remove()
-    return found
+    return logits_TV
 
 
 @contextmanager
-def _attention_here(model: PreTrainedModel) -> Iterator[None]:
-    """While open, a model with a GPU's attention that is still on the CPU runs with another attention."""
+def _cpu_attention(model: PreTrainedModel) -> Iterator[None]:
+    """While open, a model on the CPU can run, even if its attention (FlashAttention) needs a GPU."""
     attention = model.config._attn_implementation
     is_elsewhere = model.device.type == "cpu" and attention.startswith("flash")
     try:
@@ -363,23 +367,23 @@ def answer_logprobs(
     model: nn.Module, responses: Responses, temperature: float, micro_batch_tokens: int, compute: Compute
 ) -> Tensor:
     """Log-probability of every response token, without gradient. The ranks share the work, and each gets the
-    whole result.
+    full result.
 
     Args:
-        model: a `ResponseModel`, by itself or as an engine holds it.
+        model: a `ResponseModel`, or an engine's wrapper around one.
 
     Returns:
         Nats, fp32 [B, R] on the CPU, 0 on padding.
     """
-    (logp_BR,) = rollout_rows(
+    (logp_BR,) = measure_responses(
         responses, micro_batch_tokens, compute, lambda batch: (model(batch, temperature).logp_N,)
     )
     return logp_BR
 
 
-def passes_over(responses: Responses, micro_batch_tokens: int, compute: Compute) -> Iterator[MicroBatch]:
-    """This rank's micro-batches. On CPUs packed rows compute a shared prefix once, so there the responses to
-    one prompt are together, if the ranks can share the prompts equally."""
+def response_batches(responses: Responses, micro_batch_tokens: int, compute: Compute) -> Iterator[MicroBatch]:
+    """This rank's micro-batches. On CPUs packed rows compute a shared prefix once. So there the responses to
+    one prompt stay together, if the prompts divide equally among the ranks."""
     units: dict[tuple[int, ...], list[int]] = {}
     if compute.device.type == "cpu":
         for index, ids in enumerate(responses.prompt_ids):
@@ -391,22 +395,22 @@ def passes_over(responses: Responses, micro_batch_tokens: int, compute: Compute)
 
 
 @torch.no_grad()
-def rollout_rows(
+def measure_responses(
     responses: Responses,
     micro_batch_tokens: int,
     compute: Compute,
     measure: Callable[[Sequences], tuple[Tensor, ...]],
 ) -> list[Tensor]:
-    """Apply measure (a micro-batch -> [N] tensors) to all responses, in micro-batches with a token budget.
+    """Apply `measure` (a micro-batch -> [N] tensors) to all responses, in micro-batches with a token budget.
 
-    The ranks share the work, and each gets the whole result.
+    The ranks share the work, and each gets the full result.
 
     Returns:
-        One fp32 [B, R] tensor on the CPU for each of measure's results, 0 on padding.
+        One fp32 [B, R] tensor on the CPU for each result of `measure`, 0 on padding.
     """
     shape = responses.mask_BR.shape
     results: list[Tensor] = []
-    for group, weight, _ in passes_over(responses, micro_batch_tokens, compute):
+    for group, weight, _ in response_batches(responses, micro_batch_tokens, compute):
         prompts, answers = (
             [ids[index] for index in group] for ids in (responses.prompt_ids, responses.response_ids)
         )

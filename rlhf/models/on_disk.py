@@ -1,4 +1,4 @@
-"""Weights that are made, not read, go to files too: no model takes a rank's own memory."""
+"""Write newly computed weights to files and map these, so that they take no memory of a rank's own."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rlhf.disk import naming
 if TYPE_CHECKING:
     from torch import Tensor
 
-Keep = Callable[["Tensor"], "Tensor"]
-"""Takes a weight that was made, and returns the one to put in its place."""
+MapWeight = Callable[["Tensor"], "Tensor"]
+"""Takes a new weight and returns the one to use instead, such as a copy that is mapped from a file."""
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass
 class Scratch:
-    """Files beside an artifact, while it is made."""
+    """Temporary files next to an artifact that is being written."""
 
     directory: Path
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def keep(self, weight: Tensor) -> Tensor:
-        """The weight, mapped from a file that it is written to."""
+    def map_to_file(self, weight: Tensor) -> Tensor:
+        """Write a weight to a new file and return it mapped from there."""
         from safetensors.torch import load_file, save_file
 
         file = self.directory / f"{next(self._numbers)}.safetensors"
@@ -38,10 +38,10 @@ class Scratch:
 
 
 @contextmanager
-def kept_on_disk(artifact: Path) -> Iterator[Scratch]:
-    """While open, there is a place beside the artifact for weights that are made. So a model of new weights
+def open_scratch(artifact: Path) -> Iterator[Scratch]:
+    """While open, a temporary directory next to the artifact for new weights, so that a model of new weights
     takes no memory of its own."""
     with TemporaryDirectory(
         prefix=f"{artifact.name}.", dir=artifact.parent, ignore_cleanup_errors=True
-    ) as directory:  # on NFS a directory whose files are still mapped stays until the store clears it
+    ) as directory:  # on NFS, mapped files keep the directory until the store clears it
         yield Scratch(Path(directory))

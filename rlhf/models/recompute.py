@@ -1,4 +1,4 @@
-"""Activation checkpointing: intermediate results are not kept, but computed again for the gradients.
+"""Activation checkpointing: intermediate results are not saved, but computed again in the backward pass.
 
 Source: Chen et al. 2016 (arXiv:1604.06174).
 """
@@ -20,23 +20,24 @@ Result = TypeVar("Result")
 
 
 def recomputed(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """function(*args, **kwargs). For the gradients only the tensors in args are kept."""
+    """The result of function(*args, **kwargs). Only the tensors in args are saved for the backward pass."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    # dropout is off in our models, so there are no random numbers to be drawn again
+    # our models have dropout off, so no random state has to be restored
     result: Result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
     return result
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Let each layer of the models inside keep only its input.
+    """Make each layer of the models inside save only its input for the backward pass.
 
     Losses and gradients stay the same, bit for bit. A training pass costs one more forward pass of the
     layers. transformers' own switch works only in training mode, which would turn dropout on. Like that
-    switch, this wraps a layer's `forward`, so a sharding engine's hooks on the layer do not run again.
+    switch, this function wraps a layer's `forward`. So a sharding engine's hooks on the layer do not run a
+    second time.
 
     Raises:
-        ConfigError: transformers does not know the model's layers.
+        ConfigError: transformers cannot checkpoint the model's layers.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a model directory. Its generation config stops at the token that ends this template's turns."""
+    """Write a policy's model directory. Its generation config stops at the token that ends a turn of the chat
+    template."""
     save_settings(model, tokenizer, directory)
     write_model(model, directory)
 
 
 def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write everything of a policy except its weights."""
+    """Write a policy's config, generation config and tokenizer, without its weights."""
     from transformers import GenerationConfig
 
     generation = model.generation_config
@@ -26,7 +27,7 @@ def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
     generation.eos_token_id = stop_ids(tokenizer, generation.eos_token_id)
     try:
         generation.validate(strict=True)
-    except ValueError:  # sampling values without do_sample (Llama 2), which transformers reads, never writes
+    except ValueError:  # sampling values without do_sample (Llama 2), which transformers refuses to write
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = GenerationConfig(**{name: getattr(generation, name) for name in ids})
         model.generation_config = generation
@@ -36,8 +37,8 @@ def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
 
 
 def write_model(model: PreTrainedModel, directory: Path) -> None:
-    """Write config and weights. transformers writes file by file, straight from the weights: so those that
-    are mapped take no memory."""
-    from rlhf.training import trained  # of torch
+    """Write config and weights. transformers writes file by file, directly from the weights, so mapped
+    weights take no memory."""
+    from rlhf.training import trained  # imports torch
 
     model.save_pretrained(directory, max_shard_size=trained.FILE_BYTES)

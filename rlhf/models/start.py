@@ -1,4 +1,4 @@
-"""The model that a stage starts from: another stage's (such as `sft`), `base`, or the user's directory."""
+"""The model that a stage starts from: another stage's (such as `sft`), `base`, or a directory of the user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.data.cores import on_all_cores
 from rlhf.data.schema import Row
 from rlhf.data.tokens import in_pieces
 from rlhf.digests import DirectoryDigest, directory_digest
-from rlhf.models.alike import other_setting
+from rlhf.models.alike import differing_setting
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.intact import check_tokenizer, check_weights
 
@@ -27,33 +27,34 @@ BASE = "base"
 
 
 class ModelDirectory(str):
-    """A model that is the user's own: what a key of the type `Model` says where it names neither `base` nor a
-    stage that makes a policy. A directory of such a name is written `./NAME`."""
+    """A directory with a model of the user: the value of a `Model` key that is neither `base` nor a stage
+    that makes a policy. If a directory has the name of such a stage, write it as `./NAME`."""
 
     __slots__ = ()
 
 
-def as_model(name: str, policies: Collection[str]) -> str:
-    """What a key of the type `Model` says: a `ModelDirectory`, or the word as it is.
+def parse_model(name: str, policies: Collection[str]) -> str:
+    """The value of a `Model` key: the name itself if it is `base` or a stage, otherwise a `ModelDirectory`.
 
     Args:
-        policies: the stages that make a policy.
+        policies: stages that make a policy.
     """
     return name if name == BASE or name in policies else ModelDirectory(name)
 
 
 def directory_of(init: str) -> Path | None:
-    """The user's own directory; None for `base` and for a stage's policy."""
+    """The user's model directory; None for `base` and for a stage's policy."""
     return Path(init) if isinstance(init, ModelDirectory) else None
 
 
 def inputs_of(init: str) -> tuple[str, ...]:
-    """The stages that make this model."""
+    """The stage that makes this model, as a tuple; empty if no stage makes it."""
     return () if init == BASE or isinstance(init, ModelDirectory) else (init,)
 
 
 def init_in_key(init: str) -> str:
-    """What an artifact's key contains: the word, or `directory`, whose content is in `init_digest`."""
+    """The part of an artifact's key that names the model: the value itself, or the word `directory` for a
+    user's directory, whose content is in `init_digest`."""
     return init if directory_of(init) is None else "directory"
 
 
@@ -65,16 +66,17 @@ def init_digest(
     name: str = "init",
     policies: Collection[str] = (),
 ) -> dict[str, str]:
-    """Digest of the user's own directory, for the keys of everything that is made from it.
+    """Digest of the user's model directory, for the keys of all artifacts that depend on it; empty for `base`
+    and for a stage's policy.
 
     Args:
-        key: what the user calls it, such as `ppo.init`.
+        key: the config key, such as `ppo.init`.
         digest: as of `rlhf.pipeline.key.external_digests`.
-        name: in these digests.
-        policies: stages that make a policy, one of which the key may be meant to name.
+        name: key of the returned dict.
+        policies: stages that make a policy, for a hint at a misspelt name.
 
     Raises:
-        ConfigError: there is no model.
+        ConfigError: the directory has no model.
     """
     directory = directory_of(init)
     if directory is None:
@@ -93,11 +95,11 @@ def init_digest(
 
 
 def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:
-    """The files of the model that a stage starts from. Another stage's policy does not exist yet, so for it
-    these are the base model's.
+    """Check the model that a stage starts from, and return its files. Another stage's policy does not exist
+    yet, so the base model's files stand for it.
 
     Raises:
-        ConfigError: the user's own model has damaged weights, or a tokenizer that does not encode.
+        ConfigError: the user's model has damaged weights, or a tokenizer that does not encode.
     """
     files = files_of(init, base)
     if files is not base:
@@ -107,12 +109,12 @@ def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:
 
 
 def files_of(init: str, base: BaseModelFiles) -> BaseModelFiles:
-    """The files of the model that a stage starts from, as of `check_start`."""
+    """The same files as `check_start` returns, without the checks."""
     directory = directory_of(init)
     return base if directory is None else BaseModelFiles(directory, "", base.config)
 
 
-def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles) -> Iterator[Complaint]:
+def architecture_complaints(models: Iterable[tuple[str, str]], base: BaseModelFiles) -> Iterator[Complaint]:
     """Complain if vLLM's single engine would have to run models of different architectures.
 
     Args:
@@ -121,40 +123,40 @@ def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles
     first = None
     for key, init in models:
         directory = directory_of(init)
-        said = base.config.said if directory is None else f"{key}={init}"
+        source = base.config.user_key if directory is None else f"{key}={init}"
         files = base if directory is None else BaseModelFiles(directory, "", base.config)
-        first = first or (said, files.architecture)
-        if setting := other_setting(first[1], files.architecture):
+        first = first or (source, files.architecture)
+        if setting := differing_setting(first[1], files.architecture):
             yield Complaint(
                 "generation=vllm",
-                f"one engine answers for all models of a run, and {first[0]} and {said} are of two "
+                f"one engine answers for all models of a run, and {first[0]} and {source} are of two "
                 f"architectures ({setting}).",
                 "Use generation=local, or leave one of them out (evaluate.policies, compare.artifacts).",
             )
             return
 
 
-def misfits(
+def row_complaints(
     key: str,
     init: str,
     base: BaseModelFiles,
     source: str,
     rows: Iterable[Row],
     *,
-    beside: int,
+    reserved: int,
     fix: str,
-    most: float = math.inf,
+    max_tokens: float = math.inf,
 ) -> Iterator[Complaint]:
-    """Say which rows do not fit the user's own model that a stage starts from. `prepare` counts with the base
-    model's tokenizer and context. If the model has the same tokenizer and no shorter context, nothing is
-    counted.
+    """Complain about rows that do not fit the user's model that a stage starts from. `prepare` has already
+    counted with the base model's tokenizer and context. So nothing is counted if the user's model has the
+    same tokenizer and no shorter context.
 
     Args:
-        key: what the user calls the model, such as `ppo.init`.
-        source: what the user calls the rows.
-        beside: tokens to leave for an answer and for virtual tokens.
-        fix: what to do, as a sentence.
-        most: the stage leaves out rows with more tokens than this.
+        key: config key of the model, such as `ppo.init`.
+        source: the user's name for the rows.
+        reserved: tokens to leave free for an answer and for virtual tokens.
+        fix: advice for the user, as a sentence.
+        max_tokens: the stage itself skips longer rows, so these are not counted.
     """
     from jinja2 import TemplateError
 
@@ -163,30 +165,30 @@ def misfits(
         return
     start = BaseModelFiles(directory, "", base.config)
     tokenizer, context = start.load_tokenizer(), start.context_length
-    if counts_alike(tokenizer, base) and context >= base.context_length:
+    if is_base_tokenizer(tokenizer, base) and context >= base.context_length:
         return
     try:
         lengths = array("i", chain.from_iterable(on_all_cores(partial(_longest, tokenizer), in_pieces(rows))))
-    except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
+    except TemplateError as error:  # some refuse a system turn, or two turns of the same role in a row
         why = f"the chat template of {key}={init} refuses a conversation: {error}."
         yield Complaint(source, why, "Leave it out.")
         return
-    too_long = [length for length in lengths if context - beside < length <= most]
+    too_long = [length for length in lengths if context - reserved < length <= max_tokens]
     if too_long:
         yield Complaint(
             source,
             f"{len(too_long)} of {len(lengths)} rows do not fit the model of {key}={init}: they have up to "
             f"{max(too_long)} of its tokens, and its context of {context} has room for "
-            f"{max(0, context - beside)}.",
+            f"{max(0, context - reserved)}.",
             fix,
         )
 
 
-def counts_alike(tokenizer: PreTrainedTokenizerBase, base: BaseModelFiles) -> bool:
-    """Whether rows have as many tokens with this tokenizer as `prepare` counted."""
+def is_base_tokenizer(tokenizer: PreTrainedTokenizerBase, base: BaseModelFiles) -> bool:
+    """Whether this tokenizer equals the base model's, so that `prepare`'s token counts are valid for it."""
     return tokenizer_digest(tokenizer) == tokenizer_digest(base.load_tokenizer())
 
 
 def _longest(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[int]:
-    """Tokens of the longest sequence of each row."""
+    """Number of tokens of the longest sequence of each row."""
     return [max(map(len, sequences(tokenizer, row))) for row in rows]

@@ -1,5 +1,5 @@
-"""Models with one number per token: the reward model (only the last token counts) and the critic (all
-tokens).
+"""Models that give one number per token: the reward model (only the last token's is used) and the critic (all
+tokens').
 
 Dimensions: B sequences, N response tokens laid end to end, H hidden size.
 """
@@ -30,7 +30,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from rlhf.config import Complaint, ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, reading
-from rlhf.models.form import keep_form
+from rlhf.models.form import use_file_layout
 from rlhf.models.load import attention_of, check_complete, device_map, files_as_loaded
 from rlhf.models.logprobs import Sequences, TokenStatistics, response_statistics
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
@@ -38,7 +38,7 @@ from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.methods import PREFIX
 from rlhf.models.peft.saved import ADAPTER, WEIGHTS, attach_published, base_of, origin_of
 from rlhf.models.save import write_model
-from rlhf.models.weight_sharing import sharing
+from rlhf.models.weight_sharing import shared_copy
 
 NO_HEAD = "{} has no linear `score` head without bias, as a reward model needs."
 OTHER_FAMILY = "Use another family of model."
@@ -46,7 +46,7 @@ ONE_LABEL = "Give a sequence-classification model with one label."
 
 
 class ScalarHead(nn.Module):
-    """value = weight . hidden + offset, computed in fp32 for any dtype of the weights."""
+    """value = weight . hidden + offset, computed in fp32 whatever the dtype of the weights."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class ScalarHead(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """An fp32 head on a model. The model's own head, if it has another one, is not run.
+    """A model with an fp32 head. Any other head of the model does not run.
 
     `offset` is added to every value. It is 0 in a reward model. In a critic it carries the bias of a
     normalised score.
     """
 
     def __init__(self, model: PreTrainedModel, weight: nn.Parameter) -> None:
-        """`weight` [1, H] is the head. In a sequence-classification model it is its own `score.weight`."""
+        """`weight` [1, H] is the head. For a sequence-classification model, pass its own `score.weight`."""
         super().__init__()
         self.model = model
         self.head = ScalarHead(weight)
@@ -99,13 +99,13 @@ class ScalarModel(nn.Module):
         compute: Compute,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
-        """`last_values` without gradient, in micro-batches with a token budget; on the CPU, in the given
-        order.
+        """`last_values` without gradient, in micro-batches with a token budget. The result is on the CPU, in
+        the order of the rows.
 
         The ranks share the work, and each gets all scores.
 
         Args:
-            lengths: of the rows, if they are read when they are asked for: a rank asks for its own share.
+            lengths: tokens of each row. Pass it if `rows` is lazy: then a rank reads only its own share.
         """
         scores_B = torch.zeros(len(rows))
         lengths = [len(row) for row in rows] if lengths is None else lengths
@@ -115,35 +115,35 @@ class ScalarModel(nn.Module):
                 scores_B[group] = part_B
         return compute.global_sum(scores_B)
 
-    def sharing_weights(self) -> ScalarModel:
-        """A second ScalarModel on the same frozen weights, with a copy of the head."""
-        return sharing(self, own=self.head.parameters())
+    def shared_copy(self) -> ScalarModel:
+        """A second ScalarModel that shares the frozen weights and has its own copy of the head."""
+        return shared_copy(self, own=self.head.parameters())
 
     def rescale(self, gain: float, bias: float) -> None:
-        """Change the model so that it returns gain * value + bias."""
+        """Change the head so that the model returns gain * value + bias."""
         with torch.no_grad():
             self.head.weight.mul_(gain)
             self.offset.mul_(gain).add_(bias)
 
 
 class ActorCritic(nn.Module):
-    """Policy and critic in one module, so that one engine and one optimizer hold both. They read the same
+    """Policy and critic in one module, so that one engine and one optimizer train both. They read the same
     token ids, one after the other."""
 
     def __init__(self, policy: PreTrainedModel, critic: ScalarModel | None) -> None:
-        """`critic`: None for an algorithm without one."""
+        """`critic` is None for an algorithm without a critic."""
         super().__init__()
         self.policy, self.critic = policy, critic
 
     def forward(
         self, half: Literal["policy", "critic"], batch: Sequences, temperature: float = 1.0
     ) -> TokenStatistics | Tensor:
-        """Run one half on every response token.
+        """Run the policy or the critic on every response token.
 
         Returns:
             policy: log-probability and entropy in nats, at the sampling temperature.
-            critic: V(prompt + y_<t) in units of the normalised reward, fp32 [N] (the response tokens of a
-            micro-batch laid end to end).
+            critic: V(prompt + y_<t) in units of the normalised reward, fp32 [N] (response tokens of the
+            micro-batch, end to end).
         """
         if half == "policy":
             return response_statistics(self.policy, batch, temperature)
@@ -155,7 +155,7 @@ def check_score_head(directory: Path) -> None:
     """Check that a directory has a trained linear head with one label. Only names and shapes are read.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it has no such head.
     """
     files, prefix = sorted(directory.glob("*.safetensors")), ""
     if not files and origin_of(directory) is not None:
@@ -181,12 +181,12 @@ def check_score_head(directory: Path) -> None:
 
 
 def classifier_for(config: PreTrainedConfig) -> Any:
-    """The sequence-classification class of a family. If transformers has none, it is made in the same way as
-    transformers' own: the family's `AutoModel` with a linear `score`."""
+    """The sequence-classification class of a model family. If transformers has none, build one as
+    transformers builds its own: the family's `AutoModel` with a linear `score`."""
     kind = type(config)
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
-    if kind not in MODEL_MAPPING:  # code of its own
+    if kind not in MODEL_MAPPING:  # a model with code of its own
         return AutoModelForSequenceClassification
     trunk: Any = MODEL_MAPPING[kind]
     family = trunk.__mro__[1]
@@ -198,7 +198,7 @@ def linear_head(model: PreTrainedModel, of: object) -> nn.Linear:
     """The head of a sequence-classification model.
 
     Raises:
-        ConfigError: it is not a linear `score` without bias.
+        ConfigError: the head is not a linear `score` without bias.
     """
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
@@ -207,10 +207,10 @@ def linear_head(model: PreTrainedModel, of: object) -> nn.Linear:
 
 
 def check_scorable(config: PreTrainedConfig) -> None:
-    """Refuse a base model that cannot become a reward model or critic. No weights are made or read.
+    """Refuse a base model that cannot become a reward model or critic. No weights are allocated or read.
 
     Raises:
-        ConfigError: why.
+        ConfigError: the model has no usable classification class or head.
     """
     classifier = classifier_for(config)
     if classifier is AutoModelForSequenceClassification:
@@ -234,17 +234,17 @@ def load_scalar_model(
     new_head: bool = False,
     scratch: Path | None = None,
 ) -> ScalarModel:
-    """A published reward model; or, with new_head, a causal model's trunk with a head that `reset_head` must
-    set.
+    """A published reward model. With `new_head`, instead, a causal model's trunk with a head that
+    `reset_head` must initialise.
 
     If the artifact is an adapter with a reference to its base model, the result is the base model with the
-    adapter in it, all frozen.
+    adapter attached, all frozen.
 
     Args:
         device, compute, scratch: as of `load_causal_lm`.
 
     Raises:
-        ConfigError: it is not a classification model with one label and a trained linear head.
+        ConfigError: the directory has no classification model with one label and a trained linear head.
     """
     if not new_head:
         check_score_head(directory)
@@ -255,7 +255,7 @@ def load_scalar_model(
         if published is not None:
             scalar.head.weight.data.copy_(published)
         return scalar
-    # a head that is not in there is drawn, and then again by `reset_head`
+    # transformers draws a missing head here, and `reset_head` draws it again: keep the random state
     with (
         reading(directory),
         torch.random.fork_rng(devices=[]),
@@ -264,7 +264,7 @@ def load_scalar_model(
         settings = AutoConfig.from_pretrained(
             directory, num_labels=1, trust_remote_code=config.trust_remote_code
         )
-        model, found = classifier_for(settings).from_pretrained(
+        model, info = classifier_for(settings).from_pretrained(
             files,
             config=settings,
             dtype=dtype,
@@ -275,10 +275,10 @@ def load_scalar_model(
             output_loading_info=True,
         )
     if files != directory:
-        keep_form(model, directory)
+        use_file_layout(model, directory)
     model.config.name_or_path = str(directory)
     head: Any = linear_head(model, directory)
-    check_complete(directory, set(found["missing_keys"]) - {"score.weight"})
+    check_complete(directory, set(info["missing_keys"]) - {"score.weight"})
     if config.attention == "auto":
         pack_where_possible(model, compute)
     scalar = ScalarModel(model, head.float().weight)
@@ -287,7 +287,7 @@ def load_scalar_model(
 
 
 def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:
-    """Draw the head from N(0, deviation^2); None takes 1/(H+1) as variance, 0 gives a zero head.
+    """Draw the head from N(0, deviation^2). None means a variance of 1 / (H + 1); 0 gives a zero head.
 
     Source: Stiennon et al. 2020 (arXiv:2009.01325, B.1) and Huang et al. 2024 (arXiv:2403.17031, detail 11).
     """
@@ -302,9 +302,10 @@ def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:
 
 
 def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a reward model. `AutoModelForSequenceClassification` loads it and gives the same scores, if
-    transformers has such a class and the tokenizer has its own pad token. docs/models.md has the format."""
+    """Write a reward model. `AutoModelForSequenceClassification` loads it with the same scores, if
+    transformers has a class for its family and the tokenizer's pad token is not its eos token. Format:
+    docs/models.md."""
     assert float(scalar.offset.detach()) == 0.0, "a classification head has no bias to keep the offset in"
-    scalar.model.config.pad_token_id = tokenizer.pad_token_id  # where transformers' pooling stops
+    scalar.model.config.pad_token_id = tokenizer.pad_token_id  # transformers pools at the last other token
     write_model(scalar.model, directory)
     tokenizer.save_pretrained(directory)

@@ -1,8 +1,8 @@
-"""Several models on one set of frozen weights.
+"""Several models that share one set of frozen weights.
 
 If only adapters and heads train, PPO's policy, reference, critic and reward model can use the same backbone.
-Each has its own tree of modules with its own adapters. So nothing is switched between the passes of two
-models. Only the weights are in memory once.
+Each model has its own tree of modules with its own adapters, so nothing is switched between the passes of two
+models. The weights are in memory once.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from rlhf.training.engine import WHOLE, Access
 from rlhf.training.make_engine import shard_frozen
 
 Placement = Literal["replicated", "sharded", "offloaded"]
-"""Where a model that does not train is: whole on each rank, spread over the ranks, or in the host's memory
-while it is not used."""
+"""Where the weights of a frozen model are: a full copy on each rank, sharded over the ranks, or in the host's
+memory while the model is not in use."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A causal model without an adapter, whose weights other models share."""
+    """A causal model without adapters, whose weights other models share."""
 
     directory: Path
-    """The directory that it was read from."""
+    """The directory from which the model was loaded."""
     model: PreTrainedModel
 
 
-def sharing(module: ModuleT, own: Iterable[nn.Parameter] = ()) -> ModuleT:
-    """A second tree of modules on the same weights, where they are frozen.
+def shared_copy(module: ModuleT, own: Iterable[nn.Parameter] = ()) -> ModuleT:
+    """A second tree of modules that shares the weights, frozen in the copy.
 
-    Its parameters are new objects with the old storage. So if one tree replaces a weight for some time
-    (`Adapter.merged`), the other one keeps it. If a weight is written in place, both see it.
+    The copy's parameters are new objects on the same storage. So if one tree replaces a weight for some time
+    (`Adapter.merged`), the other keeps the old weight. A write in place changes both.
 
     Args:
-        own: parameters that are copied and not shared.
+        own: parameters to copy instead of sharing them.
     """
     copied = {id(parameter) for parameter in own}
     memo = {
@@ -57,17 +57,17 @@ def sharing(module: ModuleT, own: Iterable[nn.Parameter] = ()) -> ModuleT:
 
 
 def offload(model: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Move the weights of a model that does not train to the host's memory.
+    """Move the weights of a frozen model to the host's memory.
 
-    Its buffers are small and stay on the device. Nothing is copied back, because nothing changes.
+    Its buffers are small and stay on the device. Nothing is copied back, because the weights do not change.
 
     Returns:
-        A function that opens a context in which the weights are on `device`.
+        A function that opens a context. While it is open, the weights are on `device`.
     """
     parameters = list(model.parameters())
     on_host = [parameter.detach().to("cpu") for parameter in parameters]
     if device.type == "cuda":
-        on_host = [weight.pin_memory() for weight in on_host]  # copies several times as fast
+        on_host = [weight.pin_memory() for weight in on_host]  # for faster copies
 
     def put(weights: list[torch.Tensor]) -> None:
         for parameter, weight in zip(parameters, weights, strict=True):
@@ -85,20 +85,20 @@ def offload(model: nn.Module, device: torch.device) -> Callable[[], AbstractCont
     return on_device
 
 
-def frozen(
+def load_frozen(
     load: Callable[[torch.device], ModuleT],
     compute: Compute,
     placement: Placement | None = None,
     check: Callable[[ModuleT], None] = lambda model: None,
 ) -> tuple[ModuleT, Access]:
-    """A model that does not train, where it belongs.
+    """Load a frozen model to its placement.
 
     Args:
-        load: reads it to a device.
-        placement: None for as the weights that train: sharded where these are.
-        check: is called with the whole model, before it is sharded.
+        load: loads the model to a device.
+        placement: None for that of the weights that train: sharded if those are, otherwise replicated.
+        check: called with the full model, before it is sharded.
     """
-    gc.collect()  # models before it: hooks hold themselves in cycles
+    gc.collect()  # frees earlier models, whose hooks are reference cycles
     placement = placement or ("sharded" if compute.shards_weights else "replicated")
     model = load(torch.device("cpu") if placement == "sharded" else compute.device)
     model.requires_grad_(False)

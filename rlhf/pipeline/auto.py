@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rlhf.config import ConfigError, validated
 from rlhf.data.roles import ROLES, Roles
 from rlhf.data.sources import SourceConfig
-from rlhf.models.start import as_model, directory_of
+from rlhf.models.start import directory_of, parse_model
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 
 AUTO = "auto"
@@ -151,7 +151,7 @@ def _compared_policies(init: str, recipe_policies: list[str] | None, makers: Col
     Args:
         init: the start: `base`, a stage or a directory.
     """
-    has_own = directory_of(as_model(init, makers)) is not None
+    has_own = directory_of(parse_model(init, makers)) is not None
     names = recipe_policies or ["base", init, "ppo"]
     return [*dict.fromkeys("init" if has_own and name == init else name for name in names)]
 

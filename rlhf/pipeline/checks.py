@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf.config import Complaint, ConfigError, in_user_keys
 from rlhf.data.schema import Row
-from rlhf.models.start import check_start, misfits
+from rlhf.models.start import check_start, row_complaints
 from rlhf.pipeline.graph import naming_keys, root_of
 from rlhf.pipeline.stage import Stage, View
 
@@ -18,12 +18,14 @@ def length_complaints(
     reserved_tokens: int, fix: str, max_tokens: float = math.inf,
 ) -> list[Complaint]:  # fmt: skip
     """Complain about rows that are too long for the user's own model that a stage, or a stage before it,
-    starts from: see `rlhf.models.start.misfits`. Rank 0 counts, because it takes a while."""
+    starts from: see `rlhf.models.start.row_complaints`. Rank 0 counts, because it takes a while."""
     if view.base is None or view.compute is None:
         return []
     root, base = root_of(key, init, view.chain), view.base
     too_long: list[Complaint] = view.compute.main_only(
-        lambda: [*misfits(*root, base, source, rows(), beside=reserved_tokens, fix=fix, most=max_tokens)]
+        lambda: [
+            *row_complaints(*root, base, source, rows(), beside=reserved_tokens, fix=fix, most=max_tokens)
+        ]
     )
     return too_long
 

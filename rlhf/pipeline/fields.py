@@ -14,7 +14,7 @@ from pydantic_core.core_schema import no_info_after_validator_function
 
 from rlhf.data.mount import Mount
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.start import as_model
+from rlhf.models.start import parse_model
 from rlhf.rewards.kinds import RewardMix, RewardSource
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ class Function:
 
 
 def _checked_model(name: str, info: ValidationInfo) -> str:
-    return as_model(name, info.context.policies) if isinstance(info.context, Mount) else as_model(name, ())
+    return (
+        parse_model(name, info.context.policies) if isinstance(info.context, Mount) else parse_model(name, ())
+    )
 
 
 UNKEYED = Mark.UNKEYED

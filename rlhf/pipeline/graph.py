@@ -116,7 +116,7 @@ def naming_keys(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, s
     if (directory := init_directory(stage)) is not None:
         words[str(directory)] = f"{stage.name}.init={directory}"
     if base is not None:
-        words.setdefault(str(base.directory), base.config.said)
+        words.setdefault(str(base.directory), base.config.user_key)
     return words
 
 

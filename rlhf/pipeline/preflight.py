@@ -24,8 +24,8 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, load_tokenizer, skeleton
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.peft.saved import rehearse
-from rlhf.models.start import counts_alike, directory_of
+from rlhf.models.peft.saved import check_publishable
+from rlhf.models.start import directory_of, is_base_tokenizer
 from rlhf.pipeline.checks import complaints
 from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.experiment import Experiment
@@ -106,7 +106,7 @@ def check_before_loading(
             is_known = (peft_of(stage), init_directory(stage)) in [
                 (peft_of(before), init_directory(before)) for before in stages[:index]
             ]
-            check_tuning(stage, models[stage.name], check_attachable if is_known else rehearse)
+            check_tuning(stage, models[stage.name], check_attachable if is_known else check_publishable)
         for line in adapter_notes(stages, models):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         on = cost_context(settings, counted(model), compute, data.size)
@@ -188,7 +188,7 @@ def check_tuning(
 
     Args:
         base: the model on the meta device.
-        check: `check_attachable`; or `rehearse`, which takes longer and finds more.
+        check: `check_attachable`; or `check_publishable`, which takes longer and finds more.
 
     Raises:
         ConfigError: why.
@@ -215,12 +215,12 @@ def adapter_notes(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]
     Args:
         models: stage -> the model that it trains, on the meta device.
     """
-    from rlhf.models.peft.target_modules import described_targets
+    from rlhf.models.peft.target_modules import targets_summary
 
     lines: dict[str, list[str]] = {}
     for stage in stages:
         peft = peft_of(stage)
-        line = None if peft is None else described_targets(models[stage.name], peft)
+        line = None if peft is None else targets_summary(models[stage.name], peft)
         if line is not None:
             lines.setdefault(line, []).append(stage.name)
     yield from (f"{', '.join(names)}: {line}" for line, names in lines.items())
@@ -508,7 +508,7 @@ def longest_sampled(
     if not costs or any(not cost.sampled for cost in costs):
         return None
     own = {directory_of(init) for stage in sampling for _, init in sampled_models(stage, chain)} - {None}
-    if any(not counts_alike(load_tokenizer(each, base.config), base) for each in own if each):
+    if any(not is_base_tokenizer(load_tokenizer(each, base.config), base) for each in own if each):
         return None
     return round(max(min(cost.sampled, cost.context, on.shape.context) for cost in costs))
 

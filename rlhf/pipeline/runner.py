@@ -24,8 +24,8 @@ from rlhf.distributed.signals import StopSignals
 from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.libraries import load_libraries
-from rlhf.models.peft.saved import model_below
-from rlhf.models.start import of_two_architectures
+from rlhf.models.peft.saved import unchecked_base_of
+from rlhf.models.start import architecture_complaints
 from rlhf.pipeline.abilities import Records, TellsOfRuns, is_enough
 from rlhf.pipeline.checks import check, check_published, complaints, refuse
 from rlhf.pipeline.defaults import changed_keys
@@ -410,7 +410,7 @@ class Pipeline:
         try:
             for artifact in loaded:  # the list grows in the loop
                 self.store.verify(artifact, read=True)
-                below = model_below(artifact.path)
+                below = unchecked_base_of(artifact.path)
                 loaded += [each for each in (*artifacts.values(), *bases) if each.path.resolve() == below]
         except DamagedError as damage:
             return damage
@@ -461,7 +461,7 @@ class Pipeline:
         self._has_begun = True
         load_libraries(self.console)
         if self.needs_weights or "prepare" in self.experiment.needed():  # a plan of given sizes has no text
-            check_tokenizer(base, self.experiment.settings.model.said)
+            check_tokenizer(base, self.experiment.settings.model.user_key)
 
     def check_pending(self, prepared: Artifact, base: BaseModelFiles) -> None:
         """Refuse what cannot run here, before anything trains; if all stages are reused, refuse nothing."""
@@ -482,7 +482,7 @@ class Pipeline:
         self.forecast = Forecast(self.expected.stages, self.position.update, self.log)
         if self.needs_weights:
             fetch_weights(settings.model)
-            check_weights(base.directory, settings.model.said)
+            check_weights(base.directory, settings.model.user_key)
         stages = [self.experiment.stages[name] for name in pending]
         rehearse_rewards(stages, data, base, self.compute, settings.reward_server, self.console)
 
@@ -511,7 +511,7 @@ class Pipeline:
             )  # fmt: skip
         if self.vllm is not None:
             models = (each for name in pending for each in sampled_models(chain[name], chain))
-            problems += of_two_architectures(models, base)
+            problems += architecture_complaints(models, base)
         refuse(problems, "Nothing was loaded.")
 
     def pending(self, prepared: Artifact) -> dict[str, Attempt]:

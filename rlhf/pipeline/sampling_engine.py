@@ -12,7 +12,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.generation.vllm import Vllm, check_groups
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import directory_of, of_two_architectures
+from rlhf.models.start import architecture_complaints, directory_of
 from rlhf.pipeline.fields import peft_of
 from rlhf.pipeline.graph import sampled_models
 from rlhf.pipeline.stage import Stage
@@ -121,7 +121,7 @@ def why_local(
         if complaint := unusable_by_vllm(stage):
             return complaint
     models = [each for stage in stages.values() for each in sampled_models(stage, stages)]
-    if any(directory_of(init) for _, init in models) and any(of_two_architectures(models, base)):
+    if any(directory_of(init) for _, init in models) and any(architecture_complaints(models, base)):
         return "one vLLM engine answers for all models, and these are of two architectures"
     return None
 

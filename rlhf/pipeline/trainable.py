@@ -17,11 +17,11 @@ from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, answer_logprobs, check_policy, pack_sequences
-from rlhf.models.peft.attach import Adapter, attach, check_reached, loads_on
+from rlhf.models.peft.attach import Adapter, attach, check_adapters_used, loads_on
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import publish_policy
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.weight_sharing import Backbone, Placement, sharing
+from rlhf.models.weight_sharing import Backbone, Placement, shared_copy
 from rlhf.pipeline.learner import Learner
 from rlhf.rl.rollout import Responses
 from rlhf.training.engine import Access, Groups
@@ -65,9 +65,9 @@ class TunedPolicy:
         if check_decodes:
             compute.ask_once(lambda: check_decoding(model, copies=False))
         can_share = share and METHODS[peft.method].shares and compute.zero == "none"
-        backbone = Backbone(start.directory, sharing(model)) if can_share else None
+        backbone = Backbone(start.directory, shared_copy(model)) if can_share else None
         adapter = attach(model, peft, compute.device)
-        compute.ask_once(lambda: check_reached(model))
+        compute.ask_once(lambda: check_adapters_used(model))
         return cls(start, model, start.load_tokenizer(), adapter, peft, backbone)
 
 

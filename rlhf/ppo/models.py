@@ -19,7 +19,7 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.virtual_tokens import virtual_tokens
 from rlhf.models.recompute import checkpoint_layers
 from rlhf.models.value_head import ActorCritic, ScalarModel, load_scalar_model, reset_head
-from rlhf.models.weight_sharing import Backbone, sharing
+from rlhf.models.weight_sharing import Backbone, shared_copy
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.trainable import PolicyLearner, TunedPolicy
 from rlhf.ppo.config import CRITIC_START_HINT, PolicyConfig, PpoConfig
@@ -131,7 +131,7 @@ def load_critic(
     if init == "sft" and backbone is not None:
         size = backbone.model.config.get_text_config().hidden_size
         zeros = torch.zeros(1, size, device=job.compute.device)
-        return ScalarModel(sharing(backbone.model), nn.Parameter(zeros))
+        return ScalarModel(shared_copy(backbone.model), nn.Parameter(zeros))
     if init == "sft":
         directory = job.start(config.init).directory
         critic = load_scalar_model(
@@ -147,7 +147,7 @@ def load_critic(
             "Use ppo.critic.init=sft; scoring uses text and is not affected."
         )
     if backbone is not None:
-        critic = scorer.model.model.sharing_weights()
+        critic = scorer.model.model.shared_copy()
     else:
         directory = scorer.model.directory
         critic = load_scalar_model(directory, job.base.config, job.compute.dtype, read_to, job.compute)

@@ -78,7 +78,7 @@ class PolicyStage(PolicyConfig, Stage):
     def not_checked(self) -> dict[str, str]:
         """Some methods change the policy before its first step."""
         method = self.peft.method
-        if not METHODS[method].starts_apart:
+        if not METHODS[method].changes_start:
             return {}
         return {"first_kl": f"with {self.name}.peft={method} the policy does not start as its own reference"}
 

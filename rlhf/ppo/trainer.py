@@ -22,7 +22,13 @@ from rlhf.evaluation.held_out import FILE as HELD_OUT_ANSWERS
 from rlhf.evaluation.held_out import write_answers
 from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled
-from rlhf.models.logprobs import Sequences, TokenStatistics, pack_sequences, passes_over, rollout_rows
+from rlhf.models.logprobs import (
+    Sequences,
+    TokenStatistics,
+    measure_responses,
+    pack_sequences,
+    response_batches,
+)
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.learner import Evaluations, HaltError
 from rlhf.ppo.config import PolicyConfig
@@ -220,7 +226,7 @@ class PolicyTrainer:
             reference_BR = self.reference.log_probabilities(
                 rollout, config.temperature, config.micro_batch_tokens
             )
-        passes = len(list(passes_over(rollout, config.micro_batch_tokens, self.compute)))
+        passes = len(list(response_batches(rollout, config.micro_batch_tokens, self.compute)))
         once = passes == 1 and len(rollout) == config.minibatch_episodes
         graphs: list[ForwardPass] = []
 
@@ -233,7 +239,7 @@ class PolicyTrainer:
             return statistics.logp_N, *(() if value_N is None else (value_N,))
 
         with self.phases("score"):
-            logp_BR, *values = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)
+            logp_BR, *values = measure_responses(rollout, config.micro_batch_tokens, self.compute, measure)
         scored = Scored(logp_BR, reference_BR, values[0] if values else None)
         return scored, graphs[0] if once else None
 
@@ -368,7 +374,7 @@ class PolicyTrainer:
 
         if self.mix is not None and not critic_only:
             self.mix.accumulate(engine, self.compute, config.micro_batch_tokens)
-        passes = passes_over(minibatch.rollout, config.micro_batch_tokens, self.compute)
+        passes = response_batches(minibatch.rollout, config.micro_batch_tokens, self.compute)
         losses = [policy_loss, *([critic_loss] if objective.has_critic else [])]
         engine.accumulate(passes, part_of, *losses, count=count)
         return float(self.compute.global_sum(torch.tensor([deviation], dtype=torch.float64))) / total_tokens

@@ -16,9 +16,9 @@ from rlhf.digests import weights_digest
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.load import context_left
-from rlhf.models.peft.saved import attach_published, described, origin_of
+from rlhf.models.peft.saved import adapter_config, attach_published, origin_of
 from rlhf.models.value_head import ScalarModel, load_scalar_model
-from rlhf.models.weight_sharing import Backbone, Placement, frozen, sharing
+from rlhf.models.weight_sharing import Backbone, Placement, load_frozen, shared_copy
 from rlhf.rewards.combined import CombinedReward, Moments
 from rlhf.rewards.function import FunctionReward, Tolerance
 from rlhf.rewards.http import RewardServerConfig
@@ -115,13 +115,13 @@ def load_learned_reward(
     """
     tokenizer = load_tokenizer(directory, config)
     if backbone is not None and is_adapter_of(directory, backbone, compute):
-        trunk = sharing(backbone.model)
+        trunk = shared_copy(backbone.model)
         adapter, head = attach_published(trunk, directory)
         assert head is not None
         weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # cast as in load_scalar_model
         model = ScalarModel(trunk, weight)
         return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, Access(adapter.merged))
-    model, access = frozen(
+    model, access = load_frozen(
         lambda device: load_scalar_model(directory, config, compute.dtype, device, compute),
         compute,
         placement,
@@ -134,7 +134,7 @@ def is_adapter_of(directory: Path, backbone: Backbone, compute: Compute) -> bool
     origin = origin_of(directory)
     if origin is None or origin.in_4_bits:
         return False
-    adapter = described(directory)
+    adapter = adapter_config(directory)
     if adapter["peft_type"] != "LORA" or adapter["use_dora"]:
         return False
     return origin.digest == compute.main_only(lambda: weights_digest(backbone.directory))

@@ -71,7 +71,7 @@ def some_stops(model: PreTrainedModel, prompts: list[Tensor]) -> list[int]:
 def test_greedy_equals_transformers_token_for_token(
     model: PreTrainedModel, prompts: list[Tensor], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local.GrowingLayer, "ROOM", room)  # so that it has to grow meanwhile
+    monkeypatch.setattr(local.GrowingLayer, "GROWTH_TOKENS", room)  # so that it has to grow meanwhile
     rollout = sample(model, prompts)
     assert lists(rollout) == [transformers_greedy(model, prompt, []) for prompt in prompts]
     assert not rollout.stopped.any()
@@ -121,7 +121,7 @@ def test_columns_that_only_a_finished_row_used_are_read_no_more(
     assert lists(rollout) == expected
     assert len(expected[-1]) <= 2 and max(map(len, expected)) == NEW
     assert max(widths) > len(long) > widths[-1]
-    assert widths[-1] <= max(LENGTHS) + NEW + local.GrowingLayer.ROOM
+    assert widths[-1] <= max(LENGTHS) + NEW + local.GrowingLayer.GROWTH_TOKENS
 
 
 def test_prompts_are_read_in_groups_of_so_many_tokens(
@@ -130,7 +130,7 @@ def test_prompts_are_read_in_groups_of_so_many_tokens(
     tokens: list[int] = []
     expected, stops = sample(model, prompts), some_stops(model, prompts)
     stopped = sample(model, prompts, stop_ids=stops)
-    monkeypatch.setattr(local, "READ_TOKENS", 20)
+    monkeypatch.setattr(local, "PREFILL_TOKENS", 20)
     hook = model.get_input_embeddings().register_forward_pre_hook(
         lambda _, ids: tokens.append(ids[0].numel())
     )

@@ -23,7 +23,7 @@ from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
-from rlhf.models.on_disk import kept_on_disk
+from rlhf.models.on_disk import open_scratch
 from rlhf.models.peft.attach import attach
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import publish_policy
@@ -80,7 +80,7 @@ def test_a_model_in_another_form_is_mapped_by_all_ranks(kind: str, tiny_model: P
 
 
 def test_what_publishes_a_model_in_another_precision_maps_it(tiny_model: Path, tmp_path: Path) -> None:
-    with kept_on_disk(tmp_path / "artifact") as scratch:
+    with open_scratch(tmp_path / "artifact") as scratch:
         model = load_causal_lm(tiny_model, TINY, torch.bfloat16, scratch=scratch.directory)
     weights = dict(model.named_parameters())
     assert all(mapped(each) for each in weights.values())
@@ -93,7 +93,7 @@ def test_what_publishes_a_model_in_another_precision_maps_it(tiny_model: Path, t
 def test_experts_are_merged_in_files(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     tiny_family(family).save_pretrained(saved)
-    with kept_on_disk(tmp_path / "artifact") as scratch:
+    with open_scratch(tmp_path / "artifact") as scratch:
         model = load_causal_lm(saved, TINY, dtype, scratch=scratch.directory)
     weights = dict(model.named_parameters())
     assert any(name.endswith("experts.gate_up_proj") for name in weights)
@@ -118,7 +118,7 @@ def test_an_encoder_is_refused_as_such(tmp_path: Path) -> None:
         tmp_path / "bert"
     )
     with (
-        kept_on_disk(tmp_path / "artifact") as scratch,
+        open_scratch(tmp_path / "artifact") as scratch,
         pytest.raises(ConfigError, match="has no linear `score` head without bias"),
     ):
         load_scalar_model(tmp_path / "bert", TINY, torch.bfloat16, scratch=scratch.directory)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import CHATML
 from rlhf.models.base import BaseModelFiles, ModelConfig
-from rlhf.models.intact import check_tokenizer, check_weights, has_foreign_template
+from rlhf.models.intact import check_tokenizer, check_weights, uses_other_template
 from rlhf.models.on_disk import INDEX
 
 WEIGHTS = "model.safetensors"
@@ -176,4 +176,4 @@ def test_a_template_that_is_not_the_tokenizers_own_is_known(
     if chosen is not None:
         (tmp_path / "mine.jinja").write_text(chosen)
         changes["chat_template"] = str(tmp_path / "mine.jinja")
-    assert has_foreign_template(base(model, **changes)) is is_foreign
+    assert uses_other_template(base(model, **changes)) is is_foreign

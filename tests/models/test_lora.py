@@ -17,11 +17,11 @@ from helpers.trained import write_trained
 from rlhf.config import ConfigError
 from rlhf.models.base import load_tokenizer, skeleton
 from rlhf.models.peft import target_modules as targets
-from rlhf.models.peft.attach import attach, check_reached, count_parameters, merged_weights
+from rlhf.models.peft.attach import attach, check_adapters_used, count_parameters, merged_weights
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import publish_policy
-from rlhf.models.peft.saved import rehearse
-from rlhf.models.peft.target_modules import described_targets
+from rlhf.models.peft.saved import check_publishable
+from rlhf.models.peft.target_modules import targets_summary
 from rlhf.models.value_head import load_scalar_model
 
 UP = "model.layers.0.mlp.up_proj.base_layer.weight"
@@ -160,9 +160,9 @@ NAMED = "not gate_proj, up_proj, down_proj (peft means the experts by that)"
 )  # fmt: skip
 def test_what_all_linear_takes_is_told(name: str, line: str) -> None:
     base = skeleton(tiny_config(name))
-    assert described_targets(base, PeftConfig(method="lora")) == line
-    assert described_targets(base, PeftConfig(method="lora", target_modules=["q_proj"])) is None
-    assert described_targets(base, PeftConfig(method="none")) is None
+    assert targets_summary(base, PeftConfig(method="lora")) == line
+    assert targets_summary(base, PeftConfig(method="lora", target_modules=["q_proj"])) is None
+    assert targets_summary(base, PeftConfig(method="none")) is None
 
 
 def test_layers_that_peft_takes_for_experts_are_refused_by_name() -> None:
@@ -179,20 +179,20 @@ def test_layers_that_peft_takes_for_experts_are_refused_by_name() -> None:
 def test_a_publication_is_rehearsed_without_weights(method: str) -> None:
     base = skeleton(tiny_config("llama"))
     before = {name: type(module) for name, module in base.named_modules()}
-    rehearse(base, PeftConfig(method=method))
+    check_publishable(base, PeftConfig(method=method))
     assert {name: type(module) for name, module in base.named_modules()} == before
 
 
 def test_what_could_not_be_published_is_refused_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     base, config = skeleton(tiny_config("deepseek_v3")), PeftConfig(method="lora")
-    rehearse(base, config)
-    monkeypatch.setattr(targets, "cannot_be_updated", lambda model: {})  # peft adapts the experts then
+    check_publishable(base, config)
+    monkeypatch.setattr(targets, "excluded_layers", lambda model: {})  # peft adapts the experts then
     words = (
         r"^\{stage\}\.peft=lora: what it trains in DeepseekV3ForCausalLM cannot be published: 'Deepseek.* "
         r"Use \{stage\}\.peft=freeze or none, or name other layers in \{stage\}\.peft\.target_modules\.$"
     )
     with pytest.raises(ConfigError, match=words):
-        rehearse(base, config)
+        check_publishable(base, config)
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "qwen3_next", "phimoe"])
@@ -222,8 +222,8 @@ def test_adapters_that_no_pass_goes_through_are_refused(
 ) -> None:
     model = tiny_family(name)
     attach(model, PeftConfig(method="lora"))
-    check_reached(model)
-    monkeypatch.setattr(targets, "READ_PAST", {"mamba": ("out_proj",)})  # which peft refuses
+    check_adapters_used(model)
+    monkeypatch.setattr(targets, "BYPASSED_LAYERS", {"mamba": ("out_proj",)})  # which peft refuses
     unknown = tiny_family(name)
     attach(unknown, PeftConfig(method="lora"))
     words = (
@@ -231,7 +231,7 @@ def test_adapters_that_no_pass_goes_through_are_refused(
         r"Name only other layers in \{stage\}\.peft\.target_modules, or use \{stage\}\.peft=freeze or none\.$"
     )
     with pytest.raises(ConfigError, match=words):
-        check_reached(unknown)
+        check_adapters_used(unknown)
 
 
 @pytest.mark.parametrize("method", ["none", "lora", "dora", "ia3", "adapter", "freeze", "prompt"])
@@ -239,7 +239,7 @@ def test_adapters_are_reached(method: str) -> None:
     for name in ("llama", "phimoe") if method == "lora" else ("llama",):
         model = tiny_family(name)
         attach(model, PeftConfig(method=method))
-        check_reached(model)
+        check_adapters_used(model)
 
 
 def test_layers_that_cannot_be_held_in_4_bits_are_refused() -> None:

@@ -159,7 +159,7 @@ def test_a_moved_store_is_still_whole(tiny_model: Path, tmp_path: Path) -> None:
     artifact = tmp_path / "after" / "sft" / "2"
     origin = origin_of(artifact)
     assert origin is not None
-    assert origin.found(artifact) == (tmp_path / "after" / "base" / "1").resolve()
+    assert origin.checked_directory(artifact) == (tmp_path / "after" / "base" / "1").resolve()
     merged_policy(artifact, TINY, torch.float32)
 
 

@@ -70,13 +70,13 @@ def gradients(model: PreTrainedModel, hidden_TH: Tensor) -> list[Tensor]:
 def test_states_and_gradients_are_those_of_each_row_alone(
     kind: str, are_alike: bool, short: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "SHORT", short)
-    monkeypatch.setattr(packed, "QUERIES", queries)
-    monkeypatch.setattr(packed, "CACHED", 4 * 200)  # a few rows a group
+    monkeypatch.setattr(packed, "MAX_SHORT_TOKENS", short)
+    monkeypatch.setattr(packed, "QUERY_CHUNK", queries)
+    monkeypatch.setattr(packed, "CACHED_WEIGHTS", 4 * 200)  # a few rows a group
     model = small_of(kind, KINDS[kind])
     assert model.config._attn_implementation == ATTENTION
     texts = alike() if are_alike else rows()
-    assert Packed(texts, "cpu").has_common == are_alike
+    assert Packed(texts, "cpu").has_shared == are_alike
     expected, found = alone(model, texts), hidden_states(model, Packed(texts, "cpu"))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     pairs = zip(gradients(model, found), gradients(model, expected), strict=True)
@@ -88,7 +88,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(
 
 def test_heads_with_copies_of_their_keys_attend_as_groups_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU does in fp32."""
-    monkeypatch.setattr(packed, "SHORT", 0)
+    monkeypatch.setattr(packed, "MAX_SHORT_TOKENS", 0)
     model = small_of("llama", {})
     expected = hidden_states(model, Packed(rows(), "cpu"))
     seen: list[int] = []
@@ -98,7 +98,7 @@ def test_heads_with_copies_of_their_keys_attend_as_groups_do(monkeypatch: pytest
         seen.append(k.shape[1])
         return attend(q, k, v, **options)
 
-    monkeypatch.setattr(packed, "_wants_own_heads", lambda q, k: len(q) != len(k))
+    monkeypatch.setattr(packed, "_needs_key_copies", lambda q, k: len(q) != len(k))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
     torch.testing.assert_close(hidden_states(model, Packed(rows(), "cpu")), expected)
     assert {*seen} == {4}
@@ -241,7 +241,7 @@ def test_a_token_sees_its_rows_cache_and_no_padding(kind: str) -> None:
 def test_prompts_that_are_read_together_are_answered_as_each_alone(
     kind: str, read_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "READ_TOKENS", read_tokens)
+    monkeypatch.setattr(local, "PREFILL_TOKENS", read_tokens)
     model = small_of(kind, (KINDS | PADDED)[kind])
     with torch.no_grad():
         for parameter in model.parameters():  # else all answers are alike

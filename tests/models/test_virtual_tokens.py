@@ -27,7 +27,7 @@ from rlhf.models.peft.merge import merged_policy
 from rlhf.models.peft.saved import attach_published
 from rlhf.models.peft.virtual_tokens import virtual_tokens
 from rlhf.models.recompute import checkpoint_layers
-from rlhf.models.weight_sharing import sharing
+from rlhf.models.weight_sharing import shared_copy
 
 METHODS = ["prefix", "prompt", "p_tuning"]
 ROWS = [IDS[0, :9], IDS[0], IDS[0, 3:20]]
@@ -138,7 +138,7 @@ def test_a_second_tree_has_tokens_of_its_own(method: str, tiny_model: Path) -> N
     model = with_tokens(tiny_model, method)
     own = virtual_tokens(model)
     assert own is not None
-    other = sharing(model, own=own.parameters())
+    other = shared_copy(model, own=own.parameters())
     before = last_hidden(other, ROWS)
     train(model)
     assert torch.equal(last_hidden(other, ROWS)[0], before[0])
@@ -177,7 +177,7 @@ def test_sampling_sees_them_in_models_of_other_families(
         "batch_rows": 2,
     }
     attach(model, PeftConfig.model_validate({"method": method, "tokens": 4}))
-    monkeypatch.setattr(local, "READ_TOKENS", 8)  # each prompt by itself
+    monkeypatch.setattr(local, "PREFILL_TOKENS", 8)  # each prompt by itself
     whole = generate(model, prompts, uniform_BR=uniform_BR, **settings)
     settings["stop_ids"] = [int(whole.response_ids[1][1])]  # then the longer prompt's columns are cut
     rollout = generate(model, prompts, uniform_BR=uniform_BR, **settings)

@@ -20,7 +20,7 @@ from rlhf.models.peft.attach import attach, count_parameters
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.saved import attach_published, origin_of, save_adapter
 from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head, save_scalar_model
-from rlhf.models.weight_sharing import sharing
+from rlhf.models.weight_sharing import shared_copy
 
 ROWS = [IDS[0, :9], IDS[0], IDS[0, 3:20]]
 
@@ -40,7 +40,7 @@ def storages(model: torch.nn.Module) -> set[int]:
 
 def test_two_trees_hold_the_weights_once(tiny_model: Path) -> None:
     model = load(tiny_model)
-    other = sharing(model)
+    other = shared_copy(model)
     assert storages(other) == storages(model)
     assert not any(parameter.requires_grad for parameter in other.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -53,7 +53,7 @@ def test_two_trees_hold_the_weights_once(tiny_model: Path) -> None:
 
 def test_an_adapter_in_one_tree_is_not_in_the_other(tiny_model: Path) -> None:
     model = load(tiny_model)
-    other, before = sharing(model), logits(model)
+    other, before = shared_copy(model), logits(model)
     adapter = tuned(model)
     moved(model)
     assert not torch.allclose(logits(model), before, atol=1e-2)
@@ -75,7 +75,7 @@ def test_gradients_of_two_trees_stay_apart(tiny_model: Path) -> None:
         return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
 
     model = load(tiny_model)
-    other = sharing(model)
+    other = shared_copy(model)
     for seed, each in enumerate((model, other)):
         tuned(each)
         moved(each, seed)
@@ -93,7 +93,7 @@ def test_gradients_of_two_trees_stay_apart(tiny_model: Path) -> None:
 def test_a_scalar_models_head_is_its_own(tiny_model: Path) -> None:
     first = load_scalar_model(tiny_model, TINY, torch.float32, new_head=True)
     reset_head(first, deviation=1.0)
-    second, before = first.sharing_weights(), first.last_values(ROWS)
+    second, before = first.shared_copy(), first.last_values(ROWS)
     assert torch.equal(second.last_values(ROWS), before)
     second.rescale(2.0, -3.0)
     torch.testing.assert_close(second.last_values(ROWS), 2 * before - 3)

@@ -159,7 +159,7 @@ def test_artifacts_are_plain_models(first: Outcome) -> None:
     assert origin is not None
     assert origin.digest == weights_digest(first.artifact("sft"))
     assert origin.key == first.key("sft")
-    assert origin.found(first.artifact("reward")) == first.artifact("sft").resolve()
+    assert origin.checked_directory(first.artifact("reward")) == first.artifact("sft").resolve()
 
 
 def test_training_changed_the_weights(first: Outcome) -> None:

@@ -201,7 +201,7 @@ def test_in_bf16_a_critic_of_two_adapters_is_as_near_to_fp32_as_a_merged_one(
     for dtype in (torch.float32, torch.bfloat16):
         backbone = Backbone(tiny_model, load_causal_lm(tiny_model, TINY, dtype))
         shared = load_learned_reward(reward, TINY, on_cpu(dtype=dtype), 1000, backbone)
-        found.append(values(shared.model.sharing_weights(), dtype))
+        found.append(values(shared.model.shared_copy(), dtype))
     exact_B, factored_B = found
     merged_B = values(load_scalar_model(reward, TINY, torch.bfloat16), torch.bfloat16)
     factored, merged = (float((each_B - exact_B).std() / exact_B.std()) for each_B in (factored_B, merged_B))

@@ -115,7 +115,7 @@ def test_a_column_that_is_in_no_row_is_told_before_anything_trains(chain: Chain)
 
 
 RAISED: list[str] = []
-"""The answers for which `breaks` raises, from the call after `rehearse` on."""
+"""The answers for which `breaks` raises, from the call after `check_publishable` on."""
 
 
 def breaks(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

@@ -164,8 +164,8 @@ def test_a_policy(name: str, method: str, tmp_path: Path, tiny_model: Path) -> N
     artifact = trained(name, tmp_path, tiny_model, MERGING[method]).directory
     origin = origin_of(artifact)
     assert origin is not None
-    start = load_causal_lm(origin.found(artifact), TINY, torch.float32)
-    beside = load_causal_lm(origin.found(artifact), TINY, torch.float32)
+    start = load_causal_lm(origin.checked_directory(artifact), TINY, torch.float32)
+    beside = load_causal_lm(origin.checked_directory(artifact), TINY, torch.float32)
     attach_published(beside, artifact)
     published = load_causal_lm(artifact, TINY, torch.float32)
     assert not torch.allclose(logits(published), logits(start), atol=1e-3)

@@ -20,7 +20,7 @@ from rlhf.config import ConfigError
 from rlhf.costs.stage_cost import StageCost
 from rlhf.digests import weights_digest
 from rlhf.models import base
-from rlhf.models.start import ModelDirectory, check_start, init_digest, of_two_architectures
+from rlhf.models.start import ModelDirectory, architecture_complaints, check_start, init_digest
 from rlhf.pipeline.costing import cost_of
 from rlhf.pipeline.graph import sampled_models
 
@@ -297,7 +297,7 @@ def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_
         chain = build("model=tiny", *overrides).stages
         names = ("ppo", "evaluate", "compare")
         models = [each for name in names for each in sampled_models(chain[name], chain)]
-        return [*map(str, of_two_architectures(models, base))]
+        return [*map(str, architecture_complaints(models, base))]
 
     wider, other_tokens = (f"ppo.init={other_models[name]}" for name in ("wider", "other-tokens"))
     assert complaints() == complaints(other_tokens) == []  # the engine reads ids alone

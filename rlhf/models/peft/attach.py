@@ -1,6 +1,6 @@
-"""Parameter-efficient tuning: put peft's tuners into a model in place, and merge them when it is published.
+"""Parameter-efficient tuning: attach peft's tuners to a model in place, and merge them when it is published.
 
-What is written to disk: rlhf/models/peft/saved.py.
+rlhf/models/peft/saved.py has the files on disk.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import STAGE, Complaint, ConfigError
 from rlhf.distributed.compute import Compute
-from rlhf.models.on_disk import Keep
+from rlhf.models.on_disk import MapWeight
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
-from rlhf.models.peft.bottleneck import KIND, BottleneckConfig, BottleneckModel
+from rlhf.models.peft.bottleneck import PEFT_TYPE, BottleneckConfig, BottleneckModel
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.peft.methods import KINDS, PREFIX
+from rlhf.models.peft.methods import PREFIX, VIRTUAL_TOKEN_METHODS
 from rlhf.models.peft.quantization import quantize
-from rlhf.models.peft.target_modules import last_layers, layer_name, linears, sublayer_ends, update_targets
+from rlhf.models.peft.target_modules import last_layers, layer_name, linears, low_rank_targets, sublayer_ends
 from rlhf.models.peft.virtual_tokens import (
     EMBEDDINGS,
     add_virtual_tokens,
@@ -41,29 +41,30 @@ from rlhf.models.peft.virtual_tokens import (
 from rlhf.training.engine import Gather
 from rlhf.training.optimizer import round_into
 
-TUNERS: dict[str, Callable[..., BaseTuner]] = {"LORA": LoraModel, "IA3": IA3Model, KIND: BottleneckModel}
-"""peft's name of a method -> its tuner."""
+TUNERS: dict[str, Callable[..., BaseTuner]] = {"LORA": LoraModel, "IA3": IA3Model, PEFT_TYPE: BottleneckModel}
+"""peft's name of a method -> class of its tuner."""
 FACTORS = ("lora_magnitude_vector", "ia3_l")
-"""Parameters that are factors. They stay fp32 in a bf16 model, because near 1 a step of bf16 is 0.4%."""
+"""Parameters that are factors, by parts of their names. They stay fp32 in a bf16 model, because near 1 a step
+of bf16 is 0.4%."""
 
 
 class Adapter:
-    """What `attach` put into a model. The model is used as before. Only the added parameters train, or
-    (freeze) the last layers."""
+    """The trainable part that `attach` added to a model. The model is used as before. Only the added
+    parameters train, or (freeze) the last layers."""
 
     def __init__(self, model: PreTrainedModel, tuner: BaseTuner | None, config: PeftConfig | None) -> None:
-        """`config` is the argument of `attach`; None for an adapter that was trained before."""
+        """`config` is the argument of `attach`; None for an adapter that is already trained."""
         self._model, self._tuner, self._config = model, tuner, config
         self.in_4_bits: list[str] = []
-        """Linear layers that had 4-bit weights during the training, by the last part of their names."""
+        """Linear layers with 4-bit weights in training, by the last part of their names."""
 
     @contextmanager
     def merged(self) -> Iterator[None]:
         """While open, the adapter is merged into the weights, so that sampling is as fast as with a plain
         model.
 
-        The merged weights are copies. Adding and subtracting the adapter would change the frozen weights a
-        little each time.
+        The merged weights are copies: adding the adapter and subtracting it again would change the frozen
+        weights a little each time.
         """
         modules: list[Any] = [] if self._tuner is None else list(self._tuner.modules())
         layers: list[Any] = [module for module in modules if _can_fold(module)]
@@ -74,7 +75,7 @@ class Adapter:
                 for layer in layers:
                     _fold(layer)
                     layer._disable_adapters = True
-                    layer.forward = layer.get_base_layer().__call__  # peft's own way there costs time
+                    layer.forward = layer.get_base_layer().__call__  # peft's own path is slower
             yield
         finally:
             for each, original in zip(frozen, originals, strict=True):
@@ -85,8 +86,8 @@ class Adapter:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """While open, the model is the one that it was before. Only for methods that share the weights
-        (`METHODS`)."""
+        """While open, the model runs without the adapter. Only for methods that can share a backbone
+        (`Method.shares`)."""
         modules = () if self._tuner is None else self._tuner.modules()
         layers: list[Any] = [module for module in modules if isinstance(module, LoraLayer)]
         assert layers, "nothing to turn off"
@@ -98,39 +99,39 @@ class Adapter:
             for layer in layers:
                 layer._disable_adapters = False
 
-    def merge(self, keep: Keep = lambda weight: weight) -> None:
+    def merge(self, map_weight: MapWeight = lambda weight: weight) -> None:
         """Merge the adapter into the weights, so that a plain model can be published.
 
-        Only for methods that merge (`METHODS`).
+        Only for methods that can be merged (`Method.merges`).
 
         Args:
-            keep: gets each weight that is made.
+            map_weight: called with each new weight; its result goes into the model.
         """
         if self._tuner is not None:
             for layer in self._tuner.modules():
                 if isinstance(layer, LoraLayer | IA3Layer):
                     assert _can_fold(layer), "an adapter on 4-bit weights would be lost: `attach_to_merge`"
-                    _fold(layer, keep)
+                    _fold(layer, map_weight)
             self._tuner.unload()
             self._tuner = None
 
-    def described(self) -> dict[str, Any] | None:
+    def saved_config(self) -> dict[str, Any] | None:
         """The content of peft's adapter_config.json; None if all weights were trained."""
-        described: dict[str, Any]
+        content: dict[str, Any]
         if self._tuner is not None:
             (config,) = self._tuner.peft_config.values()
-            described = config.to_dict()
-            return described
+            content = config.to_dict()
+            return content
         virtual = virtual_tokens(self._model)
         if virtual is not None:
-            described = virtual.config.to_dict()
-            return described
+            content = virtual.config.to_dict()
+            return content
         if self._config is not None and self._config.method == "freeze":
             return {"peft_type": "FREEZE", "layers": self._config.layers}
         return None
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained weights by their names in the published file: peft's names, or the model's own."""
+        """Trained weights by their names in the published file: peft's names, or (freeze) the model's own."""
         if self._tuner is not None:
             weights = get_peft_model_state_dict(self._tuner.model)
             return {PREFIX + name: each for name, each in weights.items()}
@@ -142,7 +143,8 @@ class Adapter:
 
 
 def _can_fold(module: nn.Module) -> bool:
-    """Whether a layer's adapter can be merged into its weights. 4-bit weights are too coarse."""
+    """Whether a layer's adapter can be merged into its weights. It cannot if these have 4 bits: they are too
+    coarse."""
     if not isinstance(module, LoraLayer | IA3Layer):
         return False
     weight: Any = module.get_base_layer().weight
@@ -150,24 +152,23 @@ def _can_fold(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _fold(layer: Any, keep: Keep = lambda weight: weight) -> None:
-    """Replace a layer's weights by copies with its adapters merged in."""
+def _fold(layer: Any, map_weight: MapWeight = lambda weight: weight) -> None:
+    """Replace a layer's weights by copies that have its adapters merged in."""
     base = layer.get_base_layer()
     if isinstance(layer, LoraLinear):
-        base.weight.data = keep(_folded(layer))
+        base.weight.data = map_weight(_folded(layer))
         return
     dtype, parameters = base.weight.dtype, list(base.parameters())
     for each in parameters:
         each.data = each.data.float()
-    layer.merge(safe_merge=not base.weight.is_meta)  # of which nothing can be asked
-    layer.merged_adapters.clear()  # the caller puts the weights back, or takes the adapter out
+    layer.merge(safe_merge=not base.weight.is_meta)  # a meta tensor has no values to check
+    layer.merged_adapters.clear()  # the caller restores the weights, or removes the adapter
     for each in parameters:
-        each.data = keep(_rounded(each.data, dtype))
+        each.data = map_weight(_rounded(each.data, dtype))
 
 
 def _folded(layer: Any) -> Tensor:
-    """A linear layer's weight with its low-rank updates. For DoRA with the norms that are used in
-    training."""
+    """A linear layer's weight with its low-rank updates. DoRA uses the same norms as in training."""
     weight = layer.get_base_layer().weight
     total = weight.detach().float()
     for name in layer.active_adapters:
@@ -184,34 +185,34 @@ def _folded(layer: Any) -> Tensor:
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round as the optimizer rounds its masters. Rounding to nearest would lose an adapter that learned
-    little."""
+    """Round as the optimizer rounds its fp32 masters. Rounding to nearest would lose small updates."""
     rounded = torch.empty_like(weight, dtype=dtype)
     round_into(rounded, weight)
     return rounded
 
 
 def loads_on(config: PeftConfig, compute: Compute) -> torch.device:
-    """The device that a model is loaded to before `attach`. QLoRA's stays in its files, which the host maps:
-    so its device only gets the weights in 4 bits."""
+    """The device to load a model to before `attach`. For QLoRA it is the CPU, which maps the files, so that
+    the GPU only gets the 4-bit weights."""
     return torch.device("cpu") if config.method == "qlora" else compute.loads_on
 
 
 def attach(model: PreTrainedModel, config: PeftConfig, device: torch.device | None = None) -> Adapter:
-    """Make the model train what config says: all parameters, an adapter on frozen ones, or the last layers.
+    """Prepare the model for training by `config`: all parameters, an adapter on frozen weights, or the last
+    layers.
 
-    A published adapter that is in the model already stays there, frozen. The new one is added to it.
+    A published adapter that is already in the model stays there, frozen. The new adapter is added to it.
 
     Args:
-        device: where QLoRA takes the model; None is where the model is. Other methods leave it there.
+        device: the device to which QLoRA moves the model; None leaves it in place, as other methods do.
 
     Raises:
-        ConfigError: the method does not know this kind of model.
+        ConfigError: the method does not support this kind of model.
     """
     if config.method == "none":
         model.requires_grad_(True)
         return Adapter(model, None, config)
-    if config.method in KINDS.values():
+    if config.method in VIRTUAL_TOKEN_METHODS.values():
         add_virtual_tokens(model, virtual_config(model, config))
         return Adapter(model, None, config)
     if config.method == "freeze":
@@ -221,29 +222,29 @@ def attach(model: PreTrainedModel, config: PeftConfig, device: torch.device | No
         return Adapter(model, None, config)
     tuner = tuner_config(model, config)
     if config.method == "qlora":
-        quantize(model, update_targets(model, config), device or model.device)
+        quantize(model, low_rank_targets(model, config), device or model.device)
     return Adapter(model, inject(model, tuner, "default"), config)
 
 
 @torch.no_grad()
-def check_reached(model: PreTrainedModel) -> None:
-    """Refuse adapters that no pass uses, because the model's code (for example a kernel) reads the weights
-    directly. They would learn nothing, without any error.
+def check_adapters_used(model: PreTrainedModel) -> None:
+    """Refuse adapters that a forward pass does not use, because the model's code (for example a kernel) reads
+    the weights directly. They would learn nothing, without any error.
 
     Raises:
-        ConfigError: with the names of the layers.
+        ConfigError: an adapter is not used; the message names the layers.
     """
     if model.device.type == "cpu" and model.config._attn_implementation.startswith("flash"):
-        return  # it is yet to move to a GPU
+        return  # the model moves to a GPU later
     layers: dict[str, Any] = {
         path: layer for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)
     }
-    missed = set(map(layer_name, layers))  # by kind: a router may leave out an expert
+    missed = set(map(layer_name, layers))  # by kind of layer, because a router may skip an expert
 
-    def noted(path: str) -> Callable[..., None]:
+    def hook_for(path: str) -> Callable[..., None]:
         return lambda *_: missed.discard(layer_name(path))
 
-    handles = [layer.register_forward_pre_hook(noted(path)) for path, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook_for(path)) for path, layer in layers.items()]
     try:
         if layers:
             hidden_states(model, Packed([torch.arange(8)], model.device))
@@ -262,12 +263,12 @@ def check_reached(model: PreTrainedModel) -> None:
 
 
 def check_attachable(model: PreTrainedModel, config: PeftConfig) -> None:
-    """Refuse what `attach` would refuse. The model does not change; its weights may be on the meta device.
+    """Refuse any model that `attach` would refuse. The model does not change; it may be on the meta device.
 
     Raises:
-        ConfigError: the method does not know this kind of model.
+        ConfigError: the method does not support this kind of model.
     """
-    if config.method in KINDS.values():
+    if config.method in VIRTUAL_TOKEN_METHODS.values():
         check_virtual_tokens(model, config.method)
     elif config.method == "freeze":
         last_layers(model, config)
@@ -276,10 +277,10 @@ def check_attachable(model: PreTrainedModel, config: PeftConfig) -> None:
 
 
 def tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
-    """peft's config of a method that adds something to layers.
+    """peft's config for a method that adds parameters to layers.
 
     Raises:
-        ConfigError: the method does not know this kind of model.
+        ConfigError: the method does not support this kind of model.
     """
     if config.method == "ia3":
         kind = model.config.get_text_config().model_type
@@ -295,7 +296,7 @@ def tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        target_modules=update_targets(model, config),
+        target_modules=low_rank_targets(model, config),
         use_dora=config.method == "dora",
         fan_in_fan_out=_is_transposed(model),
     )
@@ -307,16 +308,16 @@ def _is_transposed(model: PreTrainedModel) -> bool:
 
 
 def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
-    """Wrap layers of the model in a tuner's layers, under an adapter name."""
+    """Wrap layers of the model in a tuner's layers. `name` is the adapter's name in peft."""
     assert config.peft_type is not None
     tuner = TUNERS[config.peft_type](model, config, name)
     for path, parameter in model.named_parameters():
-        if parameter.requires_grad:  # peft makes them fp32 and converts all that passes; our masters are fp32
+        if parameter.requires_grad:  # peft makes them fp32 and casts inputs; our optimizer has fp32 masters
             parameter.data = parameter.data.to(model.dtype)
             if any(factor in path for factor in FACTORS):
                 parameter.data = parameter.data.float()
     for layer in tuner.modules():
-        if isinstance(layer, BaseTunerLayer):  # peft's own way would let all of them train
+        if isinstance(layer, BaseTunerLayer):  # peft's `set_adapter` would also make all of them trainable
             layer._active_adapter = list(getattr(layer, layer.adapter_layer_names[0]))
     return tuner
 
@@ -335,13 +336,13 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             layer.forward = layer.get_base_layer().__call__
         if virtual is not None:
-            virtual.are_left_out = True
+            virtual.is_disabled = True
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
         if virtual is not None:
-            virtual.are_left_out = False
+            virtual.is_disabled = False
 
 
 @torch.no_grad()
@@ -349,13 +350,13 @@ def merged_weights(
     model: nn.Module,
     gathered: Gather = lambda modules: nullcontext(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model with its name, adapters merged into copies. The model does not change.
+    """Every weight of a model with its name, with adapters merged into copies. The model does not change.
 
     Args:
-        gathered: as of `Access.weights`. A yielded weight is valid until the next one is asked for.
+        gathered: as of `Access.weights`. A yielded weight is valid until the next iteration.
 
     Raises:
-        ConfigError: there is an adapter that cannot be merged in this way.
+        ConfigError: an adapter cannot be merged in this way.
     """
     if virtual_tokens(model) is not None:
         raise ConfigError(
@@ -383,14 +384,14 @@ def merged_weights(
         elif adapts:
             layer = adapted[owner]
             with gathered([*layer.modules()]):
-                is_out = part == "weight" and not layer.disable_adapters  # else `merged` put it there
+                is_unmerged = part == "weight" and not layer.disable_adapters  # else `merged` merged it
                 yield (
                     f"{owner}.{part}",
-                    _folded(layer) if is_out else layer.get_parameter(f"base_layer.{part}").detach(),
+                    _folded(layer) if is_unmerged else layer.get_parameter(f"base_layer.{part}").detach(),
                 )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters."""
+    """(trainable, all): numbers of parameters."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -1,11 +1,11 @@
 """Bottleneck adapters as a peft tuner. peft has none; the package adapters 1.3 has them, but needs
 transformers 4.57, and this project uses 5.
 
-After the last linear layer of a sub-layer, before the residual connection, comes h + up(relu(down(h))). `up`
-starts at zero, so the model does not change at first. Houlsby et al. 2019 (arXiv:1902.00751, figure 2) put
-one after attention and one after the feed-forward layer. Pfeiffer et al. 2020 (arXiv:2005.00247, section 3)
-put only the second one. It is not a linear function of the input, so it cannot be merged into weights.
-Dimensions: H hidden size, S size of the bottleneck.
+A bottleneck computes h + up(relu(down(h))) from h, the output of a sub-layer's last linear layer, before the
+residual connection. `up` starts at zero, so the model does not change at first. Houlsby et al. 2019
+(arXiv:1902.00751, figure 2) put one after attention and one after the feed-forward layer. Pfeiffer et al.
+2020 (arXiv:2005.00247, section 3) put only the second one. A bottleneck is not linear, so it cannot be merged
+into weights. Dimensions: H hidden size, S size of the bottleneck.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-KIND, NAMES = "BOTTLENECK", "bottleneck_"
+PEFT_TYPE, MODULE_PREFIX = "BOTTLENECK", "bottleneck_"
 """The method's name in peft's files, and the prefix of its modules' names."""
 
 
@@ -33,22 +33,22 @@ class BottleneckConfig(TunerConfig):
     """The content of adapter_config.json."""
 
     size: int = 64
-    """S."""
+    """S, the size of the bottleneck."""
     target_modules: Iterable[str] | None = None
-    """The linear layers that a bottleneck follows, by the ends of their names."""
+    """Linear layers after which a bottleneck is added, by the ends of their names."""
     modules_to_save: list[str] | None = None
-    """Other modules that train: a score head."""
+    """Other modules that train, such as a score head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # peft's
-        self.peft_type = KIND
+        self.peft_type = PEFT_TYPE
         self.target_modules = set(self.target_modules or ())
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A linear layer followed by bottlenecks, each with an adapter's name."""
+    """A linear layer followed by bottlenecks, one for each adapter name."""
 
-    adapter_layer_names: tuple[str, ...] = (f"{NAMES}down", f"{NAMES}up")
+    adapter_layer_names: tuple[str, ...] = (f"{MODULE_PREFIX}down", f"{MODULE_PREFIX}up")
 
     def __init__(self, base_layer: nn.Module, name: str, config: BottleneckConfig) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.update_layer(name, config)
 
     def update_layer(self, name: str, config: BottleneckConfig) -> None:
-        """Add an adapter. `down` is initialized like torch's linear layers."""
+        """Add a bottleneck. `down` is initialised like torch's linear layers."""
         linear = self.get_base_layer()
         assert isinstance(linear, nn.Linear)
         size = linear.out_features
@@ -71,7 +71,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """[..., in] -> [..., H]. Each adapter gets the result of the one before it."""
+        """[..., in] -> [..., H]. Each bottleneck gets the result of the one before it."""
         hidden: Tensor = self.base_layer(x, *args, **options)
         if self.disable_adapters:
             return hidden
@@ -83,7 +83,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 class BottleneckModel(BaseTuner):
     """Puts bottlenecks after linear layers, in place."""
 
-    prefix: str = NAMES
+    prefix: str = MODULE_PREFIX
     tuner_layer_cls = BottleneckLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
@@ -104,7 +104,7 @@ class BottleneckModel(BaseTuner):
             self._replace_module(parent, target_name, BottleneckLayer(target, name, config), target)
 
 
-_kind = cast(PeftType, KIND)  # register_peft_method takes the methods of that enumeration only
-PEFT_TYPE_TO_CONFIG_MAPPING[_kind] = BottleneckConfig
-PEFT_TYPE_TO_TUNER_MAPPING[_kind] = BottleneckModel
-PEFT_TYPE_TO_PREFIX_MAPPING[_kind] = NAMES
+_peft_type = cast(PeftType, PEFT_TYPE)  # register_peft_method accepts only members of PeftType
+PEFT_TYPE_TO_CONFIG_MAPPING[_peft_type] = BottleneckConfig
+PEFT_TYPE_TO_TUNER_MAPPING[_peft_type] = BottleneckModel
+PEFT_TYPE_TO_PREFIX_MAPPING[_peft_type] = MODULE_PREFIX

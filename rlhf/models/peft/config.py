@@ -1,4 +1,4 @@
-"""`*.peft`: what of a model is trained, and how."""
+"""`*.peft`: which parameters of a model are trained, and how."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from rlhf.models.peft.methods import METHODS, MethodName
 class PeftConfig(Strict):
     """Which parameters are trained: `sft.peft=lora`, or `sft.peft={method:lora,rank:8}`.
 
-    What each method is, its source and what works with it: rlhf/models/peft/methods.py.
+    rlhf/models/peft/methods.py has each method's source and abilities.
     """
 
     method: MethodName
-    """none trains all parameters."""
+    """The tuning method; none trains all parameters."""
     rank: PositiveInt = 16
     """lora, dora, qlora: rank of the update."""
     alpha: PositiveInt = 32
     """lora, dora, qlora: the update is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """lora, dora, qlora: the linear layers that are updated, by the last part of their names."""
+    """lora, dora, qlora: linear layers to update, by the last part of their names."""
     layers: PositiveInt = 2
-    """freeze: how many of the model's last layers are trained."""
+    """freeze: number of the model's last layers that are trained."""
     placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
-    """adapter: a bottleneck after each feed-forward layer; or also after attention."""
+    """adapter: pfeiffer puts a bottleneck after each feed-forward layer, houlsby also after attention."""
     size: PositiveInt = 64
     """adapter: size of the bottlenecks."""
     tokens: PositiveInt = 20
-    """prefix, prompt, p_tuning: virtual tokens before every row."""
+    """prefix, prompt, p_tuning: number of virtual tokens before every row."""
 
     @model_validator(mode="after")
-    def _reads_what_is_set(self) -> Self:
+    def _check_unread_keys(self) -> Self:
         unread = self.model_fields_set - {"method", *METHODS[self.method].knobs}
         if unread:
             known = ", ".join(METHODS[self.method].knobs) or "no other key"
@@ -51,8 +51,9 @@ class PeftConfig(Strict):
         return self
 
     @model_serializer(mode="wrap")
-    def _what_is_read(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that another method's defaults are not part of an artifact's key."""
+    def _serialize_read_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Serialize only the keys that the method reads, so that no other method's defaults enter an
+        artifact's key."""
         values: dict[str, Any] = serialize(self)
         return {key: values[key] for key in ("method", *METHODS[self.method].knobs)}
 

@@ -1,5 +1,5 @@
-"""Publish a policy: merge the trained weights into those that the stage started from, or save them with a
-reference to these."""
+"""Publish a policy: merge its adapter into the model that the stage started from, or save the adapter with a
+reference to that model."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.config import ConfigError
 from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
-from rlhf.models.on_disk import Scratch, kept_on_disk
-from rlhf.models.peft.bottleneck import KIND
+from rlhf.models.on_disk import Scratch, open_scratch
+from rlhf.models.peft.bottleneck import PEFT_TYPE
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.peft.methods import KINDS, METHODS
+from rlhf.models.peft.methods import METHODS, VIRTUAL_TOKEN_METHODS
 from rlhf.models.peft.saved import (
+    adapter_config,
     attach_published,
     attach_to_merge,
     bytes_under,
-    described,
     origin_of,
     save_adapter,
 )
 from rlhf.models.save import save_policy, save_settings
 from rlhf.training.trained import load_trained, put_weights
 
-UNMERGED = {KIND: "adapter", **KINDS}
-"""Methods that do not merge: name in peft's files -> our name."""
+UNMERGEABLE_METHODS = {PEFT_TYPE: "adapter", **VIRTUAL_TOKEN_METHODS}
+"""Methods that cannot be merged: name in peft's files -> our name."""
 
 
 def publish_policy(
@@ -41,23 +41,24 @@ def publish_policy(
     dtype: torch.dtype,
     peft: PeftConfig,
 ) -> dict[str, float]:
-    """Write what was trained into `adapter/`. If the method merges, write a plain causal model beside it.
+    """Write the trained adapter into `adapter/`. If the method can be merged, also write the merged model.
 
     Args:
-        artifact: the directory to write to.
-        start: the model that the training started from; `key` names it.
-        trained: what `Engine.save_trained` wrote, of a model that `attach` prepared in the same way.
+        artifact: directory to write to.
+        trained: file of `Engine.save_trained`, for a model that `attach` prepared in the same way.
+        start: directory of the model that the training started from.
+        key: key or identity of that model.
 
     Returns:
-        Summary metrics of what was written.
+        Summary metrics: sizes in bytes.
     """
-    with kept_on_disk(artifact) as scratch:
+    with open_scratch(artifact) as scratch:
         model = load_causal_lm(start, settings, dtype, scratch=scratch.directory)
-        adapter = attach_to_merge(model, peft, scratch.keep)
+        adapter = attach_to_merge(model, peft, scratch.map_to_file)
         put_weights(model, load_trained(trained))
         metrics = save_adapter(adapter, artifact, start, key)
         if METHODS[peft.method].merges:
-            adapter.merge(scratch.keep)
+            adapter.merge(scratch.map_to_file)
             save_policy(model, tokenizer, artifact)
         else:
             save_settings(model, tokenizer, artifact)
@@ -70,25 +71,25 @@ def merged_policy(
     """The model that an artifact's training started from, with its adapter merged in, on the CPU.
 
     Args:
-        scratch: where each weight goes that is made; None keeps it in memory.
+        scratch: maps each new weight from a file; None leaves it in memory.
 
     Raises:
-        ConfigError: there is no adapter, its base model is missing, or its method does not merge.
+        ConfigError: there is no adapter, its base model is missing, or its method cannot be merged.
     """
     origin = origin_of(artifact)
     if origin is None:
         raise ConfigError(
             f"{artifact}: it has no adapter/, so there is nothing to merge: all its weights were trained."
         )
-    kind = described(artifact)["peft_type"]
-    if kind in UNMERGED:
+    kind = adapter_config(artifact)["peft_type"]
+    if kind in UNMERGEABLE_METHODS:
         raise ConfigError(
-            f"{artifact}: what {UNMERGED[kind]} trains cannot be merged into the weights. Use the "
+            f"{artifact}: what {UNMERGEABLE_METHODS[kind]} trains cannot be merged into the weights. Use the "
             "artifact as it is, or train with lora, dora, ia3 or freeze."
         )
-    keep = (lambda weight: weight) if scratch is None else scratch.keep
+    map_weight = (lambda weight: weight) if scratch is None else scratch.map_to_file
     place = None if scratch is None else scratch.directory
-    model = load_causal_lm(origin.found(artifact), settings, dtype, scratch=place)
-    adapter, _ = attach_published(model, artifact, keep)
-    adapter.merge(keep)
+    model = load_causal_lm(origin.checked_directory(artifact), settings, dtype, scratch=place)
+    adapter, _ = attach_published(model, artifact, map_weight)
+    adapter.merge(map_weight)
     return model

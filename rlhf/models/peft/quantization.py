@@ -1,7 +1,7 @@
-"""Keep linear layers in 4 bits while a low-rank update of them trains.
+"""Linear layers with 4-bit weights, while a low-rank update of them trains.
 
 Source: Dettmers et al. 2023 (arXiv:2305.14314): 4-bit NormalFloat in blocks of 64, whose scales are quantized
-in turn. bitsandbytes computes the products. It is imported only when it is needed.
+too. bitsandbytes computes the products. It is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.models.on_disk import Keep
+from rlhf.models.on_disk import MapWeight
 
 FORMAT: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 
 
 @torch.no_grad()
 def quantize(model: PreTrainedModel, names: list[str], device: torch.device) -> None:
-    """Convert linear layers to 4 bits, one after the other, on the way to a device. The rest of the model
-    follows. The layers cannot train any more.
+    """Convert linear layers to 4 bits, one by one, while they move to a device. Then move the rest of the
+    model, and freeze it.
 
     Args:
-        names: the last parts of their names.
+        names: last parts of the layers' names.
     """
     import bitsandbytes
 
@@ -38,18 +38,20 @@ def quantize(model: PreTrainedModel, names: list[str], device: torch.device) -> 
         setattr(parent, name, held)
     module: nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.to(device).requires_grad_(False)
-    model.__dict__["is_loaded_in_4bit"] = True  # where peft looks
+    model.__dict__["is_loaded_in_4bit"] = True  # peft reads this
 
 
 @torch.no_grad()
-def round_to_4_bits(model: PreTrainedModel, names: list[str], keep: Keep = lambda weight: weight) -> None:
-    """Give linear layers, as plain weights, the values that they have after `quantize`.
+def round_to_4_bits(
+    model: PreTrainedModel, names: list[str], map_weight: MapWeight = lambda weight: weight
+) -> None:
+    """Give linear layers plain weights with the values that they have after `quantize`.
 
     Args:
-        keep: gets each weight that is made.
+        map_weight: called with each new weight; its result goes into the model.
     """
     for _, _, linear in _linears(model, names):
-        linear.weight.data = keep(_rounded(linear.weight).to(linear.weight.dtype))
+        linear.weight.data = map_weight(_rounded(linear.weight).to(linear.weight.dtype))
 
 
 def _rounded(weight: Tensor) -> Tensor:

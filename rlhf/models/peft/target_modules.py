@@ -1,6 +1,6 @@
 """The parts of a model that a tuning method changes.
 
-Complaints are about `STAGE.peft`: `rlhf.config.in_user_keys` puts the stage's name in its place.
+Complaints name the key `STAGE.peft`; `rlhf.config.in_user_keys` replaces STAGE by the stage's name.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import STAGE, Complaint, ConfigError, did_you_mean
-from rlhf.models.peft.bottleneck import NAMES
+from rlhf.models.peft.bottleneck import MODULE_PREFIX
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 
 MAMBA = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2")
-READ_PAST: dict[str, tuple[str, ...]] = {
+BYPASSED_LAYERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(MAMBA, ("out_proj",)),
     **dict.fromkeys(("falcon_mamba", "mamba"), ("out_proj", "dt_proj")),
     "jamba": ("dt_proj",),
 }
-"""Type of a model -> its linear layers whose weights its code reads directly (in Mamba a GPU kernel does). An
+"""Model type -> linear layers whose weights the model's code reads directly (in Mamba, a GPU kernel does). An
 adapter on such a layer would learn nothing."""
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The model without its head."""
-    # Llama 4's text model calls it `model`, and says that it is `language_model`
+    # Llama 4's text model has it as `model`, although its base_model_prefix is `language_model`
     name = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
-    found: nn.Module = getattr(model, name)
-    return found
+    backbone: nn.Module = getattr(model, name)
+    return backbone
 
 
-def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """The linear layers that get a low-rank update, by the last part of their names.
+def low_rank_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """Names of the linear layers that get a low-rank update (the last part of each path).
 
     Raises:
-        ConfigError: there are none, or a given name is not one of them.
+        ConfigError: the model has no such layers, or a configured name is not one of them.
     """
-    names, left_out, kind = _inner_linears(model), cannot_be_updated(model), type(model).__name__
+    names, left_out, kind = _inner_linears(model), excluded_layers(model), type(model).__name__
     known = [name for name in names if name not in left_out]
     if not known:
         raise ConfigError(
@@ -78,10 +78,10 @@ def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
 
 
 def last_layers(model: PreTrainedModel, config: PeftConfig | None) -> list[nn.Module]:
-    """The last layers, which `freeze` trains; none with another method.
+    """The last layers, which `freeze` trains; empty for another method.
 
     Raises:
-        ConfigError: the model has fewer layers.
+        ConfigError: the model has fewer layers than `config.layers`.
     """
     if config is None or config.method != "freeze":
         return []
@@ -104,11 +104,11 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """The last linear layer of attention and of the feed-forward part, by their names in a layer. Bottlenecks
-    come after them.
+    """Names, within a layer, of the last linear layer of attention and of the feed-forward part. Bottlenecks
+    come after these.
 
     Raises:
-        ConfigError: they cannot be told apart.
+        ConfigError: the layer does not have exactly two such parts.
     """
     size, ends = model.config.get_text_config().hidden_size, []
     for name, part in (_layers(model) or [model])[0].named_children():
@@ -126,49 +126,49 @@ def sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
     return ends if config.placement == "houlsby" else ends[1:]
 
 
-def cannot_be_updated(model: PreTrainedModel) -> dict[str, str]:
-    """The linear layers of the backbone that cannot get a low-rank update, by the last part of their names,
-    with the reason."""
-    found: dict[str, str] = {}
+def excluded_layers(model: PreTrainedModel) -> dict[str, str]:
+    """Linear layers of the backbone that cannot get a low-rank update: last part of the name -> reason."""
+    reasons: dict[str, str] = {}
     for path, layer in linears(backbone_of(model)):
         name = layer_name(path)
-        if name in found:
+        if name in reasons:
             continue
-        if name in READ_PAST.get(model.config.get_text_config().model_type, ()):
-            found[name] = "its weight is read past an adapter"
+        if name in BYPASSED_LAYERS.get(model.config.get_text_config().model_type, ()):
+            reasons[name] = "its weight is read past an adapter"
         elif not _is_linear(layer):
-            found[name] = f"a {type(layer).__name__} gives more than a linear layer"
-        elif _means_experts(model, name):
-            found[name] = "peft means the experts by that"
-    return found
+            reasons[name] = f"a {type(layer).__name__} gives more than a linear layer"
+        elif _names_experts(model, name):
+            reasons[name] = "peft means the experts by that"
+    return reasons
 
 
 @torch.no_grad()
 def _is_linear(layer: nn.Module) -> bool:
-    """Whether a layer returns what a linear layer returns. A router that is derived from one returns more."""
+    """Whether a layer returns one tensor like a linear layer. A router derived from `nn.Linear` returns
+    more."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
         return True
     memo = {id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in layer.parameters()}
     try:
-        found = copy.deepcopy(layer, memo)(torch.empty(1, layer.in_features, device="meta"))
+        output = copy.deepcopy(layer, memo)(torch.empty(1, layer.in_features, device="meta"))
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False
-    return isinstance(found, torch.Tensor) and found.shape == (1, layer.out_features)
+    return isinstance(output, torch.Tensor) and output.shape == (1, layer.out_features)
 
 
-def _means_experts(model: PreTrainedModel, name: str) -> bool:
-    """Whether peft would apply updates of that name to the experts' weights when it reads a published
-    adapter. In transformers 4 experts were linear layers; transformers 5 has one tensor for all experts."""
+def _names_experts(model: PreTrainedModel, name: str) -> bool:
+    """Whether peft, when it reads a published adapter, would apply updates of this name to the experts'
+    weights. In transformers 4 experts were linear layers; transformers 5 has one tensor for all experts."""
     config = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # it wants those that are in the same weight, too
+    except ValueError:  # peft demands the other names in the same fused weight, too
         return True
     return not config.target_modules
 
 
-def in_one(model: PreTrainedModel) -> list[str]:
-    """Parts of the backbone that are not linear layers, but hold the matrices of several, such as experts."""
+def fused_weights(model: PreTrainedModel) -> list[str]:
+    """Modules of the backbone that hold several matrices in one 3-D weight, such as experts."""
     return sorted(
         {
             layer_name(path)
@@ -179,35 +179,36 @@ def in_one(model: PreTrainedModel) -> list[str]:
     )
 
 
-def described_targets(model: PreTrainedModel, config: PeftConfig) -> str | None:
-    """One line: what `all-linear` updates in a model, and what it leaves out. None with another choice."""
+def targets_summary(model: PreTrainedModel, config: PeftConfig) -> str | None:
+    """One line for the user: which layers `all-linear` updates, and which it leaves out. None if the config
+    names the layers, or if the method has no target modules."""
     if "target_modules" not in METHODS[config.method].knobs or config.target_modules != "all-linear":
         return None
     reasons: dict[str, list[str]] = {}
-    for name in in_one(model):
+    for name in fused_weights(model):
         reasons.setdefault("weights of three dimensions", []).append(name)
-    for name, why in cannot_be_updated(model).items():
+    for name, why in excluded_layers(model).items():
         reasons.setdefault(why, []).append(name)
     left = "; ".join(f"not {', '.join(names)} ({why})" for why, names in reasons.items())
-    taken = f"{config.method} updates {', '.join(update_targets(model, config))}"
+    taken = f"{config.method} updates {', '.join(low_rank_targets(model, config))}"
     return "; ".join([taken, *([left] if left else [])]) + "."
 
 
 def _inner_linears(model: PreTrainedModel) -> list[str]:
-    """Every linear layer of the backbone, without the output layer or a score head."""
+    """Names of the backbone's linear layers, without the output layer or a score head."""
     return sorted({layer_name(path) for path, _ in linears(backbone_of(model))})
 
 
 def layer_name(path: str) -> str:
-    """The name that layers of one kind share: the last part of their paths. If that is a number, the part
-    before it belongs to the name too (Gemma 3n's `altup_projections.0`)."""
+    """The name that layers of one kind share: the last part of the path. If that is a number, also the part
+    before it (Gemma 3n's `altup_projections.0`)."""
     *_, before, last = ("", *path.split("."))
     return f"{before}.{last}" if last.isdigit() else last
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's own linear layers, by their names without adapters."""
+    """The model's own linear layers with their paths, as they are without adapters."""
     for name, layer in module.named_modules():
-        is_added = any(part in name for part in (".lora_", f".{NAMES}"))
+        is_added = any(part in name for part in (".lora_", f".{MODULE_PREFIX}"))
         if isinstance(layer, nn.Linear | Conv1D) and not is_added:
             yield name.partition(".base_layer")[0], layer

@@ -1,10 +1,10 @@
 """Virtual tokens before every row, for prefix, prompt and P-tuning, with peft's encoders.
 
-For the layers, virtual tokens are keys and values before those of a row. Prefix tuning (Li and Liang 2021,
+In each layer, virtual tokens are keys and values before those of a row. Prefix tuning (Li and Liang 2021,
 arXiv:2101.00190) learns these keys and values. In prompt tuning (Lester et al. 2021, arXiv:2104.08691) and
 P-tuning (Liu et al. 2021, arXiv:2103.10385) the model computes them from learned embeddings. They do not
-depend on the rows, so they are computed once for all rows of a pass. The rows are padded, one sequence a row:
-of rows laid end to end only the first would see the virtual tokens.
+depend on the rows, so they are computed once for all rows of a pass. The rows are padded, with one sequence
+per row: if they were laid end to end, only the first would see the virtual tokens.
 Dimensions: B rows, N virtual tokens, A key/value heads, D size of a head.
 """
 
@@ -31,23 +31,24 @@ from transformers.cache_utils import DynamicLayer
 from rlhf.config import STAGE, Complaint, ConfigError
 from rlhf.models.base import ATTENTION
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.peft.methods import KINDS
+from rlhf.models.peft.methods import VIRTUAL_TOKEN_METHODS
 from rlhf.models.peft.target_modules import backbone_of
 
 EMBEDDINGS = "prompt_embeddings"
-"""peft's name of the published tensor: [N, layers * 2 * A * D] for prefix tuning, else [N, hidden size]."""
+"""peft's name of the published tensor: [N, layers * 2 * A * D] for prefix tuning, otherwise [N, hidden
+size]."""
 
 
 class VirtualTokens(nn.Module):
     """Learned tokens that a model puts before every row."""
 
     def __init__(self, model: PreTrainedModel, config: PromptLearningConfig) -> None:
-        """With `config.inference_mode` only the published tensor is kept, without the encoder that made
+        """With `config.inference_mode` there is only the published tensor, without the encoder that computed
         it."""
         super().__init__()
         assert config.num_layers is not None
-        self.config, self.num_layers, self.are_left_out = config, config.num_layers, False
-        self._kept: list[tuple[Tensor, Tensor]] | None = None
+        self.config, self.num_layers, self.is_disabled = config, config.num_layers, False
+        self._cached: list[tuple[Tensor, Tensor]] | None = None
         self.encoder: PrefixEncoder | PromptEmbedding | PromptEncoder
         if isinstance(config, PrefixTuningConfig):
             self.encoder = PrefixEncoder(config)
@@ -57,17 +58,17 @@ class VirtualTokens(nn.Module):
             self.encoder = PromptEncoder(config)
 
     def embeddings(self) -> Tensor:
-        """The tensor that is published."""
+        """The published tensor."""
         embedding = self.encoder.embedding
         count = torch.arange(self.config.num_virtual_tokens, device=embedding.weight.device)
-        # called, because a sharding engine gathers the weights around a call
+        # call the module: a sharding engine gathers its weights only around a call
         made: Tensor = embedding(count) if self.config.inference_mode else self.encoder(count)
         return made
 
     def keys_and_values(self, backbone: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, each [1, A, N, D]."""
-        if self._kept is not None:
-            return self._kept
+        if self._cached is not None:
+            return self._cached
         embeddings = self.embeddings()
         if not isinstance(self.config, PrefixTuningConfig):
             return _keys_and_values(backbone, embeddings, self.num_layers)
@@ -78,25 +79,25 @@ class VirtualTokens(nn.Module):
 
     @contextmanager
     def computed_once(self, model: PreTrainedModel) -> Iterator[None]:
-        """While open, the keys and values are those of its beginning. So a call that reads a prompt runs each
-        layer once, as one that decodes does."""
-        self._kept = self.keys_and_values(_reader(model))
+        """Compute the keys and values now, and reuse them while open. So a call that reads a prompt runs each
+        layer once, like a call that decodes."""
+        self._cached = self.keys_and_values(_entry_module(model))
         try:
             yield
         finally:
-            self._kept = None
+            self._cached = None
 
-    def before(self, backbone: nn.Module, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """A hook that changes the arguments of a call of the backbone, so that the tokens come before its
-        rows."""
-        name = "cache" if "cache" in call else "past_key_values"  # its new name and its old one
+    def prepend(self, backbone: nn.Module, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A hook that changes the arguments of a call of the backbone, so that the virtual tokens come before
+        its rows."""
+        name = "cache" if "cache" in call else "past_key_values"  # the argument's new name and its old one
         cache = call.get(name)
-        if self.are_left_out or isinstance(cache, _Recorder):  # the tokens themselves are read
+        if self.is_disabled or isinstance(cache, _Recorder):  # this call computes the virtual tokens
             return args, call
         if cache is None:
-            cache = Cache(layers=[_Before(*each) for each in self.keys_and_values(backbone)])
+            cache = Cache(layers=[_PrefixLayer(*each) for each in self.keys_and_values(backbone)])
         elif cache.get_seq_length() == 0:
-            given = (*args[:1], call.get("input_ids"), call.get("inputs_embeds"))  # GPT-2 gives it by place
+            given = (*args[:1], call.get("input_ids"), call.get("inputs_embeds"))  # GPT-2: by position
             inputs = next(each for each in given if each is not None)
             for layer, (keys, values) in enumerate(self.keys_and_values(backbone)):
                 rows = (len(inputs), -1, -1, -1)
@@ -117,30 +118,30 @@ def virtual_tokens(model: nn.Module) -> VirtualTokens | None:
 
 
 def add_virtual_tokens(model: PreTrainedModel, config: PromptLearningConfig) -> VirtualTokens:
-    """Let a model put virtual tokens before its rows. Only the virtual tokens train.
+    """Make a model put virtual tokens before its rows. Only the virtual tokens train.
 
     Raises:
         ConfigError: the model cannot have virtual tokens.
     """
     assert config.peft_type is not None
-    check_virtual_tokens(model, KINDS[config.peft_type])
+    check_virtual_tokens(model, VIRTUAL_TOKEN_METHODS[config.peft_type])
     virtual = VirtualTokens(model, config)
     model.requires_grad_(False)
     if isinstance(config, PrefixTuningConfig) and not config.inference_mode:
-        _start_from_words(model, virtual)
+        _start_from_real_tokens(model, virtual)
     module: nn.Module = virtual.to(model.device, model.dtype)
     model.add_module("virtual_tokens", module)
     if model.config._attn_implementation == ATTENTION:
         model.set_attn_implementation("sdpa")
-    _reader(model).register_forward_pre_hook(virtual.before, with_kwargs=True)
+    _entry_module(model).register_forward_pre_hook(virtual.prepend, with_kwargs=True)
     return virtual
 
 
 def check_virtual_tokens(model: PreTrainedModel, method: str) -> None:
-    """Refuse a model that cannot have virtual tokens, or has some. Its weights may be on the meta device.
+    """Refuse a model that cannot have virtual tokens, or already has some. It may be on the meta device.
 
     Raises:
-        ConfigError: why.
+        ConfigError: the model has virtual tokens, or a layer that does not attend to all earlier tokens.
     """
     if virtual_tokens(model) is not None:
         raise ConfigError(
@@ -164,8 +165,8 @@ def check_virtual_tokens(model: PreTrainedModel, method: str) -> None:
         )
 
 
-def _reader(model: PreTrainedModel) -> nn.Module:
-    """The module that every call goes through: the backbone, or its decoder (OPT calls that directly)."""
+def _entry_module(model: PreTrainedModel) -> nn.Module:
+    """The module through which every call goes: the backbone, or its decoder (OPT calls that directly)."""
     backbone = backbone_of(model)
     return getattr(backbone, "decoder", backbone)
 
@@ -188,15 +189,16 @@ def virtual_config(model: PreTrainedModel, config: PeftConfig) -> PromptLearning
 
 
 @torch.no_grad()
-def _start_from_words(model: PreTrainedModel, virtual: VirtualTokens) -> None:
-    """Start with the keys and values of random real tokens. Random numbers would dominate a row's own values.
+def _start_from_real_tokens(model: PreTrainedModel, virtual: VirtualTokens) -> None:
+    """Initialise with the keys and values of random real tokens. Random numbers would dominate the row's own
+    values.
 
     Source: Li and Liang 2021, section 7.4.
     """
     words = model.get_input_embeddings()
     assert isinstance(words, nn.Embedding)
     drawn = torch.randint(words.num_embeddings, (virtual.config.num_virtual_tokens,)).to(model.device)
-    pairs = _keys_and_values(_reader(model), words(drawn), virtual.num_layers)
+    pairs = _keys_and_values(_entry_module(model), words(drawn), virtual.num_layers)
     of_layers = torch.stack([torch.cat(pair) for pair in pairs])  # [layers, 2, A, N, D]
     start = of_layers.permute(3, 0, 1, 2, 4).flatten(1)
     virtual.encoder.embedding.weight.copy_(start)
@@ -206,11 +208,11 @@ def _keys_and_values(backbone: nn.Module, embeddings: Tensor, layers: int) -> li
     cache = _Recorder(layers)
     places = torch.arange(len(embeddings), device=embeddings.device)
     backbone(inputs_embeds=embeddings[None], position_ids=places[None], past_key_values=cache, use_cache=True)
-    return [layer.pair for layer in cache.noted]
+    return [layer.pair for layer in cache.recording_layers]
 
 
-class _Before(DynamicLayer):
-    """Puts keys and values [1, A, N, D] before those of all rows. It keeps nothing of the rows, so a layer
+class _PrefixLayer(DynamicLayer):
+    """Puts keys and values [1, A, N, D] before those of all rows. It stores nothing of the rows, so a layer
     can be computed again (activation checkpointing)."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -233,12 +235,12 @@ class _Recorder(Cache):
     """Records the keys and values that each layer computes."""
 
     def __init__(self, layers: int) -> None:
-        self.noted = [_Noted() for _ in range(layers)]
-        super().__init__(layers=[*self.noted])
+        self.recording_layers = [_RecordingLayer() for _ in range(layers)]
+        super().__init__(layers=[*self.recording_layers])
 
 
-class _Noted(DynamicLayer):
-    """Records the last keys and values that it got."""
+class _RecordingLayer(DynamicLayer):
+    """Records the last keys and values that it receives."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
