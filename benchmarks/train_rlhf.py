@@ -90,7 +90,7 @@ def make_timed_job(work: dict[str, Any], experiment: Experiment, scratch: Path) 
 
 def time_reference(job: TimedJob) -> None:
     """Take the time of DPO's only pass of the reference."""
-    ask = DpoStage.ask_reference
+    ask = DpoStage.measure_reference
 
     def timed(stage: DpoStage, own_job: Job, splits: list[Preferences]) -> list[Preferences]:
         begin = job.clock()
@@ -98,7 +98,7 @@ def time_reference(job: TimedJob) -> None:
         job.reference_seconds = job.clock() - begin
         return found
 
-    DpoStage.ask_reference = timed  # type: ignore[method-assign, assignment]  # in this process
+    DpoStage.measure_reference = timed  # type: ignore[method-assign, assignment]  # in this process
 
 
 def main() -> None:

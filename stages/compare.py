@@ -2,8 +2,8 @@
 
 Reads   the base model; tuned artifacts; questions with or without answers; the training rows of `sft.data` as
         examples; a corpus to search; a reward.
-Writes  comparison.md, comparison.csv and comparison.png; answers.jsonl (one contender's answer a line,
-        with all that it was asked); and the summary metrics, METRIC/CONTENDER.
+Writes  comparison.md, comparison.csv and comparison.png; answers.jsonl (one answer of one contender
+        per line, with its full prompt); and the summary metrics, METRIC/CONTENDER.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ if TYPE_CHECKING:
     from rlhf.generation.policy_model import PolicyModel
 
 PACKAGES = ("bm25s", "rapidfuzz", "matplotlib")
-"""Of `pip install -e '.[compare]'`; imported where they are used."""
-SCORING = ("bm25s", "rapidfuzz")
-"""Whose versions decide figures: what is found, and ROUGE-L."""
+"""Packages of `pip install -e '.[compare]'`, imported where they are used."""
+SCORING_PACKAGES = ("bm25s", "rapidfuzz")
+"""Packages whose versions change figures: bm25s finds passages, rapidfuzz computes ROUGE-L."""
 
 
-def _once(names: list[str]) -> list[str]:
+def _no_repeats(names: list[str]) -> list[str]:
     if len({label(name) for name in names}) < len(names):
         raise ValueError("two have the same name")
     return names
@@ -83,33 +83,33 @@ class CompareStage(Stage):
     }
 
     questions: Annotated[SourceConfig | None, UNKEYED]
-    """Rows with a question and, if there is one, its answer; null uses the held-out rows of sft.data."""
+    """Rows with a question and, if known, its answer; null uses the held-out rows of sft.data."""
     corpus: Annotated[SourceConfig | None, UNKEYED]
     """What retrieval searches: texts, or questions with answers; null uses the training rows of sft.data."""
     num_questions: PositiveInt | None
-    """How many questions, the first ones; null uses all."""
-    methods: Annotated[list[PromptMethod], Field(min_length=1), AfterValidator(_once)]
-    """How the base model is asked; the first is what the others' win rate is against."""
-    artifacts: Annotated[list[str], AfterValidator(_once)]
-    """Tuned models. A word is a stage of this run, such as sft, ppo or merge. A value with a slash
-    is a directory: of a store, a link to one, or any directory that `save_pretrained`
-    wrote (the cost of its training is then unknown)."""
-    tuned_methods: Annotated[list[PromptMethod], Field(min_length=1), AfterValidator(_once)]
-    """How the tuned models are asked."""
+    """Number of questions, from the first on; null uses all."""
+    methods: Annotated[list[PromptMethod], Field(min_length=1), AfterValidator(_no_repeats)]
+    """Prompting methods of the base model. Win rates are against the first one."""
+    artifacts: Annotated[list[str], AfterValidator(_no_repeats)]
+    """Tuned models. A name is a stage of this run, such as sft, ppo or merge. A value with a slash is a
+    directory: an artifact of a store, a link to one, or any directory that `save_pretrained` wrote (its
+    training cost is then unknown)."""
+    tuned_methods: Annotated[list[PromptMethod], Field(min_length=1), AfterValidator(_no_repeats)]
+    """Prompting methods of the tuned models."""
     retriever: RetrieverName
     """bm25 compares words; embeddings are mean hidden states of the model that answers."""
     few_shot: FewShotConfig
     retrieval: RetrievalConfig
     reward: Score | None
-    """Scores the answers, and decides who wins; null leaves it out, and ROUGE-L decides."""
+    """Scores the answers, and decides which of two wins. With null, ROUGE-L decides."""
     quality: Quality
-    """What the picture shows."""
+    """The quality metric that the picture shows."""
     price_per_hour: PositiveFloat
-    """What the machine costs, in any currency; the same for training and for answering."""
+    """Price of the machine per hour, in any currency, for training and for answering."""
     max_new_tokens: PositiveInt
-    """A longer answer is cut off."""
+    """Longest answer, in tokens; longer ones are cut off."""
     temperature: NonNegativeFloat
-    """0 takes the likeliest token each time."""
+    """Sampling temperature; 0 always takes the likeliest token."""
     micro_batch_tokens: Memory
     """Tokens per forward pass that measures or embeds; lower it when memory runs out."""
     _sizes: Sizes | None = PrivateAttr(None)
@@ -122,8 +122,8 @@ class CompareStage(Stage):
         return self
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """What it needs beside the other stages' packages is there. Then: every question, corpus and example
-        can be had, and each question fits the base model's context."""
+        """The extra packages are installed. Then: questions, corpus and examples can be read, and each
+        question fits the base model's context."""
         if view.prepared is None:
             missing = [package for package in PACKAGES if find_spec(package) is None]
             if missing:
@@ -132,36 +132,41 @@ class CompareStage(Stage):
                 return
             for name in self.artifacts:
                 if not is_of_this_run(name):
-                    found = tuned_artifact(name)
-                    check_policy(name, found, view.chain)
-                    training_seconds(found)
+                    artifact = tuned_artifact(name)
+                    check_policy(name, artifact, view.chain)
+                    training_seconds(artifact)
             return
         data, base = view.prepared
-        questions, _, library = self.material(data)
-        room = ContextBudget(base.load_tokenizer(), base.context_length, self.max_new_tokens)
-        self._sizes = measure_sizes(room, questions, library, {*self.ways()}, self.few_shot, self.retrieval)
+        questions, _, library = self.questions_and_library(data)
+        budget = ContextBudget(base.load_tokenizer(), base.context_length, self.max_new_tokens)
+        self._sizes = measure_sizes(
+            budget, questions, library, {*self.contender_methods()}, self.few_shot, self.retrieval
+        )
 
     def reads(self) -> Reads:
-        """The tuned models. Examples and passages are training rows; no training row may ask a question."""
-        made = [name for name in self.artifacts if is_of_this_run(name)]
-        tuned = [name if name in made else ModelDirectory(name) for name in self.artifacts]
+        """The tuned models, and the training rows: examples and passages are drawn from them, and a question
+        that one of them asks is left out."""
+        own_stages = [name for name in self.artifacts if is_of_this_run(name)]
+        tuned = [name if name in own_stages else ModelDirectory(name) for name in self.artifacts]
         return reads_of(self)._replace(
-            policies=tuple(("compare.artifacts", name) for name in made),
+            policies=tuple(("compare.artifacts", name) for name in own_stages),
             roles=training_roles(self.mount.roles),
             base=True,
             sampled=(("compare.methods", "base"), *(("compare.artifacts", each) for each in tuned)),
         )
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
-        """Rows of sft.data where they are the questions, the examples or the corpus."""
-        searches = self.corpus is None and "retrieval" in self.ways()
-        return ("sft",) if self.questions is None or searches or "few_shot" in self.ways() else ()
+        """The rows of sft.data, if they are the questions, the examples or the corpus."""
+        searches = self.corpus is None and "retrieval" in self.contender_methods()
+        return (
+            ("sft",) if self.questions is None or searches or "few_shot" in self.contender_methods() else ()
+        )
 
     def more_metrics(self) -> Iterator[str]:
-        """Those of each contender."""
-        asked = [contender(None, method) for method in self.methods]
-        asked += [contender(name, method) for name in self.artifacts for method in self.tuned_methods]
-        yield from (f"*/{name}" for name in asked)
+        """The metrics of each contender."""
+        names = [contender(None, method) for method in self.methods]
+        names += [contender(name, method) for name in self.artifacts for method in self.tuned_methods]
+        yield from (f"*/{name}" for name in names)
 
     def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """Questions, corpus, artifacts from elsewhere, and the machine that is timed."""
@@ -172,22 +177,22 @@ class CompareStage(Stage):
             for name in self.artifacts
             if not is_of_this_run(name)
         }
-        versions = {name: importlib.metadata.version(name) for name in SCORING}
+        versions = {name: importlib.metadata.version(name) for name in SCORING_PACKAGES}
         return digests | elsewhere | versions | {"machine": hardware()}
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions
-        are asked one at a time, so a single rank answers."""
+        """Each contender answers each question, and then reads the reference behind the same prompt.
+        Questions are asked one at a time, so a single rank answers."""
         assert self._sizes is not None, "complaints come first"
         alone = replace(on, machine=replace(on.machine, ranks=1))
-        cost = replace(self.cost_on(alone), sampled=0)  # examples and passages fill what the model can read
+        cost = replace(self.cost_on(alone), sampled=0)  # prompts are cut to the context, so none is too long
         return replace(cost, phases=self.cost_on(on).phases) if on.shards_weights else cost
 
     def cost_on(self, on: CostContext) -> StageCost:
-        """`cost` with these ranks."""
+        """`cost` on the ranks of this setup."""
         assert self._sizes is not None
         costs, models = [], len(models_of(self.reward))
-        for method in self.ways():
+        for method in self.contender_methods():
             asked = self._sizes.asked(method, self.few_shot, self.retrieval)
             asked = asked.cut(on.shape.context - self.max_new_tokens)
             known = joined(asked, self._sizes.references).cut(on.shape.context)
@@ -198,16 +203,16 @@ class CompareStage(Stage):
             ))  # fmt: skip
         return one_after_the_other(costs)
 
-    def ways(self) -> list[PromptMethod]:
-        """How each contender is asked."""
+    def contender_methods(self) -> list[PromptMethod]:
+        """The prompting method of each contender."""
         return [*self.methods, *(method for _ in self.artifacts for method in self.tuned_methods)]
 
-    def material(self, data: PreparedData) -> tuple[list[Question], int, Library]:
-        """The questions, how many more were left out because training rows ask them, and what prompts are
-        made of.
+    def questions_and_library(self, data: PreparedData) -> tuple[list[Question], int, Library]:
+        """The questions, the number left out because training rows ask them, and the source of examples and
+        passages.
 
         Raises:
-            ConfigError: there are none, or they do not fit the knobs.
+            ConfigError: there are no questions, or they lack what the config needs.
         """
         questions, num_leaks = find_questions(self.questions, data, self.num_questions)
         if questions[0].reference is None and self.quality != "score":
@@ -216,7 +221,7 @@ class CompareStage(Stage):
                 "Give rows with answers, or a compare.reward and compare.quality=score."
             )
         library = find_library(self.corpus, data)
-        if "few_shot" in self.ways() and not library.examples:
+        if "few_shot" in self.contender_methods() and not library.examples:
             raise ConfigError(
                 "compare.methods: few_shot takes its examples from the training rows of sft.data that hold "
                 "one question and its answer, and there are none. Remove few_shot."
@@ -224,10 +229,10 @@ class CompareStage(Stage):
         return questions, num_leaks, library
 
     def run(self, job: Job) -> Mapping[str, float]:
-        """Ask everybody everything, score the answers, count what they cost."""
+        """Ask every contender every question, score the answers, and compute their cost."""
         from rlhf.compare.figures import break_evens, contender_metrics, win_rate
 
-        questions, num_leaks, library = self.material(job.data)
+        questions, num_leaks, library = self.questions_and_library(job.data)
         if num_leaks:
             job.progress.console.print(
                 f"{num_leaks} questions are asked by training rows too; they are left out.", style="bold red"
@@ -238,11 +243,11 @@ class CompareStage(Stage):
         self.score(job, questions, answers)
         metrics: dict[str, float] = {"questions": len(questions), "leaks": num_leaks}
         first = next(iter(answers.values()))
-        for name, said in answers.items():
-            found = contender_metrics(said, self.price_per_hour)
-            if said is not first:
-                found |= win_rate(said, first)
-            metrics |= {f"{metric}/{name}": value for metric, value in found.items()}
+        for name, own_answers in answers.items():
+            figures = contender_metrics(own_answers, self.price_per_hour)
+            if own_answers is not first:
+                figures |= win_rate(own_answers, first)
+            metrics |= {f"{metric}/{name}": value for metric, value in figures.items()}
         metrics |= break_evens(metrics, list(answers))
         self.write(job, questions, answers)
         if job.compute.is_main:
@@ -256,7 +261,7 @@ class CompareStage(Stage):
     def ask(
         self, job: Job, model: str | None, library: Library, questions: Sequence[Question]
     ) -> dict[str, Answers]:
-        """Every answer of one model (None: the base), by contender; it is the only one in memory."""
+        """The answers of one model (None: the base), by contender. No other model is in memory."""
         from rlhf.compare.answering import answer_one_by_one, make_prompt_builder
         from rlhf.compare.retrieval import make_index
         from rlhf.evaluation.intervals import ratio
@@ -269,29 +274,29 @@ class CompareStage(Stage):
             index = partial(
                 make_index, self.retriever, policy=policy, micro_batch_tokens=self.micro_batch_tokens
             )
-            asking = make_prompt_builder(method, library, self.few_shot, self.retrieval, index, job.seed)
+            builder = make_prompt_builder(method, library, self.few_shot, self.retrieval, index, job.seed)
             with job.progress.task(f"compare: {name} answers", len(questions)) as task:
-                said = answer_one_by_one(
-                    policy, asking, questions,
+                given = answer_one_by_one(
+                    policy, builder, questions,
                     max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=job.seed,
                     on_answer=task.advance,
                 )  # fmt: skip
             references = [question.reference for question in questions if question.reference is not None]
             if references:
-                losses = reference_losses(policy, said.asked, references, self.micro_batch_tokens)
-                said.figures |= ratio(*losses).metrics("answer_loss")
-            said.figures["storage_bytes"] = size + asking.num_bytes
+                losses = reference_losses(policy, given.asked, references, self.micro_batch_tokens)
+                given.figures |= ratio(*losses).metrics("answer_loss")
+            given.figures["storage_bytes"] = size + builder.num_bytes
             if training is not None:
-                setup = training + asking.setup_seconds
-                said.figures |= {
+                setup = training + builder.setup_seconds
+                given.figures |= {
                     "setup_seconds": setup, "setup_cost": cost_of(setup, self.price_per_hour)
                 }  # fmt: skip
-            tell_cut(job, name, method, said)
-            answers[name] = said
+            warn_cut_prompts(job, name, method, given)
+            answers[name] = given
         return answers
 
     def load(self, job: Job, model: str | None) -> tuple[PolicyModel, float | None, int]:
-        """A policy, the seconds that its training took, where that is known, and its bytes."""
+        """A policy, the seconds that its training took (None if unknown), and its size in bytes."""
         if model is None:
             return job.policy(job.base), 0.0, model_bytes(job.base.directory)
         artifact = job.inputs[model] if is_of_this_run(model) else tuned_artifact(model, read=True)
@@ -299,31 +304,31 @@ class CompareStage(Stage):
         return job.policy(path), training_seconds(artifact), model_bytes(path)
 
     def score(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
-        """Put every answer beside its reference, and before the reward."""
+        """Compare every answer with its reference, and let the reward score it."""
         from rlhf.compare.figures import score_by_reference
         from rlhf.rewards.combined import usable_scores
 
-        for said in answers.values():
-            score_by_reference(said, questions)
+        for given in answers.values():
+            score_by_reference(given, questions)
         if self.reward is None:
             return
         reward = job.reward(self.reward, self.micro_batch_tokens)
         rows = [PromptRow(question.prompt, columns=question.columns) for question in questions]
-        for said in job.progress.track(answers.values(), "compare: score", len(answers)):
-            found = usable_scores(reward, rows, said.texts, f"compare.reward={self.reward}")
-            said.scores["score"] = found.score_B
+        for given in job.progress.track(answers.values(), "compare: score", len(answers)):
+            scores = usable_scores(reward, rows, given.texts, f"compare.reward={self.reward}")
+            given.scores["score"] = scores.score_B
 
     def write(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
-        """Every answer by itself."""
+        """Write answers.jsonl, one answer per line."""
         rows = [
             {
                 "contender": name,
                 "prompt": question.prompt,
                 "reference": question.reference,
-                **said.row(index),
-                "asked": said.asked[index],
+                **given.row(index),
+                "asked": given.asked[index],
             }
-            for name, said in answers.items()
+            for name, given in answers.items()
             for index, question in enumerate(questions)
         ]
         job.write_rows("answers.jsonl", rows)
@@ -331,14 +336,14 @@ class CompareStage(Stage):
             job.sample(**{name: value for name, value in row.items() if name != "asked"})
 
 
-def tell_cut(job: Job, name: str, method: PromptMethod, said: Answers) -> None:
-    """Say loudly that a contender was not given all that it should have been."""
-    cut = sum(count > 0 for count in said.num_cut)
+def warn_cut_prompts(job: Job, name: str, method: PromptMethod, answers: Answers) -> None:
+    """Warn that prompts of a contender lost examples or passages."""
+    cut = sum(count > 0 for count in answers.num_cut)
     if cut:
         what = "passages" if method == "retrieval" else "examples"
         job.progress.console.print(
-            f"CUT: {name} lost {sum(said.num_cut)} {what} in {cut} of {len(said.num_cut)} prompts, since "
-            "they did not fit the model's context beside the answer. It is measured with less than "
+            f"CUT: {name} lost {sum(answers.num_cut)} {what} in {cut} of {len(answers.num_cut)} prompts, "
+            "since they did not fit the model's context beside the answer. It is measured with less than "
             f"compare.{method}.{what} says: lower that or compare.max_new_tokens, or take a model with a "
             "longer context.",
             style="bold red", markup=False, highlight=False,

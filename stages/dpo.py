@@ -3,8 +3,8 @@
 Reads   the SFT model, or what `dpo.init` names instead (policy and reference); preferences: `dpo.data`, or
         the pairs of `reward.pairs`.
 Writes  a plain causal-LM directory: the policy with the lowest loss on one half of the held-out rows, judged
-        on the other; with another dpo.peft than none also what was trained alone, in `adapter/`; and what the
-        reference says of each training row, in `reference.arrow`.
+        on the other; with any dpo.peft but none also the trained adapter, in `adapter/`; and the
+        reference's log-probabilities of each training row, in `reference.arrow`.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
 from rlhf.pipeline.stage import Stage, View
 from rlhf.supervised.preferences import (
     REFERENCE,
-    Measured,
+    Measurement,
     PreferenceConfig,
     Preferences,
     Values,
     all_logps,
     measure,
     preference_step,
+    ranked_right,
     read_reference,
-    right,
     write_reference,
 )
 from rlhf.training.config import OptimConfig
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from rlhf.pipeline.learner import Evaluations
     from rlhf.pipeline.trainable import PolicyLearner
 
-CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
-"""The held-out rows that choose the published weights, and those that judge them."""
+CHOICE_ROWS, JUDGE_ROWS = slice(0, None, 2), slice(1, None, 2)
+"""Slices of the held-out rows: those that choose the published weights, and those that judge them."""
 
 
 class DpoStage(PreferenceConfig, Stage):
@@ -92,7 +92,7 @@ class DpoStage(PreferenceConfig, Stage):
     """Rows with a prompt, a chosen and a rejected answer; with `loss=kto` also rows with a prompt, an answer
     and a `label` or `thumb`: true or false. Null uses reward.pairs."""
     init: Model
-    """The model that the policy starts from, which is the reference too: `sft`, `base`, another stage that
+    """The model that the policy starts from, which is also the reference: `sft`, `base`, another stage that
     makes a policy, or a `save_pretrained` directory."""
     optim: OptimConfig
     peft: Peft
@@ -101,15 +101,15 @@ class DpoStage(PreferenceConfig, Stage):
     batch_rows: Batch
     """Rows per optimizer step, over all ranks."""
     micro_batch_tokens: Memory
-    """Tokens per forward pass, of both sides of pairs; lower it when memory runs out."""
+    """Tokens per forward pass, both sides of a pair counted; lower it when memory runs out."""
     activation_checkpointing: Annotated[bool, UNKEYED]
     """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
     more time, the same result."""
     max_tokens: PositiveInt
     """Rows with a longer side are left out and counted. The model's context is a limit too."""
     evaluations: PositiveInt
-    """How often the held-out rows are measured, at equal distances, the last time after the last step. The
-    policy with the lowest loss on one half of them is published, and judged on the other half."""
+    """Number of evaluations on the held-out rows, equally spaced, the last one after the last step. The
+    policy with the lowest loss on one half of these rows is published, and judged on the other half."""
 
     @model_validator(mode="after")
     def _only_what_the_loss_has(self) -> Self:
@@ -122,16 +122,16 @@ class DpoStage(PreferenceConfig, Stage):
 
     @property
     def role(self) -> str:
-        """Whose rows it reads."""
+        """The role whose rows it reads."""
         return "pairs" if self.data is None else "dpo"
 
     @property
     def source(self) -> str:
-        """What the user calls them."""
+        """The config key that names these rows."""
         return "reward.pairs" if self.data is None else f"{self.name}.data={self.data}"
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """The rows fit the loss and the model, and there are two halves of held-out ones."""
+        """The rows fit the loss and the model, and each half of the held-out rows has one."""
         yield from super().complaints(view)
         if view.data is None:
             return
@@ -159,11 +159,11 @@ class DpoStage(PreferenceConfig, Stage):
 
     @property
     def virtual_tokens(self) -> int:
-        """Tokens that the method of tuning puts before every row."""
+        """Tokens that the tuning method puts before every row."""
         return self.peft.tokens if METHODS[self.peft.method].pads else 0
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """The reference reads both sides of every training row before the policy is loaded; then as SFT."""
+        """Before the policy is loaded, the reference reads both sides of every training row. Then as SFT."""
         on = starting(self, on, chain)
         train, held_out = (
             joined(sides, sides)
@@ -177,7 +177,7 @@ class DpoStage(PreferenceConfig, Stage):
         worker, passes = ThroughputModel(on), 2 if self.needs_others else 1
         measured, again = held_out.rows * held_out.mean, passes * (self.evaluations + 1) - 2
         work = [*cost.work]
-        if again > 0:  # training_cost has two
+        if again > 0:  # training_cost counts two passes
             work.append(
                 worker.read(
                     on.computed(again * measured, held_out), held_out.mean, predicted=again * measured,
@@ -194,7 +194,7 @@ class DpoStage(PreferenceConfig, Stage):
         )  # fmt: skip
 
     def run(self, job: Job) -> Mapping[str, float]:
-        """Ask the reference once, train, and publish the best policy."""
+        """Measure the reference once, train, and publish the best policy."""
         from rlhf.pipeline.learner import Evaluations
 
         tokenizer = job.start(self.init).load_tokenizer()
@@ -203,16 +203,18 @@ class DpoStage(PreferenceConfig, Stage):
             self.init, self.peft, self.optim, activation_checkpointing=self.activation_checkpointing
         )
         batches = job.batches(range(len(train)), self.batch_rows, self.epochs)
-        due = {math.ceil(len(batches) * turn / self.evaluations) for turn in range(1, self.evaluations + 1)}
+        evaluation_steps = {
+            math.ceil(len(batches) * turn / self.evaluations) for turn in range(1, self.evaluations + 1)
+        }
 
-        def chosen_loss(found: Measured) -> float:
-            return self.mean_loss(held_out, found, CHOICE)
+        def chosen_loss(measured: Measurement) -> float:
+            return self.mean_loss(held_out, measured, CHOICE_ROWS)
 
         evaluations = Evaluations(
-            Measured,
+            Measurement,
             lambda: self.measure(job, learner, held_out),
             is_better=lambda new, best: chosen_loss(new) < chosen_loss(best),
-            steps=due,
+            steps=evaluation_steps,
         )
         learner.fit(
             batches,
@@ -223,8 +225,8 @@ class DpoStage(PreferenceConfig, Stage):
             evaluations=evaluations,
         )
         written = learner.publish()
-        if (kept := job.checkpoints.kept(f"train.{REFERENCE}")) and job.compute.is_main:
-            shutil.copyfile(kept, job.directory / REFERENCE)
+        if (reference_file := job.checkpoints.kept(f"train.{REFERENCE}")) and job.compute.is_main:
+            shutil.copyfile(reference_file, job.directory / REFERENCE)
         all_rows = sum(len(job.data.rows(self.role, split)) for split in TRAINING)
         return {
             **self.summary(held_out, evaluations),
@@ -237,46 +239,46 @@ class DpoStage(PreferenceConfig, Stage):
         }  # fmt: skip
 
     def rows(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Preferences, Preferences]:
-        """The training and the held-out rows, with what the reference says of them.
+        """The training and the held-out rows, with the reference's log-probabilities.
 
         Raises:
             ConfigError: a split has too few rows within `max_tokens`.
         """
-        room = job.start(self.init).context_length - self.virtual_tokens
+        budget = job.start(self.init).context_length - self.virtual_tokens
 
         def split(name: Split) -> Preferences:
             ids = job.tokens(self.role, name, tokenizer)
-            return Preferences.of(job.data.rows(self.role, name), ids, min(self.max_tokens, room))
+            return Preferences.of(job.data.rows(self.role, name), ids, min(self.max_tokens, budget))
 
-        found = [split(name) for name in TRAINING]
-        for rows, name, least in zip(found, TRAINING, (1, 2), strict=True):
+        splits = [split(name) for name in TRAINING]
+        for rows, name, least in zip(splits, TRAINING, (1, 2), strict=True):
             if len(rows) < least:
                 raise ConfigError(
                     f"{self.name}.max_tokens={self.max_tokens}: {len(rows)} {name} rows of {self.source} are "
                     f"that short, and at least {least} must be. Raise it, or give shorter rows."
                 )
         if self.needs_others:
-            found = [rows.with_others() for rows in found]
+            splits = [rows.with_others() for rows in splits]
         if not self.needs_reference:
-            return found[0], found[1]
+            return splits[0], splits[1]
         names = [f"{name}.{REFERENCE}" for name in TRAINING]
-        kept = [job.checkpoints.kept(name) for name in names]
-        if None in kept:
-            measured = self.ask_reference(job, found)
-            kept = [
+        files = [job.checkpoints.kept(name) for name in names]
+        if None in files:
+            measured = self.measure_reference(job, splits)
+            files = [
                 job.checkpoints.keep(name, partial(write_reference, rows=rows))
                 for name, rows in zip(names, measured, strict=True)
             ]
         train, held_out = (
-            read_reference(path, rows) for path, rows in zip(kept, found, strict=True) if path is not None
+            read_reference(path, rows) for path, rows in zip(files, splits, strict=True) if path is not None
         )
         return train, held_out
 
-    def ask_reference(self, job: Job, splits: list[Preferences]) -> list[Preferences]:
-        """One pass of the model that the policy starts from over all rows. It is in memory alone."""
+    def measure_reference(self, job: Job, splits: list[Preferences]) -> list[Preferences]:
+        """Measure all rows with the reference model. No other model is in memory."""
         from rlhf.models.logprobs import ResponseModel
 
-        found = []
+        measured = []
         reference = job.policy(job.start(self.init))
         with (
             job.progress.task(f"{self.name}: reference", len(splits)) as task,
@@ -290,61 +292,62 @@ class DpoStage(PreferenceConfig, Stage):
                     else rows.other_reference_B2
                     for others in (False, True)
                 )
-                found.append(rows.with_reference(own, other))
+                measured.append(rows.with_reference(own, other))
                 task.advance(1)
-        return found
+        return measured
 
-    def measure(self, job: Job, learner: PolicyLearner, rows: Preferences) -> Measured:
-        """The policy on held-out rows, as it is; logged."""
-        found = measure(learner.engine.model, self, rows, self.micro_batch_tokens, job.compute)
-        margin_B = self.values_of(rows, found).margin_B[JUDGED]
+    def measure(self, job: Job, learner: PolicyLearner, rows: Preferences) -> Measurement:
+        """Measure and log the current policy on the held-out rows."""
+        measured = measure(learner.engine.model, self, rows, self.micro_batch_tokens, job.compute)
+        margin_B = self.values_of(rows, measured).margin_B[JUDGE_ROWS]
         job.log(
             {
-                "held_out_loss": self.mean_loss(rows, found, JUDGED),
-                "held_out_choice_loss": self.mean_loss(rows, found, CHOICE),
-                "held_out_accuracy": float(right(margin_B).mean()), "held_out_margin": float(margin_B.mean()),
+                "held_out_loss": self.mean_loss(rows, measured, JUDGE_ROWS),
+                "held_out_choice_loss": self.mean_loss(rows, measured, CHOICE_ROWS),
+                "held_out_accuracy": float(ranked_right(margin_B).mean()),
+                "held_out_margin": float(margin_B.mean()),
             },
             learner.done,
         )  # fmt: skip
-        return found
+        return measured
 
-    def values_of(self, rows: Preferences, found: Measured) -> Values:
+    def values_of(self, rows: Preferences, measured: Measurement) -> Values:
         """Losses and rewards of all held-out rows."""
-        return self.values(rows, found.logp_B2, found.point.double())
+        return self.values(rows, measured.logp_B2, measured.point.double())
 
-    def mean_loss(self, rows: Preferences, found: Measured, half: slice) -> float:
-        """The mean over the examples of a half of the rows."""
+    def mean_loss(self, rows: Preferences, measured: Measurement, half: slice) -> float:
+        """The mean loss over the examples of one half of the rows."""
         examples_B = self.examples(rows)[half]
-        return float(self.values_of(rows, found).loss_B[half].sum() / examples_B.sum())
+        return float(self.values_of(rows, measured).loss_B[half].sum() / examples_B.sum())
 
-    def summary(self, rows: Preferences, found: Evaluations[Measured]) -> dict[str, float]:
-        """Of the best policy, on the half that judges."""
+    def summary(self, rows: Preferences, evaluations: Evaluations[Measurement]) -> dict[str, float]:
+        """Summary metrics of the best policy, on the half that judges."""
         import torch
 
         from rlhf.evaluation.intervals import mean, ratio, share
         from rlhf.evaluation.reward_model import over_baseline
         from rlhf.evaluation.win_rate import wins
 
-        first, best = found.first, found.best
+        first, best = evaluations.first, evaluations.best
         before, after = self.values_of(rows, first), self.values_of(rows, best)
-        examples_B = self.examples(rows)[JUDGED]
-        change_B = (after.loss_B - before.loss_B)[JUDGED]
-        has_B2 = torch.from_numpy(rows.has_B2)[JUDGED]
-        moved_B2 = (best.logp_B2 - first.logp_B2)[JUDGED]
-        right_B = right(after.margin_B[JUDGED])
-        lengths_B2 = torch.from_numpy(rows.answer_lengths_B2)[JUDGED]
+        examples_B = self.examples(rows)[JUDGE_ROWS]
+        change_B = (after.loss_B - before.loss_B)[JUDGE_ROWS]
+        has_B2 = torch.from_numpy(rows.has_B2)[JUDGE_ROWS]
+        moved_B2 = (best.logp_B2 - first.logp_B2)[JUDGE_ROWS]
+        right_B = ranked_right(after.margin_B[JUDGE_ROWS])
+        lengths_B2 = torch.from_numpy(rows.answer_lengths_B2)[JUDGE_ROWS]
         longer_B, is_pair_B = wins(lengths_B2[:, 0], lengths_B2[:, 1]), has_B2.all(-1)
-        # of an answer with a thumb, the rule is that all thumbs are up
+        # an answer with a thumb has no longer side: the baseline is that all thumbs are up
         rule_B = torch.where(is_pair_B, longer_B, has_B2[:, 0].to(longer_B.dtype))
         metrics = {
-            "held_out_loss_before": self.mean_loss(rows, first, JUDGED),
-            "held_out_loss": self.mean_loss(rows, best, JUDGED),
+            "held_out_loss_before": self.mean_loss(rows, first, JUDGE_ROWS),
+            "held_out_loss": self.mean_loss(rows, best, JUDGE_ROWS),
             **ratio(change_B, examples_B).metrics("held_out_loss_change"),
-            "held_out_loss_last": self.mean_loss(rows, found.last, JUDGED),
+            "held_out_loss_last": self.mean_loss(rows, evaluations.last, JUDGE_ROWS),
             **share(right_B).metrics("accuracy"),
             **over_baseline(right_B, rule_B),
-            **mean(after.margin_B[JUDGED]).metrics("margin"),
-            "best_step": found.best_step,
+            **mean(after.margin_B[JUDGE_ROWS]).metrics("margin"),
+            "best_step": evaluations.best_step,
         }
         if bool(is_pair_B.any()):
             metrics["longer_wins_accuracy"] = float(longer_B[is_pair_B].mean())

@@ -1,6 +1,6 @@
 """Sample several answers to each prompt and score them.
 
-Reads   the model that PPO starts from, or what `generate.policy` names; the training prompts
+Reads   the model that PPO starts from, or what `generate.policy` names instead; the training prompts
         (`ppo.prompts`); a reward.
 Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (usable as `reward.pairs`); and
         the score's mean and deviation, which PPO normalises with.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from rlhf.evaluation.sampled import Sampled
     from rlhf.rewards.combined import Scores
 
-OF_SCORES = ("score_deviation", "within_prompt_share", "score_reliability")
+SCORE_GATES = ("score_deviation", "within_prompt_share", "score_reliability")
 """Gates that need scores."""
 
 
@@ -66,22 +66,22 @@ class GenerateStage(MakesRows):
     """The model that answers: `base`, any stage that makes a policy (`sft`, `dpo`, `ppo`, ...), or a
     `save_pretrained` directory."""
     reward: Score | None
-    """What scores the answers; null writes responses only."""
+    """The reward that scores the answers; null writes responses only."""
     splits: list[Literal["train", "held_out"]] = Field(min_length=1)
     """Splits of `ppo.prompts` that are answered."""
     num_prompts: PositiveInt | None
-    """How many prompts, the first ones of each split; null uses all."""
+    """Number of prompts over all splits, from the first of each split on; null uses all."""
     samples_per_prompt: PositiveInt
     """Responses to each prompt."""
     max_new_tokens: PositiveInt
-    """A longer response is cut off."""
+    """Longest response, in tokens; longer ones are cut off."""
     temperature: PositiveFloat
-    """Divides the logits."""
+    """Sampling temperature; divides the logits."""
     pair_min_gap: NonNegativeFloat
-    """Pairs whose scores differ by less are not written."""
+    """Smallest difference of two scores for which a pair is written."""
     max_unscored: Annotated[float, UNKEYED] = Field(ge=0, lt=1)
-    """Largest share of answers for which a function of yours (`python:`, `trl:`) may raise: they have no
-    score. With more the stage fails, and its answers are kept beside the run."""
+    """Largest share of answers for which a function of yours (`python:`, `trl:`) may raise; these have no
+    score. With more the stage fails, and its answers are saved in the run's directory."""
     batch_rows: PositiveInt
     """Rows that are decoded together."""
     micro_batch_tokens: Memory
@@ -92,26 +92,28 @@ class GenerateStage(MakesRows):
         return reads_of(self)._replace(roles=("ppo",))
 
     def suffices(self, metrics: Mapping[str, float]) -> bool:
-        """The reward raised for no more answers than is allowed now."""
-        return metrics.get("raised", 0.0) <= self.most_raised(int(metrics["responses"]))
+        """The reward raised for no more answers than `max_unscored` allows now."""
+        return metrics.get("raised", 0.0) <= self.max_raised(int(metrics["responses"]))
 
-    def most_raised(self, answers: int) -> int:
-        """For how many of so many answers a function may raise."""
-        return math.floor(Fraction(str(self.max_unscored)) * answers)  # in floats 0.29 x 100 is less than 29
+    def max_raised(self, answers: int) -> int:
+        """Largest number of answers for which a function may raise."""
+        return math.floor(
+            Fraction(str(self.max_unscored)) * answers
+        )  # exact: in floats 0.29 x 100 is less than 29
 
     def not_checked(self) -> dict[str, str]:
-        """Without a reward there are no scores, and one answer to a prompt differs from no other."""
+        """Without a reward there are no scores; a single answer to a prompt has no other to differ from."""
         if self.reward is None:
-            return dict.fromkeys(OF_SCORES, f"{self.name}.reward=null")
-        found = {}
+            return dict.fromkeys(SCORE_GATES, f"{self.name}.reward=null")
+        reasons = {}
         if self.samples_per_prompt == 1:
-            found["within_prompt_share"] = f"{self.name}.samples_per_prompt=1"
+            reasons["within_prompt_share"] = f"{self.name}.samples_per_prompt=1"
         if models_of(self.reward):
-            found["score_reliability"] = f"a model scores in {self.name}.reward"
-        return found
+            reasons["score_reliability"] = f"a model scores in {self.name}.reward"
+        return reasons
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """Prompts that leave no room for an answer."""
+        """Every prompt leaves room for an answer."""
         yield from super().complaints(view)
         if (data := view.data) is not None:
             yield from length_complaints(
@@ -137,7 +139,7 @@ class GenerateStage(MakesRows):
         )
 
     def check_offers(self, said: str, chain: Mapping[str, Stage]) -> None:
-        """There are answers to held-out prompts."""
+        """Held-out prompts are answered too, so that there are held-out rows."""
         if "held_out" not in self.splits:
             raise ConfigError(
                 f"{said}: {self.name}.splits=[{','.join(self.splits)}] answers no held-out prompts, so there "
@@ -145,7 +147,7 @@ class GenerateStage(MakesRows):
             )
 
     def offered_lengths(self, on: CostContext, chain: Mapping[str, Stage]) -> LengthStats:
-        """Every prompt's pairs, with answers as long as they may be."""
+        """The pairs of every prompt, with answers of the largest length."""
         prompts = self.prompts(on)
         return prompts._replace(
             rows=prompts.rows * max(1, self.samples_per_prompt // 2),
@@ -159,16 +161,16 @@ class GenerateStage(MakesRows):
         return sizes[0]._replace(rows=sum(size.rows for size in sizes)).first(self.num_prompts)
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """Every sample is decoded, and read once by the reward model."""
+        """Every sample is decoded, and read once by each reward model."""
         on = starting(self, on, chain)
-        made = chain.get(self.policy)
+        maker = chain.get(self.policy)
         prompts = self.prompts(on)
         scoring = len(models_of(self.reward))
         return sampling_cost(
             on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
             batch_rows=self.batch_rows, micro_batch_tokens=self.micro_batch_tokens,
             policies=1, readings=scoring, measures=0, models=1 + scoring,
-            added=most_added(on, [peft_of(made)] if made else []),
+            added=most_added(on, [peft_of(maker)] if maker else []),
         )  # fmt: skip
 
     def run(self, job: Job) -> Mapping[str, float]:
@@ -200,23 +202,25 @@ class GenerateStage(MakesRows):
         ]
         reliability: Sampled | None = None
         try:
-            found = self.score(job, answered, texts)
-            if found is not None and not models_of(self.reward):  # which score one answer by itself
-                reliability = self.reliability(job, answered, texts, found.score_B)
+            scored = self.score(job, answered, texts)
+            if scored is not None and not models_of(self.reward):  # a model scores each answer by itself
+                reliability = self.reliability(job, answered, texts, scored.score_B)
         except ConfigError as error:
             path = job.run_directory / f"{self.name}.unscored.jsonl"
             lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
             job.compute.main_only(lambda: path.write_text(lines, encoding="utf-8"))
             kind = RewardError if isinstance(error, RewardError) else ConfigError
             raise kind(f"{error} The answers are in {path}.") from error
-        scores = None if found is None else found.score_B.tolist()
+        scores = None if scored is None else scored.score_B.tolist()
         stopped_BS = rollout.stopped.double().view(len(rows), self.samples_per_prompt)
         echoes = [repeats_question(row, text) for row, text in zip(repeated, texts, strict=True)]
         echoes_BS = torch.tensor(echoes, dtype=torch.float64).view_as(stopped_BS)
         metrics = {
             "responses": len(texts),
             **share(echoes_BS.mean(-1)).metrics("echo_rate"),
-            **share(stopped_BS.mean(-1)).metrics("stop_rate"),  # a prompt's samples are not independent
+            **share(stopped_BS.mean(-1)).metrics(
+                "stop_rate"
+            ),  # one mean per prompt: its samples are not independent
             "length_mean": float(rollout.response_lengths.float().mean()),
             "distinct_2": distinct_n([ids.tolist() for ids in rollout.response_ids], 2),
         }
@@ -230,8 +234,8 @@ class GenerateStage(MakesRows):
             job.sample(policy=self.policy, **answer)
         if scores is not None:
             metrics |= self.write_ranked(job, rows, texts, scores)
-        if found is not None:
-            metrics |= found.metrics()
+        if scored is not None:
+            metrics |= scored.metrics()
         if reliability is not None:
             metrics |= reliability.metrics("score_reliability")
         return metrics
@@ -239,27 +243,27 @@ class GenerateStage(MakesRows):
     def reliability(
         self, job: Job, rows: Sequence[PromptRow], texts: Sequence[str], score_B: Tensor
     ) -> Sampled:
-        """How much the scores agree with those that the same answers get in another order."""
+        """Correlation of the scores with those that the same answers get in another order."""
         import torch
 
         from rlhf.evaluation.intervals import correlation
 
         order_B = torch.randperm(len(texts), generator=torch.Generator().manual_seed(job.seed))
-        places = order_B.tolist()
-        found = self.score(job, [rows[place] for place in places], [texts[place] for place in places], True)
-        assert found is not None
+        order = order_B.tolist()
+        scored = self.score(job, [rows[place] for place in order], [texts[place] for place in order], True)
+        assert scored is not None
         again_B = torch.empty_like(score_B)
-        again_B[order_B] = found.score_B
+        again_B[order_B] = scored.score_B
         size = self.samples_per_prompt
         return correlation(score_B.view(-1, size), again_B.view(-1, size))
 
     def score(
         self, job: Job, rows: list[PromptRow], texts: list[str], is_again: bool = False
     ) -> Scores | None:
-        """One score a response; or None without a reward.
+        """One score per response; None without a reward.
 
         Args:
-            is_again: what raises was told the first time.
+            is_again: a second call, which does not report again for how many answers the reward raises.
 
         Raises:
             ConfigError: a score is infinite, no response has one, or a function raises for too many.
@@ -269,11 +273,11 @@ class GenerateStage(MakesRows):
 
         if self.reward is None:
             return None
-        compute, tolerance = job.compute, Tolerance(self.most_raised(len(texts)))
+        compute, tolerance = job.compute, Tolerance(self.max_raised(len(texts)))
         reward = job.reward(self.reward, self.micro_batch_tokens, tolerance=tolerance)
-        found = usable_scores(reward, rows, texts, f"{self.name}.reward={self.reward}")
-        each = compute.collect_taken({compute.rank: tolerance.raised}, compute.world_size)
-        raised = [line for lines in each for line in lines]
+        scored = usable_scores(reward, rows, texts, f"{self.name}.reward={self.reward}")
+        raised_per_rank = compute.collect_taken({compute.rank: tolerance.raised}, compute.world_size)
+        raised = [line for lines in raised_per_rank for line in lines]
         if len(raised) > tolerance.max_raised:
             raise FunctionRaisedError(
                 f"The reward raised for {len(raised)} answers of {len(texts)}, the first one: {raised[0]}"
@@ -283,12 +287,12 @@ class GenerateStage(MakesRows):
                 f"{self.name}: the reward raised for {len(raised)} answers, which have no score: {raised[0]}"
             )
             job.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        return found._replace(usage=found.usage | {"raised": float(len(raised))})
+        return scored._replace(usage=scored.usage | {"raised": float(len(raised))})
 
     def write_ranked(
         self, job: Job, rows: list[PromptRow], texts: list[str], scores: list[float]
     ) -> dict[str, float]:
-        """best_of_n.jsonl and pairs.jsonl; the score's moments.
+        """Write best_of_n.jsonl and pairs.jsonl; returns the summary metrics of the scores.
 
         The best answer is paired with the worst, the second best with the second worst, and so on, as long
         as they differ: no answer is in two pairs. Answers without a score are left out.
@@ -322,7 +326,7 @@ class GenerateStage(MakesRows):
         score_BS = torch.tensor(scores, dtype=torch.float64).view(len(rows), size)
         own_BS = (score_BS - score_BS.nanmean(-1, keepdim=True)).square().nan_to_num()
         all_BS = (score_BS - moments.mean()).square().nan_to_num()
-        several_B = score_BS.isfinite().sum(-1) > 1  # a single score has none to differ from
+        several_B = score_BS.isfinite().sum(-1) > 1  # a single score has no other to differ from
         own_B, all_B = own_BS.sum(-1)[several_B], all_BS.sum(-1)[several_B]
         within = ratio(own_B, all_B) if all_B.any() else nothing()
         return {
@@ -336,6 +340,6 @@ class GenerateStage(MakesRows):
 
 
 def repeats_question(row: PromptRow, text: str) -> bool:
-    """Whether an answer is what was asked, word for word."""
-    asked = str(row.prompt[-1].get("content") or "") if row.prompt else ""
-    return text.split() == asked.split() != []
+    """Whether an answer repeats the last message, word for word."""
+    question = str(row.prompt[-1].get("content") or "") if row.prompt else ""
+    return text.split() == question.split() != []

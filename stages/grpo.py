@@ -3,8 +3,8 @@
 Reads   the SFT model, or what `grpo.init` names instead (policy and reference); a reward; the prompts of
         `ppo.prompts`; the score's moments.
 Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
-        another grpo.peft than none also what was trained of it alone, in `adapter/`; held_out_answers.jsonl,
-        its answers to held-out prompts, evaluation by evaluation.
+        any grpo.peft but none also the trained adapter, in `adapter/`; and its answers to held-out prompts,
+        evaluation by evaluation, in held_out_answers.jsonl.
 A step is PPO's, rlhf/ppo/trainer.py; what is learned from a rollout is rlhf/ppo/objective.py.
 """
 
@@ -32,21 +32,21 @@ class GrpoStage(GrpoConfig, PolicyStage):
     }  # fmt: skip
 
     def not_checked(self) -> dict[str, str]:
-        """A single answer to a prompt has nothing to differ from."""
+        """With a single answer per prompt, no answers are compared."""
         alone = "with grpo.samples_per_prompt=1 no two answers are compared"
         return super().not_checked() | (
             {"groups_without_spread": alone} if self.samples_per_prompt == 1 else {}
         )
 
     def objective(self) -> Objective:
-        """Groups of answers, the clipped loss."""
+        """Group advantages with the clipped loss."""
         from rlhf.ppo.objective import GroupObjective
 
         return GroupObjective(self)
 
     def run(self, job: Job) -> Mapping[str, float]:
-        """Sample, score and learn, step by step (`PolicyTrainer.step`). Publish the policy that scores the
-        best on held-out prompts."""
+        """Sample, score and learn, step by step (`PolicyTrainer.step`). Publish the policy with the best
+        score on held-out prompts."""
         prompts, held_out = (job.data.rows("ppo", split) for split in TRAINING)
         trainer = self.trainer(job)
         metrics = trainer.train(prompts, held_out[: self.evaluate_prompts])

@@ -1,4 +1,4 @@
-"""Interpolate between the base model and a tuned one, to recover a part of what tuning forgot.
+"""Interpolate between the base model and a tuned one, to recover part of what tuning forgot.
 
 Reads   the base model; the model of another stage.
 Writes  a plain causal-LM directory with the weights base + alpha (tuned - base).
@@ -51,8 +51,8 @@ class MergeStage(Stage):
         return reads_of(self)._replace(base=True)
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """The tuned model has weights of its own, and can be interpolated with the base model, weight by
-        weight."""
+        """The tuned model has weights of its own, which can be interpolated with those of the base model one
+        by one."""
         peft = peft_of(view.chain[self.policy])
         if peft is not None and not METHODS[peft.method].merges:
             merging = " or ".join(name for name, each in METHODS.items() if each.merges)
@@ -70,7 +70,7 @@ class MergeStage(Stage):
             weight = differing_weight(
                 base.architecture, start.architecture, trust_remote_code=base.config.trust_remote_code
             )
-        except UnknownShapeError:  # the checks that follow say so
+        except UnknownShapeError:  # the checks that follow report it
             return
         token = differing_token(base.load_tokenizer(), start.load_tokenizer())
         why = weight and f"weights of another shape ({weight})"
@@ -84,7 +84,7 @@ class MergeStage(Stage):
             )
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """Both models are mapped from files, and rank 0 computes one weight after the other in fp32."""
+        """Both models are mapped from files; rank 0 interpolates one weight at a time in fp32."""
         here, count = on.machine.ranks_here, on.shape.head
         how = f"the largest weight of both and what comes of them: {billions(count)} x 3 x 4 B{over(here)}"
         models = Allocation("weights", 3 * 4 * count / here, how, True)
@@ -92,12 +92,12 @@ class MergeStage(Stage):
         return StageCost([MemoryPhase("interpolating", [models])], [load], artifact=weight_bytes(on))
 
     def run(self, job: Job) -> Mapping[str, float]:
-        """Load both, move the tuned one's weights, and publish it."""
+        """Load both models, interpolate into the tuned one, and publish it."""
         change = job.compute.main_only(lambda: self.merge(job))
         return {"alpha": self.alpha, "relative_change": change}
 
     def merge(self, job: Job) -> float:
-        """Write the model; how far it is from the base model, relative to that."""
+        """Write the model. Returns its distance from the base model, relative to the base model's norm."""
         from rlhf.models.interpolation import interpolate
         from rlhf.models.load import load_causal_lm
         from rlhf.models.peft.merge import merged_policy

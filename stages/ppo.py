@@ -3,8 +3,8 @@
 Reads   the SFT model, or what `ppo.init` names instead (policy and reference); a reward; prompts
         (`ppo.prompts`); the score's moments.
 Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
-        another ppo.peft than none also what was trained of it alone, in `adapter/`; held_out_answers.jsonl,
-        its answers to held-out prompts, evaluation by evaluation.
+        any ppo.peft but none also the trained adapter, in `adapter/`; and its answers to held-out prompts,
+        evaluation by evaluation, in held_out_answers.jsonl.
 A step is rlhf/ppo/trainer.py; what is learned from a rollout is rlhf/ppo/objective.py.
 """
 
@@ -38,21 +38,21 @@ class PpoStage(PpoConfig, PolicyStage):
 
     @property
     def prompts_key(self) -> str:
-        """With what was given."""
+        """The key with its value."""
         return f"ppo.prompts={self.prompts}"
 
     @property
     def moments_alternative(self) -> str:
-        """A critic on the reward model needs fixed units."""
+        """Running normalization needs another critic: one on the reward model needs fixed units."""
         return f"{self.name}.score.normalize=running with {self.name}.critic.init=sft"
 
     def reads(self) -> Reads:
-        """The rows of the pretraining mix only where there is one."""
-        found = super().reads()
-        return found if self.ptx.coef > 0 else found._replace(roles=("ppo",))
+        """The rows of the pretraining mix only if there is one."""
+        fields = super().reads()
+        return fields if self.ptx.coef > 0 else fields._replace(roles=("ppo",))
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """The critic fits the methods of tuning, and can be made of its start."""
+        """The critic is compatible with the tuning methods, and can be built on its start."""
         has_tokens = self.virtual_tokens_of_reward(view.chain)
         if has_tokens and METHODS[self.peft.method].pads and self.critic.init == "reward":
             yield Complaint(
@@ -68,7 +68,7 @@ class PpoStage(PpoConfig, PolicyStage):
         yield from super().complaints(view)
 
     def virtual_tokens_of_reward(self, chain: Mapping[str, Stage]) -> str | None:
-        """Where the reward model's virtual tokens come from, in the user's own keys; None without any."""
+        """The key that gives the reward model virtual tokens; None if it has none."""
         part = critic_part(self.reward)
         if part is None:
             return None
@@ -85,14 +85,14 @@ class PpoStage(PpoConfig, PolicyStage):
         )
 
     def objective(self) -> Objective:
-        """A critic, the clipped loss."""
+        """A critic with the clipped loss."""
         from rlhf.ppo.objective import PpoObjective
 
         return PpoObjective(self)
 
     def run(self, job: Job) -> Mapping[str, float]:
-        """Sample, score and learn, step by step (`PolicyTrainer.step`). Publish the policy that scores the
-        best on held-out prompts."""
+        """Sample, score and learn, step by step (`PolicyTrainer.step`). Publish the policy with the best
+        score on held-out prompts."""
         prompts, held_out = (job.data.rows("ppo", split) for split in TRAINING)
         trainer = self.trainer(job)
         metrics = trainer.train(prompts, held_out[: self.evaluate_prompts])

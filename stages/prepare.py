@@ -1,9 +1,9 @@
 """Check the data sets, split them, and measure them.
 
 Reads   the sources that the roles' keys name (sft.data, reward.pairs, ...); the base model's tokenizer.
-Writes  normalised rows, ROLE.SPLIT.arrow; their token ids, ROLE.SPLIT.tokens.arrow; and report.json: what was
-        read, kept, dropped and why; unlike.json: words and marks that the texts of one role have, and those
-        of another lack.
+Writes  normalised rows, ROLE.SPLIT.arrow; their token ids, ROLE.SPLIT.tokens.arrow; report.json: rows read,
+        kept and dropped, and why; unlike.json: words and marks that the texts of one role have and those of
+        another lack.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class PrepareStage(Stage):
     held_out_fraction: Share
     """Share of the training prompts that no stage trains on."""
     evaluation_fraction: Share
-    """Share of the rows that is set aside for evaluation, if evaluate.prompts or evaluate.retention names a
+    """Share of the rows that is set aside for evaluation if evaluate.prompts or evaluate.retention names a
     source that training reads too."""
     judge_fraction: Share
-    """Share of the pairs' prompts that only `reward@judge` learns from, if evaluate.judge=auto makes one."""
+    """Share of the pairs' prompts that only `reward@judge` learns from, if evaluate.judge=auto makes it."""
     on_bad_row: Literal["error", "drop"]
     """error ends the run at the first bad rows; drop leaves them out, counts them and shows where they
     are."""
     on_copied_answer: Literal["drop", "keep"]
-    """What becomes of rows whose answer (40 characters or more) stands in their own prompt: drop leaves them
-    out and counts them; keep does not look for them, as answers are meant to quote their prompts."""
+    """For rows whose answer (40 characters or more) is in their own prompt: drop leaves them out and counts
+    them; keep does not look for them, for answers that are meant to quote their prompts."""
     response_tokens: PositiveInt
-    """Tokens of the context that are left for the answer to a prompt."""
+    """Tokens of the context that are reserved for the answer to a prompt."""
 
     def more_metrics(self) -> Iterator[str]:
-        """The rows of each role, and those that are left out for each reason."""
+        """The number of rows of each role, and of rows left out for each reason."""
         yield from (name for role in self.mount.roles.values() for name in role.metrics)
         yield from (f"{reason}{end}" for reason in FAULTS for end in ("s", "_share"))
 
@@ -71,21 +71,21 @@ class PrepareStage(Stage):
         return Reads(base=True)
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """Rows whose prompts are taken are there."""
+        """A key that takes its prompts from another key's rows finds them."""
         sources_of(view.chain).check_lenders()
         yield from ()
 
     def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
-        """The content of every source, wherever it lies; what sets of texts are called, as figures of them
-        are; and the code of users' roles."""
+        """The content of every source, wherever it is stored; the names of text sources, since their metrics
+        have these names; and the code of users' roles."""
         sources = sources_of(chain)
         roles = sources.roles
-        found = {
+        digests = {
             role: sources.lender(role)
             or digest_of([source.reading_digest(roles[role].key) for source in sources.own(role)])
             for role in roles
         }
-        found["names"] = digest_of(
+        digests["names"] = digest_of(
             [
                 source.name
                 for role in roles
@@ -94,18 +94,18 @@ class PrepareStage(Stage):
             ]
         )
         for role, entry in roles.items():
-            found |= own_code(entry.parse.__module__, role)
-        return found
+            digests |= own_code(entry.parse.__module__, role)
+        return digests
 
     def run(self, job: Job) -> Mapping[str, float]:
-        """Read and check every role, set the evaluation prompts aside, split the rest."""
+        """Read and check every role, set the evaluation prompts aside, and split the rest."""
         return job.compute.main_only(lambda: self.prepare(job))
 
     def preparation(self, sources: Sources, base: BaseModelFiles, scratch: Path) -> Preparation:
-        """How it treats the rows of these sources.
+        """The preparation of these sources with the config's settings.
 
         Args:
-            scratch: a directory for what is read.
+            scratch: a directory for rows in work.
         """
         return Preparation(
             sources, self.held_out_fraction, self.evaluation_fraction, self.judge_fraction, self.on_bad_row,
@@ -113,7 +113,7 @@ class PrepareStage(Stage):
         )  # fmt: skip
 
     def prepare(self, job: Job) -> dict[str, float]:
-        """Write the artifact; gives the summary metrics."""
+        """Write the artifact; returns the summary metrics."""
         with TemporaryDirectory(
             prefix=f"{job.directory.name}.", dir=job.directory.parent, ignore_cleanup_errors=True
         ) as scratch:  # on NFS a directory whose files are still mapped stays until the store clears it
@@ -130,6 +130,6 @@ class PrepareStage(Stage):
 
 
 def sources_of(chain: Mapping[str, Stage]) -> Sources:
-    """What the roles' keys name, without rows that stages make."""
-    found = named_sources(chain)
-    return replace(found, named={**found.named, **dict.fromkeys(found.makers())})
+    """The sources that the roles' keys name, without rows that stages make."""
+    sources = named_sources(chain)
+    return replace(sources, named={**sources.named, **dict.fromkeys(sources.makers())})

@@ -1,4 +1,4 @@
-"""Several runs in one page: their curves over each other, what differs between their settings and results.
+"""Several runs in one page: overlaid curves, and differences between their settings and results.
 
 Reads   the directories of finished runs.
 Writes  report.html, which also becomes the run's own page: runs/NAME/report.html.
@@ -23,18 +23,19 @@ class ReportStage(TellsOfRuns):
     metrics: ClassVar[Mapping[str, Metric]] = {"runs": Metric("runs", ".0f")}
 
     runs: list[str]
-    """The runs of the page, by their names in runs_dir, in this order. The name of a sweep stands for all its
-    trials; a directory is a run elsewhere."""
+    """The runs of the page, in this order: names in runs_dir, or directories elsewhere. A sweep's name means
+    all its trials."""
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """There is something to show: the runs are there, and none of them is this one, whose files are
-        replaced."""
+        """The runs exist, and none of them is this run, whose files would be replaced."""
         if not self.runs:
             yield Complaint("report.runs=[]", "nothing to show.", "Name runs: report.runs=[first,second].")
         if view.directory is None:
             return
         for name in self.runs:
-            if view.directory.resolve() in [each.resolve() for each in found(name, view.directory.parent)]:
+            if view.directory.resolve() in [
+                each.resolve() for each in run_directories(name, view.directory.parent)
+            ]:
                 yield Complaint(
                     f"report.runs={name} with run_name={view.directory.name}",
                     "the page's run would replace that run's files.",
@@ -46,18 +47,18 @@ class ReportStage(TellsOfRuns):
         from rlhf.report.page.collect import read_run
         from rlhf.report.page.compared import runs_page
 
-        directories = [each for name in self.runs for each in found(name, job.run_directory.parent)]
+        directories = [each for name in self.runs for each in run_directories(name, job.run_directory.parent)]
         if job.compute.is_main:
             page = runs_page([read_run(directory) for directory in dict.fromkeys(directories)])
             (job.directory / "report.html").write_text(page, encoding="utf-8")
         return {"runs": float(len(dict.fromkeys(directories)))}
 
 
-def found(name: str, runs_dir: Path) -> list[Path]:
-    """The runs that a name stands for.
+def run_directories(name: str, runs_dir: Path) -> list[Path]:
+    """The directories of the runs that a name means: of one run, or of a sweep's trials.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such run.
     """
     for directory in (runs_dir / name, Path(name)):
         if (directory / "summary.json").is_file():

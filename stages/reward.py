@@ -1,10 +1,10 @@
 """Train the reward model on preference pairs.
 
 Reads   the SFT model, or what `reward.init` names instead; preference pairs (`reward.pairs`).
-Writes  a sequence-classification model with one label, and how well it ranks held-out pairs; with another
-        reward.peft than none also what was trained alone, in `adapter/`: PPO puts a LoRA adapter on the
-        weights of the policy, where both started from the same model; and calibration.jsonl: how often it is
-        right, by how sure it is.
+Writes  a sequence-classification model with one label, and how well it ranks held-out pairs; with any
+        reward.peft but none also the trained adapter, in `adapter/` (PPO puts a LoRA adapter on the policy's
+        weights, if both started from the same model); and calibration.jsonl: how often it is right, by how
+        sure it is.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RewardStage(Stage):
     }  # fmt: skip
 
     pairs: Annotated[SourceConfig | None, Rows("pairs")]
-    """Rows with a prompt, a chosen and a rejected answer. `auto` uses the demo's, if none of the data is
+    """Rows with a prompt, a chosen and a rejected answer. `auto` uses the demo's if none of the data is
     yours."""
     init: Model
     """The model that it starts from: `base`, a stage that makes a policy (`sft`, ...), or a directory.
@@ -82,8 +82,7 @@ class RewardStage(Stage):
     """Weight that pulls scores towards 0 (Eisenstein et al. 2023)."""
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """A reward model can be made of the model that it starts from, which can read the pairs that
-        `max_tokens` does not leave out."""
+        """The starting model can become a reward model, and the pairs within `max_tokens` fit its context."""
         yield from super().complaints(view)
         if view.prepared is None:
             return
@@ -101,7 +100,7 @@ class RewardStage(Stage):
         )  # fmt: skip
 
     def run(self, job: Job) -> Mapping[str, float]:
-        """Train, publish, and measure what was published."""
+        """Train, publish, and measure the published model."""
         from rlhf.evaluation.reward_model import calibration, rank_quality
         from rlhf.models.value_head import load_scalar_model
         from rlhf.models.weight_sharing import load_frozen
@@ -134,18 +133,18 @@ class RewardStage(Stage):
         }  # fmt: skip
 
     def train(self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Pairs) -> dict[str, float]:
-        """Train and publish; summary metrics of both."""
+        """Train and publish; returns summary metrics of both."""
         from rlhf.models.peft.attach import attach, check_adapters_used, loads_on
         from rlhf.models.recompute import checkpoint_layers
         from rlhf.models.value_head import load_scalar_model, reset_head
         from rlhf.pipeline.learner import Learner
 
         start, compute = job.start(self.init).directory, job.compute
-        read_to = loads_on(self.peft, compute)
-        model = load_scalar_model(start, job.base.config, compute.dtype, read_to, compute, new_head=True)
+        load_device = loads_on(self.peft, compute)
+        model = load_scalar_model(start, job.base.config, compute.dtype, load_device, compute, new_head=True)
         reset_head(model)
         attach(model.model, self.peft, compute.device)
-        model.to(compute.loads_on)  # its head, behind what QLoRA took there
+        model.to(compute.loads_on)  # the head too: QLoRA has moved only the backbone
         compute.ask_once(lambda: check_adapters_used(model.model))
         model.head.requires_grad_(True)
         model.offset.requires_grad_(False)
@@ -160,15 +159,15 @@ class RewardStage(Stage):
             rows=lambda batch: map(pairs.as_json, batch),
         )
         with learner.weights() as weights:
-            written = compute.main_only(lambda: self.save(job, weights, tokenizer))
+            saved = compute.main_only(lambda: self.save(job, weights, tokenizer))
         return {
-            **written,
+            **saved,
             "trained_parameters": learner.trained_parameters,
             "skipped_steps": learner.engine.skipped_steps,
         }
 
     def save(self, job: Job, weights: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-        """Publish what was trained, and a plain classification model where the method merges.
+        """Publish the trained adapter, and a plain classification model if the method merges.
 
         Args:
             weights: of `Learner.weights`.

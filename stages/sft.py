@@ -2,8 +2,8 @@
 
 Reads   the base model, or what `sft.init` names instead; prompt/completion rows (`sft.data`);
         general data to replay (`sft.replay`).
-Writes  a plain causal-LM directory, and the held-out loss before and after; with another sft.peft than none
-        also what was trained alone, in `adapter/`.
+Writes  a plain causal-LM directory, and the held-out loss before and after; with any sft.peft but none also
+        the trained adapter, in `adapter/`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-READ_FOR_CUTS = 1000
-"""Training rows whose ends are looked at, the first ones."""
+NUM_ROWS_CHECKED_FOR_CUTS = 1000
+"""Number of training rows, from the first on, that are checked for cut-off answers."""
 
 
 class SftStage(Stage):
@@ -61,14 +61,14 @@ class SftStage(Stage):
     }  # fmt: skip
 
     data: Annotated[SourceConfig | None, Rows("sft")]
-    """Rows with a prompt and its answer. `auto` uses the demo's, if none of the data is yours."""
+    """Rows with a prompt and its answer. `auto` uses the demo's if none of the data is yours."""
     init: Model
     """The model that it trains: `base`, a stage that makes a policy, or a `save_pretrained` directory."""
     replay: Annotated[SourceConfig | None, Rows("replay")]
-    """General texts or conversations that SFT also learns, so that the model does not forget them. It
-    learns whole texts, and the answers of conversations."""
+    """General texts or conversations that SFT also learns, so that the model does not forget them. It learns
+    full texts, and the answers of conversations."""
     replay_fraction: float = Field(ge=0, lt=1)
-    """Share of the learned tokens that are replayed, as near as whole rows allow; 0 turns it off.
+    """Share of the learned tokens that are replayed, as closely as full rows allow; 0 turns it off.
 
     Source: rehearsal, Robins 1995; for language models Scialom et al. 2022 (arXiv:2205.12393) and Ibrahim et
     al. 2024 (arXiv:2403.08763).
@@ -78,7 +78,7 @@ class SftStage(Stage):
     epochs: PositiveFloat
     """Passes over the training rows, such as 1.5."""
     batch_rows: Batch
-    """Rows of `data` per optimizer step, over all ranks; replayed rows are added to them."""
+    """Rows of `data` per optimizer step, over all ranks; replayed rows come in addition."""
     micro_batch_tokens: Memory
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: Annotated[bool, UNKEYED]
@@ -100,27 +100,28 @@ class SftStage(Stage):
         return self
 
     def reads(self) -> Reads:
-        """Rows to replay only where some are replayed."""
+        """Rows to replay only if some are replayed."""
         return reads_of(self, without=() if self.replay_fraction > 0 else ("replay",))
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""
+        """Every training row once an epoch, plus replayed rows; the held-out rows twice."""
         on = starting(self, on, chain)
-        room = self.room(on.shape.context)
-        train, held_out = (on.sizes("sft", split).cut(room) for split in TRAINING)
+        row_budget = self.row_budget(on.shape.context)
+        train, held_out = (on.sizes("sft", split).cut(row_budget) for split in TRAINING)
         if self.replay_fraction > 0:
-            train = with_replayed(train, on.sizes("replay", "train").cut(room), self.replay_fraction)
+            train = with_replayed(train, on.sizes("replay", "train").cut(row_budget), self.replay_fraction)
         return training_cost(
             on, self.peft, train, held_out, longest=train.longest, batch_rows=self.batch_rows,
             epochs=self.epochs, micro_batch_tokens=self.micro_batch_tokens,
             checkpointing=self.activation_checkpointing, has_logits=True,
         )  # fmt: skip
 
-    def room(self, context: int) -> int:
-        """Tokens of a row beyond which it is cut: no more than the context has beside virtual tokens.
+    def row_budget(self, context: int) -> int:
+        """Largest number of tokens of a row; longer rows are cut. Virtual tokens take their part of the
+        context.
 
         Raises:
-            ConfigError: the virtual tokens leave none.
+            ConfigError: the virtual tokens fill the context.
         """
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
         if context - virtual < 2:  # one to read, one to learn
@@ -143,13 +144,13 @@ class SftStage(Stage):
         train = answers = self.answers(job, learner.tokenizer, "sft", "train", "data: no training row")
         held_out = self.answers(job, learner.tokenizer, "sft", "held_out", "data: no held-out row")
         left_out = len(job.data.rows("sft", "train")) - train.num_rows
-        self.tell_cut(job, train, left_out)
-        batches = own = job.batches(range(len(train)), self.batch_rows, self.epochs)
+        self.print_cut_rows(job, train, left_out)
+        batches = task_batches = job.batches(range(len(train)), self.batch_rows, self.epochs)
         if self.replay_fraction > 0:
             none = f"replay={self.replay}: no row"
             general = self.answers(job, learner.tokenizer, "replay", "train", none)
             answers = Answers.joined(train, general)
-            batches = with_replay(own, train, general, self.replay_fraction, job.seed)
+            batches = with_replay(task_batches, train, general, self.replay_fraction, job.seed)
         tokens_B = torch.from_numpy(held_out.learned.astype("int64"))
 
         def measure(step: int) -> Tensor:
@@ -165,36 +166,36 @@ class SftStage(Stage):
         )
         after_B = measure(len(batches))
         context = job.start(self.init).context_length
-        gain = prompt_gain(engine, held_out, after_B, self.room(context), budget, compute)
+        gain = prompt_gain(engine, held_out, after_B, self.row_budget(context), budget, compute)
         return {
             **learner.publish(),
             "held_out_loss_before": ratio(before_B, tokens_B).value,
             "held_out_loss": ratio(after_B, tokens_B).value,
             **ratio(after_B - before_B, tokens_B).metrics("held_out_loss_change"),
             **gain.metrics("prompt_gain"),
-            **cut_share(job.data.rows("sft", "train")[:READ_FOR_CUTS]).metrics("cut_share"),
+            **cut_share(job.data.rows("sft", "train")[:NUM_ROWS_CHECKED_FOR_CUTS]).metrics("cut_share"),
             "answer_tokens": float(held_out.learned.mean()),
             "skipped_steps": engine.skipped_steps,
             "rows_cut": train.num_cut,
             "rows_left_out": left_out,
             "turns_apart": train.num_apart,
             "tokens": sum(int(answers.lengths[batch].sum()) for batch in batches),
-            "replayed_rows": sum(map(len, batches)) - sum(map(len, own)),
+            "replayed_rows": sum(map(len, batches)) - sum(map(len, task_batches)),
         }  # fmt: skip
 
-    def tell_cut(self, job: Job, train: Answers, left_out: int) -> None:
-        """Say how many training rows were too long, and how many conversations are in pieces."""
-        apart, room = train.num_apart, self.room(job.start(self.init).context_length)
+    def print_cut_rows(self, job: Job, train: Answers, left_out: int) -> None:
+        """Print how many training rows were too long, and how many conversations were split into turns."""
+        apart, limit = train.num_apart, self.row_budget(job.start(self.init).context_length)
         if apart:
             job.progress.console.print(
                 f"{self.name}.turns=all: the chat template renders earlier turns of {apart} conversations "
-                "otherwise once later ones follow: each of their turns is a sequence of its own.",
+                "differently once later turns follow: each of their turns is a sequence of its own.",
                 style="yellow", highlight=False,
             )  # fmt: skip
         cut = train.num_cut
         if cut or left_out:
             job.progress.console.print(
-                f"{self.name}: {cut} of {len(train) + left_out} training rows are cut at {room} tokens, "
+                f"{self.name}: {cut} of {len(train) + left_out} training rows are cut at {limit} tokens, "
                 f"{left_out} are left out, since their prompts leave no room for an answer "
                 f"({self.name}.max_tokens={self.max_tokens}).",
                 style="yellow", highlight=False,
@@ -203,17 +204,20 @@ class SftStage(Stage):
     def answers(
         self, job: Job, tokenizer: PreTrainedTokenizerBase, role: str, split: Split, none: str
     ) -> Answers:
-        """The rows of a split that leave something to learn.
+        """The rows of a split with at least one token to learn.
+
+        Args:
+            none: the key and the missing rows, for the error.
 
         Raises:
-            ConfigError: there is none. `none` says of which key.
+            ConfigError: there is no such row.
         """
         rows, ids = job.data.rows(role, split), job.tokens(role, split, tokenizer)
-        room = self.room(job.start(self.init).context_length)
-        found = Answers.of(rows, ids, room, all_turns=self.turns == "all")
-        if not found:
+        row_budget = self.row_budget(job.start(self.init).context_length)
+        answers = Answers.of(rows, ids, row_budget, all_turns=self.turns == "all")
+        if not answers:
             raise ConfigError(
                 f"{self.name}.{none} has anything to learn within {self.name}.max_tokens={self.max_tokens}. "
                 "Raise it, or give rows with shorter prompts."
             )
-        return found
+        return answers

@@ -4,7 +4,7 @@ Reads   prepared rows (SFT: `sft.data`; Reward, DPO: `reward.pairs`; GRPO: `ppo.
         `trl.init`; GRPO: the reward of `trl.reward`.
 Writes  a plain model directory.
 
-TRL gets the token ids that this project's own trainers get. What it does with them is TRL's. Source:
+TRL gets the token ids that this project's own trainers get. The training itself is TRL's. Source:
 github.com/huggingface/trl.
 """
 
@@ -35,20 +35,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROLES = {"SFT": "sft", "Reward": "pairs", "DPO": "pairs", "GRPO": "ppo"}
-"""Trainer -> the rows that it learns from."""
-PEFT = ("none", "lora", "dora", "ia3")
-"""Methods whose config TRL gets, and whose result merges."""
-OURS = {
+"""Trainer -> the role whose rows it learns from."""
+PEFT_METHODS = ("none", "lora", "dora", "ia3")
+"""Tuning methods that TRL can train, and whose adapter merges into the weights."""
+RESERVED_KEYS = {
     "output_dir", "seed", "data_seed", "report_to", "use_cpu", "bf16", "fp16", "save_strategy", "save_steps",
     "push_to_hub", "disable_tqdm", "resume_from_checkpoint", "deepspeed", "fsdp", "run_name", "project",
 }  # fmt: skip
-"""Keys of TRL's configs that this project's own settings decide."""
-TOLD = ("train_loss", "eval_loss", "eval_rewards/accuracies", "eval_accuracy", "eval_mean_token_accuracy")
-"""Figures of TRL that the stage publishes, where the trainer has them."""
+"""Keys of TRL's configs that the user may not set: this project's own keys decide them."""
+PUBLISHED_METRICS = (
+    "train_loss",
+    "eval_loss",
+    "eval_rewards/accuracies",
+    "eval_accuracy",
+    "eval_mean_token_accuracy",
+)
+"""Metrics of TRL that the stage publishes, if the trainer has them."""
 
 
 class ByTrainer:
-    """What a stage publishes: trainer=Reward a reward model, the others a policy."""
+    """Descriptor of `makes`: trainer=Reward makes a reward model, the others make a policy."""
 
     def __get__(self, stage: TrlStage | None, owner: type[TrlStage]) -> Literal["policy", "reward"]:
         return "reward" if stage is not None and stage.trainer == "Reward" else "policy"
@@ -72,22 +78,22 @@ class TrlStage(Stage):
     }
 
     trainer: Literal["SFT", "Reward", "DPO", "GRPO"]
-    """Which of TRL's trainers."""
+    """The trainer of TRL."""
     args: dict[str, Any] | None
     """Keys of the trainer's own config (`SFTConfig`, ...), such as `{learning_rate: 1e-5}`."""
     init: Model
     """The model that it starts from: `sft`, `base`, or a `save_pretrained` directory."""
     peft: Peft
     reward: Score
-    """GRPO: what scores a response."""
+    """GRPO: the reward that scores a response."""
 
     def reads(self) -> Reads:
-        """What the trainer learns from; a reward only for GRPO."""
-        found = reads_of(self, without=() if self.trainer == "GRPO" else ("reward",))
-        return found._replace(roles=(ROLES[self.trainer],))
+        """The rows of the trainer's role; a reward only for GRPO."""
+        fields_read = reads_of(self, without=() if self.trainer == "GRPO" else ("reward",))
+        return fields_read._replace(roles=(ROLES[self.trainer],))
 
     def not_checked(self) -> dict[str, str]:
-        """Only pairs are ranked."""
+        """Only trainers that learn from pairs have `held_out_accuracy`."""
         return {} if ROLES[self.trainer] == "pairs" else {"held_out_accuracy": f"trl.trainer={self.trainer}"}
 
     def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
@@ -95,16 +101,16 @@ class TrlStage(Stage):
         return {"trl": _version()}
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """TRL is asked for what it can, and for what no other key decides."""
+        """TRL supports the settings, and `trl.args` sets nothing that other keys decide."""
         if view.compute is None:
             return
         if view.compute.zero != "none":
             yield Complaint(f"zero={view.compute.zero}", "TRL would shard in its own way.", "Use zero=none.")
-        if self.peft.method not in PEFT:
-            why = f"TRL gets {', '.join(PEFT)}."
+        if self.peft.method not in PEFT_METHODS:
+            why = f"TRL gets {', '.join(PEFT_METHODS)}."
             yield Complaint(f"trl.peft={self.peft.method}", why, "Use one of these.")
         given = self.args or {}
-        if taken := sorted(OURS & {*given}):
+        if taken := sorted(RESERVED_KEYS & {*given}):
             yield Complaint(f"trl.args.{taken[0]}", "this project's own keys decide that.", "Remove it.")
         known = sorted(each.name for each in fields(self._classes()[1]))
         for name in (each for each in given if each not in known and each not in taken):
@@ -112,7 +118,7 @@ class TrlStage(Stage):
             yield Complaint(f"trl.args.{name}", why, did_you_mean(name, known).strip())
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """What it writes. TRL's memory and time are not predicted."""
+        """The bytes that it writes. TRL's memory and time are not predicted."""
         weights = artifact_bytes(on, self.peft, is_scalar=self.trainer == "Reward")
         return StageCost(artifact=weights, checkpoint=3 * weights)
 
@@ -123,7 +129,7 @@ class TrlStage(Stage):
 
         scratch = job.directory / "trainer"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what TRL calls
+            warnings.simplefilter("ignore", FutureWarning)  # of libraries that TRL calls
             trainer = self._trainer(job, scratch)
             trained, _ = count_parameters(trainer.model)
             state = Resumable(trainer)
@@ -134,7 +140,7 @@ class TrlStage(Stage):
                 figures |= trainer.evaluate()
         model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
         if job.compute.is_main:
-            shutil.rmtree(scratch, ignore_errors=True)  # nobody may have written there
+            shutil.rmtree(scratch, ignore_errors=True)  # it may not exist: the trainer need not write there
             model = model if self.peft.method == "none" else model.merge_and_unload()
             model.to(device="cpu", dtype=job.compute.dtype)
             if self.trainer == "Reward":
@@ -144,9 +150,11 @@ class TrlStage(Stage):
                 save_policy(model, tokenizer, job.directory)
         job.compute.barrier()
         accuracy = figures.get("eval_accuracy", figures.get("eval_rewards/accuracies"))
-        ranked = {} if accuracy is None else of_pairs(accuracy, len(job.data.rows("pairs", "held_out")))
+        ranked = (
+            {} if accuracy is None else held_out_accuracy(accuracy, len(job.data.rows("pairs", "held_out")))
+        )
         return {
-            **{name: figures[name] for name in TOLD if name in figures},
+            **{name: figures[name] for name in PUBLISHED_METRICS if name in figures},
             **ranked,
             "steps": trainer.state.global_step,
             "trained_parameters": trained,
@@ -154,7 +162,7 @@ class TrlStage(Stage):
         }  # fmt: skip
 
     def _classes(self) -> tuple[Any, Any]:
-        """TRL's trainer and its config. Neither tells anybody that it is used."""
+        """TRL's trainer and its config class, with the Hub's telemetry turned off."""
         from huggingface_hub import constants
 
         constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -163,7 +171,7 @@ class TrlStage(Stage):
         return getattr(trl, f"{self.trainer}Trainer"), getattr(trl, f"{self.trainer}Config")
 
     def _trainer(self, job: Job, scratch: Path) -> Any:
-        """TRL's, whose figures are logged, and which stops and is saved as this project's are."""
+        """TRL's trainer, with this project's logging, stops and checkpoints."""
         import datasets
         import torch
         import transformers
@@ -175,7 +183,7 @@ class TrlStage(Stage):
                 job.log(rest["logs"], state.global_step)
 
             def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-                if step := state.global_step:  # that step is logged now
+                if step := state.global_step:  # the step before has been logged
                     job.checkpoints.after_step(step, Resumable(trainer), {"step": step})
 
         kind, config = self._classes()
@@ -194,7 +202,7 @@ class TrlStage(Stage):
         if is_reward:
             auto, head = "SequenceClassification", {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
         made = getattr(transformers, f"AutoModelFor{auto}").from_pretrained
-        model = made(start.directory, dtype=torch.float32, **head)  # bf16 is autocast
+        model = made(start.directory, dtype=torch.float32, **head)  # fp32 weights: bf16 is by autocast
         if self.peft.method != "none":
             tuner = tuner_config(model, self.peft)
             tuner.task_type = "SEQ_CLS" if is_reward else "CAUSAL_LM"
@@ -205,12 +213,16 @@ class TrlStage(Stage):
             ])
             for split in ("train", "held_out")
         )  # fmt: skip
-        if self.trainer == "DPO":  # it alone would ask for texts
+        if self.trainer == "DPO":  # of these trainers DPO alone would tokenise texts
             kind = type(kind.__name__, (kind,), {"_prepare_dataset": lambda self, dataset, *_: dataset})
         trainer = kind(
             model=model, args=settings, train_dataset=train, processing_class=tokenizer, peft_config=tuner,
             callbacks=[Steps()],
-            **({"reward_funcs": self._scored(job)} if self.trainer == "GRPO" else {"eval_dataset": held_out}),
+            **(
+                {"reward_funcs": self._reward_function(job)}
+                if self.trainer == "GRPO"
+                else {"eval_dataset": held_out}
+            ),
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
         return trainer
@@ -229,15 +241,17 @@ class TrlStage(Stage):
             return {"chosen_ids": chosen, "rejected_ids": rejected}
         return {"prompt_ids": chosen[:begin], "chosen_ids": chosen[begin:], "rejected_ids": rejected[begin:]}
 
-    def _scored(self, job: Job) -> Any:
-        """This project's reward in TRL's form. TRL asks each rank for its own answers, and this project's
-        reward is asked for those of all ranks, which share the work."""
+    def _reward_function(self, job: Job) -> Any:
+        """This project's reward as TRL calls it. TRL scores each rank's own answers; this project's reward
+        scores those of all ranks together, which share the work."""
         from accelerate.utils import gather_object
 
         reward, rows = job.reward(self.reward, 4096), job.data.rows("ppo", "train")
 
         def score(prompts: Any, completions: Any, row: list[int], **columns: Any) -> list[float | None]:
-            own = [(index, said[-1]["content"]) for index, said in zip(row, completions, strict=True)]
+            own = [
+                (index, completion[-1]["content"]) for index, completion in zip(row, completions, strict=True)
+            ]
             asked, begin = gather_object(own), job.compute.rank * len(own)
             scores = reward([rows[index] for index, _ in asked], [text for _, text in asked]).tolist()
             return [None if value != value else value for value in scores[begin:][: len(own)]]
@@ -245,8 +259,12 @@ class TrlStage(Stage):
         return score
 
 
-def of_pairs(accuracy: float, pairs: int) -> dict[str, float]:
-    """TRL's share of so many pairs that are ranked right, with its interval, so that a gate can bound it."""
+def held_out_accuracy(accuracy: float, pairs: int) -> dict[str, float]:
+    """TRL's share of correctly ranked pairs with its interval, so that a gate can bound it.
+
+    Args:
+        pairs: number of held-out pairs.
+    """
     import torch
 
     from rlhf.evaluation.intervals import share
@@ -255,18 +273,18 @@ def of_pairs(accuracy: float, pairs: int) -> dict[str, float]:
 
 
 class Resumable:
-    """A trainer's own checkpoint among this project's: hashed, and renamed when it is whole."""
+    """A TRL trainer's checkpoint as one of this project's: hashed, and renamed when it is complete."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.directory: str | None = None
-        """The checkpoint to go on from."""
+        """The checkpoint to resume from."""
 
     def state(self) -> None:
-        """It has its own way of saving."""
+        """None: `save` writes files instead."""
 
     def save(self, directory: Path) -> None:
-        """Move what the trainer writes."""
+        """Let the trainer save, and move its files into the directory."""
         self.trainer._save_checkpoint(self.trainer.model, None)
         self.trainer.accelerator.wait_for_everyone()
         if self.trainer.is_world_process_zero():
@@ -276,7 +294,7 @@ class Resumable:
             written.rmdir()
 
     def load(self, directory: Path) -> None:
-        """The trainer reads it when it begins."""
+        """Remember the directory: the trainer reads it when it begins."""
         self.directory = str(directory)
 
 

@@ -262,7 +262,7 @@ def base_identity(
 
     Args:
         weights: whether a local directory must have weights.
-        memory: gives the file that caches a directory's digests, as `Store.digest_cache`; None reads every file.
+        memory: gives the cache file of a directory's digests, as `Store.digest_cache`; None reads every file.
         read: read all files, even if their digests are cached. For a model that will be loaded.
     """
     template = config.chat_template and resolve_template(config.chat_template)

@@ -24,7 +24,9 @@ def length_complaints(
     root, base = root_of(key, init, view.chain), view.base
     too_long: list[Complaint] = view.compute.main_only(
         lambda: [
-            *row_complaints(*root, base, source, rows(), beside=reserved_tokens, fix=fix, most=max_tokens)
+            *row_complaints(
+                *root, base, source, rows(), reserved=reserved_tokens, fix=fix, max_tokens=max_tokens
+            )
         ]
     )
     return too_long

@@ -1,6 +1,6 @@
-"""What a run does otherwise than one beside it that worked: the surest sign of what ruined it.
+"""Differences between a run and a neighbouring run that worked: the surest sign of what ruined it.
 
-Compared are the recipes of their artifacts, so only what can change a result: keys, rows, models and code.
+The recipes of their artifacts are compared, so only what can change a result: keys, rows, models and code.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import read_manifest
 from rlhf.report.judges import VOTES, votes
 
-MOST_KEYS = 4
-"""A run with more differences is another experiment."""
-MOST_RUNS = 200
-"""How many of the newest runs are looked at."""
-PARTS = {"knobs", "external", "version"}
-"""What every recipe has; one that lacks it was written by another version."""
-OF_ALL = {"seed": "seed", "dtype": "precision"}
-"""Entries of a recipe that all stages share: what the verdict calls them."""
+MAX_DIFFERING_KEYS = 4
+"""Most differences of a comparable run; one with more is another experiment."""
+MAX_RUNS_READ = 200
+"""Number of the newest runs that are read."""
+REQUIRED_ENTRIES = {"knobs", "external", "version"}
+"""Entries that every recipe has. One that lacks them was written by another version."""
+SHARED_ENTRIES = {"seed": "seed", "dtype": "precision"}
+"""Entries of a recipe that all stages share -> their names in the verdict."""
 
 
-JUDGES = ("gold", "judge", "reward")
-"""Keys of `evaluate` that name who judges."""
+JUDGE_KEYS = ("gold", "judge", "reward")
+"""Keys of `evaluate` that name a judge."""
 
 
 class Worked(NamedTuple):
@@ -43,7 +43,7 @@ class Worked(NamedTuple):
     stages: dict[str, dict[str, Any]]
     """As in `Run.stages`."""
     differences: dict[str, str]
-    """Key, or what else differs -> how, in words. Ordered as the stages are."""
+    """Key, or name of another difference -> the values, in words. In the order of the stages."""
 
     def __str__(self) -> str:
         found = " and ".join(f"{key}{how}" for key, how in self.differences.items())
@@ -52,20 +52,19 @@ class Worked(NamedTuple):
 
     @property
     def section(self) -> str | None:
-        """The only section of the config that differs, such as `sft` or `model`; None if it is not one
-        alone."""
+        """The only section of the config that differs, such as `sft` or `model`; None if several differ."""
         found = {key.partition(".")[0] for key in self.differences if "." in key}
         return found.pop() if len(found) == 1 and all("." in key for key in self.differences) else None
 
 
 def worked_before(run: Run) -> Worked | None:
-    """The run beside this one that worked and differs in the fewest keys, and in at least one; of several the
-    newest. None where there is none, or all are other experiments. A run that was judged otherwise, or by
-    what it learned from, is none."""
+    """The run in the same directory that worked and differs in the fewest keys, at least one; of several the
+    newest. None if there is none, or all are other experiments. Runs with another judge, or judged by what
+    they learned from, do not count."""
     mine = recipes(run.directory, run.stages)
     asked = {voted.label for voted in votes(run)}
     found: Worked | None = None
-    for directory, summary in islice(_newest(run.directory.parent), MOST_RUNS):
+    for directory, summary in islice(_newest(run.directory.parent), MAX_RUNS_READ):
         if (
             summary.get("outcome") != "worked"
             or not summary.get("judged_by")
@@ -75,7 +74,7 @@ def worked_before(run: Run) -> Worked | None:
         theirs = recipes(directory, summary["stages"])
         if not mine or not mine.keys() <= theirs.keys():
             continue
-        typed = set_otherwise(run.changed, summary.get("changed") or ())
+        typed = differing_keys(run.changed, summary.get("changed") or ())
         each = Worked(directory.name, summary["stages"], differences(mine, theirs, run.chain, typed))
         if summary["judged_by"] == VOTES and not asked:
             continue
@@ -83,18 +82,18 @@ def worked_before(run: Run) -> Worked | None:
             continue
         if each.differences and (found is None or len(each.differences) < len(found.differences)):
             found = each
-    return found if found is not None and len(found.differences) <= MOST_KEYS else None
+    return found if found is not None and len(found.differences) <= MAX_DIFFERING_KEYS else None
 
 
 def _is_of_judge(key: str) -> bool:
-    """Whether a key decides who judges: another judge says nothing of what was judged."""
+    """Whether a key decides which score judges: outcomes by different judges cannot be compared."""
     stage, _, own = key.partition(".")
-    return stage == JUDGE or (kind_of(stage) == "evaluate" and own.partition(".")[0] in JUDGES)
+    return stage == JUDGE or (kind_of(stage) == "evaluate" and own.partition(".")[0] in JUDGE_KEYS)
 
 
 def _newest(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The runs there and their summaries. One that cannot be read is left aside: others' files must not end
-    a run that is done."""
+    """Runs and their summaries, the newest first. Unreadable ones are skipped: another run's files must not
+    end a finished run."""
     found: list[tuple[float, Path]] = []
     for path in runs.glob("*/summary.json"):
         with suppress(OSError):  # it was removed just now
@@ -107,12 +106,12 @@ def _newest(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def recipes(directory: Path, stages: Iterable[str]) -> dict[str, Recipe]:
-    """Of the artifacts that a run links; without those that are gone, damaged or of another version."""
+    """Recipes of a run's artifacts, without those that are gone, damaged or of another version."""
     found: dict[str, Recipe] = {}
     for name in stages:
         with suppress(OSError, ConfigError):
             recipe = read_manifest(directory / "artifacts" / name).recipe
-            if recipe.keys() >= PARTS:
+            if recipe.keys() >= REQUIRED_ENTRIES:
                 found[name] = recipe
     return found
 
@@ -123,16 +122,16 @@ def differences(
     chain: Mapping[str, Stage],
     typed: Mapping[str, tuple[str, str]],
 ) -> dict[str, str]:
-    """In what the stages of a run were made otherwise, what follows from another difference left out.
+    """Differences between two runs' stages, without those that follow from another difference.
 
     Args:
-        typed: keys that the two configs set otherwise, and how: see `set_otherwise`.
+        typed: keys whose values differ between the two configs: see `differing_keys`.
     """
     found: dict[str, str] = {}
     for name in (name for name in chain if name in mine):
         here, there = mine[name], theirs[name]
         for knob, (own, other) in _leaves(here["knobs"], there["knobs"], f"{name}."):
-            # what nobody typed was worked out from other keys
+            # a value that was not typed was derived from other keys
             key = _part_of(knob, typed) if typed else knob
             if key is not None and knob.split(".")[1] in type(chain[name]).model_fields:
                 values = typed.get(key, (value_text(key, own), value_text(key, other)))
@@ -145,7 +144,7 @@ def differences(
             of_model = {key: values for key, values in typed.items() if key.startswith("model.")}
             found |= {key: f"={own} (there: {other})" for key, (own, other) in of_model.items()}
             found |= {} if of_model else {"the base model": ""}
-        for entry, words in OF_ALL.items():
+        for entry, words in SHARED_ENTRIES.items():
             if here.get(entry) != there.get(entry):
                 found[words] = f"={here.get(entry)} (there: {there.get(entry)})"
         if here["version"] != there["version"]:
@@ -153,11 +152,11 @@ def differences(
     return {key: how for key, how in found.items() if _source(key) not in found}
 
 
-def set_otherwise(here: Sequence[Change], there: Sequence[Change]) -> dict[str, tuple[str, str]]:
-    """The keys that two configs set otherwise, with both values.
+def differing_keys(here: Sequence[Change], there: Sequence[Change]) -> dict[str, tuple[str, str]]:
+    """The keys whose values differ between two configs, with both values.
 
     Args:
-        here: what differs from the packaged values.
+        here: one config's differences from the packaged values.
     """
     packaged = {each["key"]: each["default"] for each in (*here, *there)}
     own, other = ({each["key"]: each["value"] for each in side} for side in (here, there))
@@ -166,14 +165,14 @@ def set_otherwise(here: Sequence[Change], there: Sequence[Change]) -> dict[str, 
 
 
 def _part_of(knob: str, typed: Iterable[str]) -> str | None:
-    """The typed key that is this one, a part of it, or the whole of it."""
+    """The typed key that is this one, a part of it, or a section that contains it."""
     return next(
         (key for key in typed if f"{key}.".startswith(f"{knob}.") or knob.startswith(f"{key}.")), None
     )
 
 
 def _leaves(here: Any, there: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Where two mappings differ."""
+    """Paths at which two nested mappings differ, with both values."""
     for name in {**here, **there}:
         own, other = here.get(name), there.get(name)
         if isinstance(own, Mapping) and isinstance(other, Mapping):
@@ -183,8 +182,8 @@ def _leaves(here: Any, there: Any, path: str) -> Iterator[tuple[str, tuple[Any, 
 
 
 def _outside(stage: Stage, label: str, knobs: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The key that names what is not in the config: rows, a model, code; and how it differs. None for what
-    rows are called."""
+    """The key that names something outside the config (rows, a model, code), and how it differs. None for the
+    names of row sources."""
     if stage.name == "prepare" and label in stage.mount.roles:
         return stage.mount.roles[label].key, " (other rows)"
     if stage.name == "prepare" and label == "names":
@@ -203,6 +202,6 @@ def _outside(stage: Stage, label: str, knobs: Mapping[str, Any]) -> tuple[str | 
 
 
 def _source(key: str) -> str | None:
-    """The key whose value this one repeats."""
+    """The key whose value this key repeats."""
     name, _, rest = key.partition(".")
     return references().get(f"{kind_of(name)}.{rest}")

@@ -1,4 +1,4 @@
-"""What is to blame for a bad result, as a value."""
+"""The cause of a bad result, as a value."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Blame(NamedTuple):
-    """A part of a run that is to blame, and why."""
+    """A part of a run that is to blame, and the reason."""
 
     sections: tuple[str, ...]
-    """Sections of the config, of which one is the cause: most often a stage."""
+    """Sections of the config, usually stages. One of them is the cause."""
     why: str
-    """A sentence without its subject's name, or several."""
+    """One or more sentences, the first without its subject."""
     subject: str = ""
-    """What is to blame, where that is more or less than the sections: `the reward of ppo`, `ppo.init`."""
+    """The subject, if it is not simply the sections: `the reward of ppo`, `ppo.init`."""
 
     def __str__(self) -> str:
         return f"{self.subject or ' or '.join(self.sections)}: {self.why}"

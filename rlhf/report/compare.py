@@ -1,4 +1,4 @@
-"""What `compare` measured, as one table and one picture."""
+"""The results of `compare` as one table and one picture."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[str, str]] = {
 INTERVALS = ("win_rate", *QUALITIES)
 """Metrics that may have NAME_low and NAME_high."""
 MARKERS = "o^svDPX<>*"
-PROMPTED, TUNED = "#d55e00", "#0072b2"
+PROMPTED_COLOUR, TUNED_COLOUR = "#d55e00", "#0072b2"
 """Colours that the colour-blind can distinguish (Okabe and Ito 2008)."""
 
 
@@ -50,7 +50,7 @@ def contenders(metrics: Mapping[str, float]) -> list[str]:
     return [name.partition("/")[2] for name in metrics if name.startswith("seconds_p50/")]
 
 
-def written(metric: str, value: float | None) -> str:
+def cell_text(metric: str, value: float | None) -> str:
     """A cell of the table."""
     if value is None:
         return "-"
@@ -71,7 +71,7 @@ def comparison_cells(metrics: Mapping[str, float]) -> Cells:
         values = [metrics.get(f"{metric}/{name}") for name in names]
         if all(value is None for value in values):
             continue
-        rows.append([words, *(written(metric, value) for value in values)])
+        rows.append([words, *(cell_text(metric, value) for value in values)])
         lows, highs = ([metrics.get(f"{metric}_{end}/{name}") for name in names] for end in ("low", "high"))
         if metric in INTERVALS and any(low is not None for low in lows):
             intervals = (
@@ -112,9 +112,9 @@ def draw(metrics: Mapping[str, float], quality: Quality) -> Figure:
             for key in ("cost_per_thousand", quality, f"{quality}_low", f"{quality}_high")
         )
         axes.errorbar(
-            x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],  # of few samples, not around the mean
+            x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],  # may exclude the mean
             fmt=MARKERS[number % len(MARKERS)], capsize=3,
-            color=PROMPTED if name in PROMPT_METHODS else TUNED,
+            color=PROMPTED_COLOUR if name in PROMPT_METHODS else TUNED_COLOUR,
             label="\n".join([words_of(name), *_pays_off(metrics, name)]),
         )  # fmt: skip
     axes.set(xlabel="cost of 1000 answers, one request at a time", ylabel=QUALITIES[quality])
@@ -126,12 +126,12 @@ def draw(metrics: Mapping[str, float], quality: Quality) -> Figure:
 
 
 def _pays_off(metrics: Mapping[str, float], name: str) -> list[str]:
-    found = {
+    break_evens = {
         words: metrics[f"break_even_{method}/{name}"]
         for method, words in PROMPT_METHODS.items()
         if f"break_even_{method}/{name}" in metrics
     }
     return [
         f"  cheaper than {words}: {'never' if math.isinf(value) else f'after {requests_words(value)}'}"
-        for words, value in found.items()
+        for words, value in break_evens.items()
     ]

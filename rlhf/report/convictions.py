@@ -1,4 +1,4 @@
-"""Which stage a failed gate convicts, and why: it may stand before the one where the gate failed."""
+"""Which stage is to blame for a failed gate, and why. It may be earlier in the chain than the gate."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from rlhf.pipeline.stage import Stage
 from rlhf.report.blame import Blame
 from rlhf.rewards.kinds import keyed_parts, stage_of
 
-FORGOTTEN = ("retention_perplexity_ratio", "question_accuracy_change")
-"""Gates of `evaluate` on what a policy still knows: each policy of the chain has the same figure."""
-PAYS_FOR_LENGTH = 0.3
-"""Correlation of a reward model's scores with length: 0.91 was seen where pairs were ordered by length, 0.11
-in the demo."""
-GROWN = 2.0
-"""Times as long: 3.7 was seen where 70% of SFT's answers were "N/A", 1.07 in the demo."""
+RETENTION_GATES = ("retention_perplexity_ratio", "question_accuracy_change")
+"""Gates of `evaluate` on what a policy still knows. Each policy of the chain has the same metric."""
+MIN_LENGTH_CORRELATION = 0.3
+"""Smallest correlation of a reward model's scores with length at which it pays for length. 0.91 was measured
+where pairs were ordered by length, 0.11 in the demo."""
+MIN_LENGTH_GROWTH = 2.0
+"""Smallest ratio of answer lengths that explains a rise of common words. 3.7 was measured where 70% of SFT's
+answers were "N/A", 1.07 in the demo."""
 
-ASKS_OTHERWISE = (
+OTHER_TEMPLATE = (
     "it asks the base model otherwise than its tokenizer's own template, and no stage trained the model on "
     "this one. Set model.chat_template=null, or start from sft."
 )
 
 
 def convictions(run: Run, gate: GateResult) -> dict[str, Blame]:
-    """The stages that a failed gate convicts, and why."""
+    """The stages that are to blame for a failed gate, and why."""
     found: dict[str, Blame] = {}
     figure = f"{gate.name} = {gate.figure}, wanted {gate.bound}"
     kind = kind_of(gate.stage)
@@ -88,7 +89,7 @@ def convictions(run: Run, gate: GateResult) -> dict[str, Blame]:
                 f"far fewer of its answers end by themselves than before ({each.name} = {each.figure}). Does "
                 "its reward pay for that? Read its last answers.",
             )
-        elif gate.name in FORGOTTEN:
+        elif gate.name in RETENTION_GATES:
             found[policy] = Blame(
                 (policy,),
                 f"its policy lost what the base model knew ({each.name} = {each.figure}, wanted "
@@ -98,13 +99,13 @@ def convictions(run: Run, gate: GateResult) -> dict[str, Blame]:
 
 
 def endless(run: Run, stage: str, figure: str) -> dict[str, Blame]:
-    """Why most answers do not end by themselves: they learned to be longer than they may be, or else."""
+    """Why most answers do not end by themselves."""
     asks = run.chain[stage]
     policy, most = str(getattr(asks, "policy", "")), getattr(asks, "max_new_tokens", None)
     learned = run.metrics_of(policy).get("answer_tokens")
     said = f"most answers do not end by themselves ({figure})"
-    if asks_otherwise(run, stage):
-        return {stage: Blame(("model",), f"{said}: {ASKS_OTHERWISE}", "model.chat_template")}
+    if uses_other_template(run, stage):
+        return {stage: Blame(("model",), f"{said}: {OTHER_TEMPLATE}", "model.chat_template")}
     if learned is not None and most is not None and learned > most:
         return {
             policy: Blame(
@@ -123,14 +124,14 @@ def endless(run: Run, stage: str, figure: str) -> dict[str, Blame]:
     }
 
 
-def asks_otherwise(run: Run, stage: str) -> bool:
-    """Whether a `generate` samples from the base model, in another template than its tokenizer's own."""
+def uses_other_template(run: Run, stage: str) -> bool:
+    """Whether a `generate` samples from the base model with another template than its tokenizer's own."""
     untuned = kind_of(stage) == "generate" and getattr(run.chain.get(stage), "policy", None) == "base"
     return untuned and bool(run.metrics_of("prepare").get("foreign_template"))
 
 
 def another_aim(run: Run, gate: GateResult) -> dict[str, Blame]:
-    """The reward that the first policy of the chain learned from, which does not go with the gold score."""
+    """Blame for the reward of the chain's first policy, which does not agree with the gold score."""
     for name, stage in run.chain.items():
         if stage.makes == "policy" and stage.reads().rewards:
             reward, figure = reward_of(run, name), f"{gate.name} = {gate.figure}"
@@ -151,7 +152,7 @@ def another_aim(run: Run, gate: GateResult) -> dict[str, Blame]:
 
 
 def counted_against(stage: Stage, reward: str | None) -> str:
-    """That all that scores a policy's answers has a weight below 0, where a reward model does that too; else
+    """A sentence if the reward model, or without one every part of the reward, has a weight below 0; else
     empty."""
     parts = keyed_parts(stage.reads().rewards)
     learned = [each for each in parts if reward is not None and stage_of(each[1].source) == reward]
@@ -164,7 +165,7 @@ def counted_against(stage: Stage, reward: str | None) -> str:
 
 
 def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, Blame]:
-    """The reward that a policy learned from, where its answers changed their length or took up a word."""
+    """Blame for a policy's reward after its answers changed in length or took up a word."""
     stage = run.chain[policy]
     reward = reward_of(run, policy)
     together = run.metrics_of(reward).get("length_correlation") if reward else None
@@ -181,7 +182,7 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, Blame]:
             return policy, Blame((policy,), f"far from its start it put {put} into the answers.")
         together, seen, did, form = None, "", f"put {put} into the answers", "a word"
     said = f"{stage.full_title} {did} ({each.name} = {each.figure}{seen})"
-    if together is not None and abs(together) < PAYS_FOR_LENGTH:
+    if together is not None and abs(together) < MIN_LENGTH_CORRELATION:
         return policy, Blame(
             (policy,),
             f"{said}. The reward hardly pays for length: is what {policy} starts from much shorter or longer "
@@ -194,7 +195,7 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, Blame]:
 
 
 def taken_up(run: Run, policy: str) -> str:
-    """The word that `word_gain` is about, from the answers; empty where the run has none."""
+    """The word that `word_gain` is about, from the answers; empty if the run has no answers."""
     from rlhf.evaluation.wording import gained_word
 
     evaluation, _ = last_evaluation(run.stages)
@@ -211,7 +212,9 @@ def answers(run: Run) -> dict[str, list[dict[str, Any]]]:
     path = run.directory / "artifacts" / evaluation / "responses.jsonl"
     found: dict[str, list[dict[str, Any]]] = {}
     if path.is_file():
-        with path.open(encoding="utf-8") as file:  # answers may have what splitlines takes for an end
+        with path.open(
+            encoding="utf-8"
+        ) as file:  # answers may contain characters at which splitlines would split
             for row in map(json.loads, file):
                 found.setdefault(row["policy"], []).append(row)
     return found
@@ -223,7 +226,7 @@ def grown_from_little(run: Run, policy: str, each: GateResult) -> tuple[str, Bla
     evaluation, metrics = last_evaluation(run.stages)
     start = str(getattr(run.chain.get(evaluation), "start", ""))
     before, after = (metrics.get(f"length_mean/{name}") for name in (start, policy))
-    if start not in run.chain or before is None or after is None or after < GROWN * before:
+    if start not in run.chain or before is None or after is None or after < MIN_LENGTH_GROWTH * before:
         return None
     return start, Blame(
         (start,),
@@ -246,15 +249,14 @@ def first_failing(run: Run, gate: GateResult) -> tuple[str, GateResult] | None:
 
 
 def broken_start(run: Run) -> dict[str, Blame]:
-    """The first stage that starts from a model of the user's own, where that lost what the base model knows,
-    and so before any step; else empty."""
+    """Blame for a user's starting model that lost what the base model knows; else empty."""
     evaluation, metrics = last_evaluation(run.stages)
     init = getattr(run.chain.get(evaluation), "init", None)
     starts = {name: start for name, stage in run.chain.items() if (start := starts_from(stage))}
     asking = [name for name, (_, model) in starts.items() if model == init]
     learner = next((name for name in asking if run.chain[name].makes == "policy"), None)
     for gate in run.gates:
-        sampled = Sampled.found(f"{gate.name}/init", metrics) if gate.name in FORGOTTEN else None
+        sampled = Sampled.found(f"{gate.name}/init", metrics) if gate.name in RETENTION_GATES else None
         if sampled is None or learner is None:
             continue
         each = replace(gate, name=f"{gate.name}/init", value=sampled.value, sampled=sampled)

@@ -1,4 +1,4 @@
-"""What a run found out about itself: figures with intervals, of its stages and of the policies it made."""
+"""Findings of a run: metrics with intervals, of its stages and of its policies."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from rlhf.report.judges import KINDS, OWN_SCORE, VOTES, VOTES_WORDS, Judge, judg
 
 Direction = Literal["better", "too small", "not better", "unknown"]
 
-LEARNED = {OWN_SCORE: "reward's score"}
-"""The metric of `evaluate` by the reward that policies learned from: its words."""
-WORDS = LEARNED | {f"{kind}_gain": words for kind, words in KINDS.items()} | {VOTES: VOTES_WORDS}
-"""All metrics that tell how much a policy gained."""
-GUESSES = 0.9
-"""Share of the loss of a model that guesses among all tokens, from which on a base model is untrained."""
-ROUNDING = 1e-6
-"""Of the deviation: means that differ by less are the same."""
-MANY = 10
-"""Different gold scores. Two policies may well have the same share of right answers."""
+OWN_SCORE_WORDS = {OWN_SCORE: "reward's score"}
+"""The metric of `evaluate` by the reward that policies learned from, with its words."""
+GAIN_WORDS = OWN_SCORE_WORDS | {f"{kind}_gain": words for kind, words in KINDS.items()} | {VOTES: VOTES_WORDS}
+"""All metrics of how much a policy gained, with their words."""
+UNTRAINED_LOSS_SHARE = 0.9
+"""A base model is untrained if its loss is above this share of the loss of guessing among all tokens."""
+MEAN_TOLERANCE = 1e-6
+"""Largest difference of equal means, as a share of the deviation."""
+MIN_DISTINCT_GOLD_SCORES = 10
+"""Fewest distinct gold scores for which equal means are suspicious: two policies may well have the same share
+of right answers."""
 
 
 class Finding(NamedTuple):
-    """A figure of this run that tells whether a stage did what it is for: against no change, which is 0."""
+    """A metric that tells whether a stage did what it is for, compared with no change, which is 0."""
 
     words: str
     sign: Literal[1, -1]
-    """1 where more is better, -1 where less is."""
+    """1 if more is better, -1 if less is."""
     sampled: Sampled
     metric: str
     is_judged: bool = False
     """Whether it is a score that no policy learned from."""
     smallest: float = 0.0
-    """The smallest gain worth having, in the figure's unit."""
+    """The smallest gain worth having, in the metric's unit."""
     beside: str = ""
-    """What else is said of it, such as the gain over the base model."""
+    """Further text after the value, such as the gain over the base model."""
 
     @property
     def direction(self) -> Direction:
-        """Whether the whole interval is on one side of no change, or below the smallest gain."""
+        """Where the whole interval lies, compared with no change and with the smallest gain."""
         _, low, high, _ = self.sampled
         worst, best = (low, high) if self.sign > 0 else (-high, -low)
         if best <= 0:
@@ -59,7 +60,7 @@ class Finding(NamedTuple):
 
 
 def measured(run: Run) -> Iterator[tuple[str, Finding]]:
-    """What the stages found out about themselves, in the chain's order."""
+    """The findings of the stages themselves, in the chain's order."""
     for name, stage in run.chain.items():
         if (found := purpose_metric(stage)) is not None and name != JUDGE:
             metric, about = found
@@ -69,18 +70,18 @@ def measured(run: Run) -> Iterator[tuple[str, Finding]]:
 
 
 def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tuple[str, Finding]]:
-    """What the last `evaluate` found out about best of n, and the stages that make a policy, in the chain's
-    order. Nobody is to blame for best of n, which no stage makes.
+    """The findings of the last `evaluate` on best of n and on the stages that make a policy, in the chain's
+    order. No stage makes best of n, so none is to blame for it.
 
     Args:
-        scores: of these metrics the first that is known, with its words; by default the score that judges,
-            or else the one that was learned from.
+        scores: metrics with their words, of which the first known one is used; by default the score that
+            judges, or else the one that was learned from.
     """
     evaluation, metrics = last_evaluation(run.stages)
     judge = None if silent_gold(run) else judge_of(run)
     asks_people = scores is None and judge is None
     if scores is None:
-        scores = LEARNED if judge is None else {judge.metric: judge.words}
+        scores = OWN_SCORE_WORDS if judge is None else {judge.metric: judge.words}
     made = {name: stage for name, stage in run.chain.items() if stage.makes == "policy"}
     best_of = getattr(run.chain.get(evaluation), "best_of", "n")
     titles = {BEST_OF_N: f"the best of {best_of}"} | {
@@ -93,7 +94,7 @@ def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tup
                 is_judged = judge is not None and metric == judge.metric
                 yield name, Finding(
                     f"the {words} of {title} on new prompts", 1, sampled, metric, is_judged,
-                    smallest_gain(run, metric), said_beside(run, name, judge) if is_judged else "",
+                    smallest_gain(run, metric), text_after_gain(run, name, judge) if is_judged else "",
                 )  # fmt: skip
                 break
     for voted in votes(run) if asks_people else ():
@@ -107,17 +108,16 @@ def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tup
 
 
 def smallest_gain(run: Run, metric: str) -> float:
-    """The smallest gain worth having, in the score's unit: a share of its deviation over the answers of what
-    policies started from."""
+    """The smallest gain worth having, in the score's unit: a share of the score's deviation over the answers
+    of the start."""
     evaluation, metrics = last_evaluation(run.stages)
     judge = run.chain.get(evaluation)
     deviation = metrics.get(f"{metric.removesuffix('_gain')}_deviation/{getattr(judge, 'start', '')}", 0.0)
     return deviation * getattr(judge, "smallest_gain", 0.0)
 
 
-def said_beside(run: Run, policy: str, judge: Judge | None) -> str:
-    """What stands beside a policy's gain over its start: the gain over the base model, and how often the
-    judge is right."""
+def text_after_gain(run: Run, policy: str, judge: Judge | None) -> str:
+    """Text after a policy's gain over its start: its gain over base, and how often the judge is right."""
     evaluation, metrics = last_evaluation(run.stages)
     start = str(getattr(run.chain.get(evaluation), "start", ""))
     kind = "" if judge is None else judge.metric.removesuffix("_gain")
@@ -128,18 +128,24 @@ def said_beside(run: Run, policy: str, judge: Judge | None) -> str:
 
 
 def silent_gold(run: Run) -> dict[str, Blame]:
-    """The last `evaluate` and why it cannot tell, if its gold score is the same for every answer of every
-    policy, and the reward's is not; or if it has one mean for policies that answer otherwise. Else empty."""
+    """Blame for the last `evaluate` if its gold score tells nothing: it is the same for every answer, and the
+    reward's is not; or its mean is the same for policies with different answers. Else empty."""
     evaluation, metrics = last_evaluation(run.stages)
     names = [name for name in ("base", "init", *run.chain) if f"gold_deviation/{name}" in metrics]
     learned = [metrics[f"score_deviation/{name}"] for name in names if f"score_deviation/{name}" in metrics]
-    if not names or (learned and not any(learned)):  # as where no answer is right: then neither score tells
+    if not names or (
+        learned and not any(learned)
+    ):  # such as when no answer is right: then neither score tells
         return {}
     means = [metrics[f"gold_mean/{name}"] for name in names]
     spread = max(metrics[f"gold_deviation/{name}"] for name in names)
     if len({*means}) == 1 and not spread:
         why = f"gives every answer the same score ({means[0]:.3g}), so it tells no policy from another."
-    elif len(names) > 1 and max(means) - min(means) <= ROUNDING * spread and all_differ(answers(run), names):
+    elif (
+        len(names) > 1
+        and max(means) - min(means) <= MEAN_TOLERANCE * spread
+        and all_differ(answers(run), names)
+    ):
         why = (
             f"gives all policies the same mean ({means[0]:.3g}), although their answers differ, so it tells "
             "no policy from another. Does it standardise each call's scores, or remember them by the prompt?"
@@ -150,12 +156,12 @@ def silent_gold(run: Run) -> dict[str, Blame]:
 
 
 def all_differ(given: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> bool:
-    """Whether most answers of each policy are others than the first one's, and have so many gold scores that
-    two means are not equal by chance."""
+    """Whether most answers of each policy differ from the first policy's, and there are enough distinct gold
+    scores that two means are not equal by chance."""
     first, *others = ([row["response"] for row in given.get(name, ())] for name in names)
     golds = {row.get("gold") for rows in given.values() for row in rows}
     pairs = [sum(map(operator.ne, first, other)) for other in others]
-    return len(golds) >= MANY and all(2 * number > len(first) for number in pairs)
+    return len(golds) >= MIN_DISTINCT_GOLD_SCORES and all(2 * number > len(first) for number in pairs)
 
 
 def is_untrained(run: Run) -> bool:
@@ -171,4 +177,4 @@ def is_untrained(run: Run) -> bool:
     if before is None:
         is_tiny = any(change["key"] == "model.kind" and change["value"] == "tiny" for change in run.changed)
         return is_tiny and not failed and not any(kind_of(name) == "sft" for name in run.stages)
-    return tokens is not None and before > GUESSES * math.log(tokens)
+    return tokens is not None and before > UNTRAINED_LOSS_SHARE * math.log(tokens)

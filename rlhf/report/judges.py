@@ -1,8 +1,8 @@
-"""Which score of a run may say that a policy improved: one that no policy of the run learned from.
+"""Which score of a run may judge its policies: one that no policy of the run learned from.
 
 A score that was learned from rises whether or not the answers become better (reward hacking; Gao et al. 2023,
-arXiv:2210.10760). So a gold function, a language model, or a reward model that learned from other prompts
-judges; a verifier does too, as it checks new answers against what the row says.
+arXiv:2210.10760). So the judge is a gold function, a language model, or a reward model that learned from
+other prompts. A verifier may judge too, as it checks new answers against the right ones in the rows.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from rlhf.report.convictions import answers
 from rlhf.rewards.kinds import RewardMix, RewardPart, keyed_parts, parts_of, reward_kind, stage_of
 
 KINDS = {"gold": "gold score", "judge": "judge's score"}
-"""Scores of `evaluate` that may judge, the best first: their words."""
+"""Scores of `evaluate` that may judge, the best first, with their words."""
 VOTES, VOTES_WORDS = "preferred", "people's votes"
-"""The metric of `label` that judges where no score does, and its words."""
+"""The metric of `label` that judges if no score can, and its words."""
 RIGHT_ANSWERS = frozenset({
     "answer", "answers", "expected", "ground_truth", "reference", "references", "solution", "target",
     "targets", "test", "test_cases", "tests",
 })  # fmt: skip
-"""Columns whose name says that they hold what is right."""
-MANY_SCORES, SAME = 10, 0.9999
-"""Different scores, and the correlation, from which on two scores are the same one."""
+"""Names of columns that hold the right answer."""
+MIN_DISTINCT_SCORES, SAME_SCORE_CORRELATION = 10, 0.9999
+"""Fewest distinct scores, and smallest correlation, for which two scores count as the same function."""
 OWN_SCORE = "score_gain"
-"""The metric of `evaluate` by the reward that was learned from."""
+"""The metric of `evaluate` for the reward that policies learned from."""
 
 
 class Judge(NamedTuple):
-    """What tells whether a policy improved."""
+    """A score that judges whether a policy improved."""
 
     metric: str
-    """Of `evaluate`: the gain over what PPO started from."""
+    """The metric of `evaluate`: the gain over what PPO started from."""
     words: str
     remark: str = ""
-    """How often it is right, where that was measured."""
+    """How often the judge is right, if measured."""
 
 
 def judge_of(run: Run) -> Judge | None:
@@ -60,7 +60,7 @@ def judge_of(run: Run) -> Judge | None:
 
 
 def no_judge(run: Run) -> str:
-    """Why no score of this run can judge what it made; empty if one can, or none is needed."""
+    """Why no score of this run can judge its policies; empty if one can, or none is needed."""
     learned = [*learners(run)]
     if not learned or judge_of(run) is not None or learned[-1] in {voted.policy for voted in votes(run)}:
         return ""
@@ -72,46 +72,48 @@ def no_judge(run: Run) -> str:
     if start not in getattr(stage, "policies", [start]):
         return f"{evaluation}.policies has no {start}, which the others started from: add it."
     sources = {kind: getattr(stage, kind, None) for kind in KINDS}
-    found = [
+    reasons = [
         f"{evaluation}.{kind}: {why}" for kind, each in sources.items() for why in faults(run, kind, each)
     ]
-    if not found:
-        found = [
+    if not reasons:
+        reasons = [
             "The only score is the one that was trained on, which rises whether or not the answers are "
             "better."
         ]
     return (
-        f"{' '.join(found)} Name a judge that nothing learned from: {evaluation}.gold (a function, a "
+        f"{' '.join(reasons)} Name a judge that nothing learned from: {evaluation}.gold (a function, a "
         f"verifier, a language model), give {MIN_JUDGE_PAIRS:,} pairs or more for {evaluation}.judge=auto, "
         "or let people judge (label)."
     )
 
 
-class Voted(NamedTuple):
-    """What people said of the answers of a policy and of what it started from."""
+class VoteResult(NamedTuple):
+    """People's votes between the answers of a policy and those of its start."""
 
     label: str
     policy: str
     start: str
     sampled: Sampled
-    """How often the policy's answers won, less how often they lost."""
+    """Share of votes that the policy won minus the share that it lost."""
     is_new: bool
-    """Whether no policy learned from the prompts."""
+    """Whether no policy learned from these prompts."""
 
 
-def votes(run: Run) -> Iterator[Voted]:
-    """People's votes on policies, none of which can have learned from them: they were made before."""
+def votes(run: Run) -> Iterator[VoteResult]:
+    """People's votes on policies. None of these learned from the votes, which are newer than the policies."""
     for label, stage in run.chain.items():
         answers = getattr(stage, "answers", ())
         if kind_of(label) != "label" or getattr(stage, "annotator", "") != "human" or len(answers) != 2:
             continue
-        asked = {each: start[1] for each in answers if (start := starts_from(run.chain[each])) is not None}
+        policy_of_answers = {
+            each: start[1] for each in answers if (start := starts_from(run.chain[each])) is not None
+        }
         is_new = all(getattr(run.chain[each], "splits", ()) == ["held_out"] for each in answers)
-        for answer, policy in asked.items():
+        for answer, policy in policy_of_answers.items():
             sampled = Sampled.found(f"{VOTES}/{answer}", run.metrics_of(label))
             start = starts_from(run.chain[policy]) if policy in run.chain else None
-            if sampled is not None and start is not None and start[1] in asked.values():
-                yield Voted(label, policy, start[1], sampled, is_new)
+            if sampled is not None and start is not None and start[1] in policy_of_answers.values():
+                yield VoteResult(label, policy, start[1], sampled, is_new)
 
 
 def learners(run: Run) -> Iterator[str]:
@@ -125,17 +127,17 @@ def learners(run: Run) -> Iterator[str]:
 
 
 def made_from(run: Run) -> set[str]:
-    """These stages, and all that they read."""
+    """The learners, and all stages that they are made from."""
     evaluation, _ = last_evaluation(run.stages)
-    found = [*learners(run)]
-    if BEST_OF_N in found and (chose := getattr(run.chain[evaluation], "reward", None)):
-        found += filter(None, (stage_of(part.source) for part in parts_of(chose)))
-    return {each for name in found for each in with_ancestors(name, run.chain)}
+    names = [*learners(run)]
+    if BEST_OF_N in names and (reward := getattr(run.chain[evaluation], "reward", None)):
+        names += filter(None, (stage_of(part.source) for part in parts_of(reward)))
+    return {each for name in names for each in with_ancestors(name, run.chain)}
 
 
 def learns_from_scores(stage: Stage, chain: Mapping[str, Stage]) -> bool:
-    """Whether a stage learns a policy from scores, preferences, or answers that scores chose: then what it
-    measures judges itself."""
+    """Whether a stage learns a policy from scores, preferences, or answers that scores chose. Such a stage's
+    own metrics cannot judge it."""
     chosen = any(chain[maker].reads().rewards for maker in row_makers(stage, chain))
     return stage.makes == "policy" and (bool(stage.reads().rewards) or chosen or any(preference_roles(stage)))
 
@@ -146,7 +148,8 @@ def preference_roles(stage: Stage) -> Iterator[str]:
 
 
 def unproven_rewards(run: Run) -> list[str]:
-    """That a reward model which policies learned from may rank no better than a rule that reads no word."""
+    """Sentences on reward models that policies learned from and that may rank no better than a rule that
+    reads no word."""
     read = made_from(run)
     return [
         f"{name} is not shown to rank better than a rule that reads no word ({said}), so nothing that "
@@ -157,18 +160,18 @@ def unproven_rewards(run: Run) -> list[str]:
 
 
 def unproven(run: Run, reward: str) -> str:
-    """How much better than chance and length a reward model ranks, where that may be nothing; else empty."""
-    found = Sampled.found("accuracy_over_baseline", run.metrics_of(reward))
-    if found is None or found.low > 0:
+    """A reward model's accuracy over chance and length, in words, if it may be zero; else empty."""
+    gain = Sampled.found("accuracy_over_baseline", run.metrics_of(reward))
+    if gain is None or gain.low > 0:
         return ""
-    return f"{found.value:+.2g}, {found.low:+.2g} to {found.high:+.2g} of {found.rows} held-out pairs"
+    return f"{gain.value:+.2g}, {gain.low:+.2g} to {gain.high:+.2g} of {gain.rows} held-out pairs"
 
 
 def faults(run: Run, kind: str, source: str | RewardMix | None) -> Iterator[str]:
     """Why a source cannot judge this run.
 
     Args:
-        kind: of `KINDS`, under which `evaluate` names it.
+        kind: the key of `evaluate` that names the source, one of `KINDS`.
     """
     taught = [identity(run, part) for part in learned_from(run)]
     roles = {role for name in made_from(run) for role in preference_roles(run.chain[name])}
@@ -196,7 +199,8 @@ def shares_pairs(run: Run, reward: str, roles: Collection[str]) -> bool:
 
 
 def identity(run: Run, part: RewardPart) -> tuple[str, str]:
-    """What scores, whatever it is called: a reward model by its place in the store, links followed."""
+    """An identity of the scorer that does not depend on its name: for a reward model, its resolved path in
+    the store."""
     place, stage = part.source.removeprefix("model:"), stage_of(part.source)
     if stage is not None:
         place = str(run.directory / "artifacts" / stage)
@@ -206,41 +210,41 @@ def identity(run: Run, part: RewardPart) -> tuple[str, str]:
 
 
 def same_scores(run: Run, kind: str) -> bool:
-    """Whether the scores of a judge are those of the learned reward, but for their scale: then it is the same
-    function under another name."""
+    """Whether a judge's scores equal those of the learned reward up to scale: then both are the same function
+    under two names."""
     both = [
         (row["score"], row[kind])
         for rows in answers(run).values()
         for row in rows
         if row.get("score") is not None and row.get(kind) is not None
     ]
-    if min((len({*each}) for each in zip(*both, strict=True)), default=0) < MANY_SCORES:
+    if min((len({*each}) for each in zip(*both, strict=True)), default=0) < MIN_DISTINCT_SCORES:
         return False
-    return abs(statistics.correlation(*zip(*both, strict=True))) > SAME
+    return abs(statistics.correlation(*zip(*both, strict=True))) > SAME_SCORE_CORRELATION
 
 
 def learned_from(run: Run) -> Iterator[RewardPart]:
     """The rewards that the policies of this run learned from, or whose scores chose what they learned."""
     evaluation, _ = last_evaluation(run.stages)
     for name in learners(run):
-        if name == BEST_OF_N and (chose := getattr(run.chain[evaluation], "reward", None)):
-            yield from parts_of(chose)
+        if name == BEST_OF_N and (reward := getattr(run.chain[evaluation], "reward", None)):
+            yield from parts_of(reward)
         for each in with_ancestors(name, run.chain):
             if learns_from_scores(run.chain[each], run.chain) or kind_of(each) == "generate":
                 yield from (part for _, part in keyed_parts(run.chain[each].reads().rewards))
 
 
 def is_verifier(part: RewardPart) -> bool:
-    """Whether it checks an answer: `verify:`, or what compares with a column of the right answer."""
+    """Whether it checks answers: `verify:`, or a function that reads a column with the right answer."""
     return part.source.startswith("verify:") or bool(RIGHT_ANSWERS & {*reward_kind(part.source).needs(part)})
 
 
 def how_often_right(run: Run, source: str | RewardMix) -> str:
-    """How often a judge that learned from pairs is right, with its interval; empty of any other."""
+    """How often a judge that learned from pairs is right, with its interval; empty for any other judge."""
     for part in parts_of(source):
         reward = stage_of(part.source)
-        found = reward and Sampled.found("accuracy", run.metrics_of(reward))
-        if found:
-            low, high = f"{found.low:.2f}", f"{found.high:.2f}"
-            return f"the judge is right on {found.value:.2f} ({low} to {high}) of {found.rows} held-out pairs"
+        share = reward and Sampled.found("accuracy", run.metrics_of(reward))
+        if share:
+            low, high = f"{share.low:.2f}", f"{share.high:.2f}"
+            return f"the judge is right on {share.value:.2f} ({low} to {high}) of {share.rows} held-out pairs"
     return ""

@@ -1,4 +1,4 @@
-"""A sweep that changes the seed alone: its policies side by side, each figure as the mean of the trials."""
+"""A sweep over seeds only: its policies side by side, each figure as the mean of the trials."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ COSTS = {"seconds": ("seconds", ",.0f"), "gib": ("peak GiB of its stage", ".2f")
 
 
 class OverSeeds:
-    """The policies of several runs that differ in their seed alone."""
+    """The policies of several runs that differ only in their seed."""
 
     def __init__(self, directories: Sequence[Path]) -> None:
         """
         Args:
-            directories: the runs', which are done.
+            directories: those of the runs, which must be done.
         """
         files = [directory / "summary.json" for directory in directories]
         self.runs: list[dict[str, Any]] = [
             json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()
         ]
         self.titles: dict[str, str] = {}
-        """Policy -> what tables call it: those that every run has."""
-        found = [run.get("policies", {}) for run in self.runs]
-        if len(found) > 1:
+        """Policy -> its title in tables, for the policies that every run has."""
+        policies = [run.get("policies", {}) for run in self.runs]
+        if len(policies) > 1:
             self.titles = {
                 name: each["title"]
-                for name, each in found[0].items()
-                if all(name in other for other in found)
+                for name, each in policies[0].items()
+                if all(name in other for other in policies)
             }
 
     def cells(self) -> Cells:
-        """One row a policy, one column a figure: the mean, the lowest and the highest. No rows if the runs
-        compared no policies.
+        """One row per policy, one column per figure: the mean, the lowest and the highest. No rows if the
+        runs compared no policies.
         """
         columns: list[tuple[str, list[str]]] = []
         for metric, (words, spec) in FIGURES.items():
@@ -71,8 +71,8 @@ class OverSeeds:
         return Cells([f"{len(self.runs)} seeds", *(words for words, _ in columns)], rows)
 
     def points(self) -> tuple[list[Point], str]:
-        """What a picture shows, and the words of its gain: means, whose bars reach from the lowest to the
-        highest."""
+        """The points of the picture, and the label of its gain. Points are means; their bars reach from the
+        lowest to the highest seed."""
         for metric, words in GAINS.items():
             gains = {name: self._metrics(metric, name) for name in self.titles}
             if any(gains.values()):
@@ -89,7 +89,7 @@ class OverSeeds:
         )
 
     def _metrics(self, metric: str, policy: str) -> list[float]:
-        """Of each run; empty if one has none."""
+        """The metric of each run; empty if a run lacks it."""
         return _known([last_evaluation(run["stages"])[1].get(f"{metric}/{policy}") for run in self.runs])
 
     def _costs(self, cost: str, policy: str) -> list[float]:
@@ -97,7 +97,7 @@ class OverSeeds:
 
 
 def policies_json(titles: Mapping[str, str], costs: Mapping[str, Cost | None]) -> dict[str, dict[str, Any]]:
-    """What summary.json keeps of each policy that was compared."""
+    """The entry of each compared policy in summary.json."""
     return {
         name: {"title": title, **(cost._asdict() if (cost := costs[name]) else {})}
         for name, title in titles.items()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ON_FRONT, OFF_FRONT = "#0072b2", "#d55e00"
+FRONT_COLOUR, OTHER_COLOUR = "#0072b2", "#d55e00"
 """Colours that the colour-blind can distinguish (Okabe and Ito 2008)."""
 
 
@@ -24,7 +24,7 @@ BASE = Point("base", 0.0, 0.0)
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats in gain or loss without being worse in the other; by their loss."""
+    """The points for which no other point is at least as good in both and better in one; sorted by loss."""
 
     def beaten(point: Point) -> bool:
         return any(
@@ -39,7 +39,8 @@ def draw(points: Sequence[Point], gain: str, loss: str) -> Figure:
     """Draw gain against loss, and the front. The base model is one of the points.
 
     Args:
-        gain: words on the axis; loss likewise.
+        gain: label of the gain axis.
+        loss: label of the loss axis.
     """
     from matplotlib.figure import Figure
 
@@ -49,7 +50,7 @@ def draw(points: Sequence[Point], gain: str, loss: str) -> Figure:
     axes = figure.add_subplot()
     axes.step([point.loss for point in front], [point.gain for point in front], where="post", color="#808080")
     for point in points:
-        axes.plot(point.loss, point.gain, "o", color=ON_FRONT if point in front else OFF_FRONT)
+        axes.plot(point.loss, point.gain, "o", color=FRONT_COLOUR if point in front else OTHER_COLOUR)
         axes.annotate(point.name, (point.loss, point.gain), xytext=(6, 4), textcoords="offset points")
     axes.set(xlabel=f"{loss} (less is better)", ylabel=f"{gain} (more is better)")
     axes.margins(x=0.18, y=0.1)

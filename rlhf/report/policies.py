@@ -1,4 +1,4 @@
-"""What policies gained, against what they cost: a picture for runs that compare several."""
+"""A picture of gain against cost, for runs that compare several policies."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ GAINS = {
     "judge_gain": "gain in the judge's score",
     "score_gain": "gain in the reward's score",
 }
-"""What is drawn: the first that is known."""
-SEVERAL = 2
-"""So many policies, beside base and the start, are a comparison: a table shows one well enough."""
+"""Metrics that may be drawn, with words for the axis; the first known one is drawn."""
+MIN_COMPARED_POLICIES = 2
+"""Fewest policies, besides base and the start, for which a picture is drawn: a table is enough for one."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#808080")
-"""That the colour-blind can distinguish (Okabe and Ito 2008); grey for their black, as a page may be dark."""
+"""Colours that the colour-blind can distinguish (Okabe and Ito 2008), with grey for black on dark pages."""
 MARKERS = "os^DvPX<>*"
 
 
 class Cost(NamedTuple):
-    """What it took to make a policy."""
+    """Time and memory that a policy took."""
 
     seconds: float
-    """Of all stages that it is made from, one after the other."""
+    """Of all stages that it is made from, summed."""
     gib: float | None
-    """The most memory that a rank held in its own stage: what came before is in the columns of others. None
-    where it was not measured."""
+    """Peak memory of a rank in the policy's own stage, without the stages before it. None if not measured."""
 
 
 class Point(NamedTuple):
@@ -50,8 +49,8 @@ class Point(NamedTuple):
 
 
 def cost_of(run: Run, policy: str) -> Cost | None:
-    """None for the base model and a directory of the user's: nobody knows what they took. Of best of n,
-    what made its start and its reward: its answers cost whoever asks."""
+    """The cost of a policy. For best of n, that of its start and its reward: its own cost comes with each
+    answer. None for the base model and a directory of the user's, whose cost is unknown."""
     if policy == BEST_OF_N:
         evaluation, _ = last_evaluation(run.stages)
         judge = run.chain[evaluation]
@@ -64,32 +63,32 @@ def cost_of(run: Run, policy: str) -> Cost | None:
         made_from = [*with_ancestors(policy, run.chain)]
     else:
         return None
-    found = [run.stages[name]["cost"] for name in made_from if run.stages.get(name, {}).get("cost")]
+    costs = [run.stages[name]["cost"] for name in made_from if run.stages.get(name, {}).get("cost")]
     own = run.stages.get(policy, {}).get("cost")
     peak = own and own["peak_bytes"]
-    return Cost(sum(each["seconds"] for each in found), peak / 2**30 if peak else None)
+    return Cost(sum(each["seconds"] for each in costs), peak / 2**30 if peak else None)
 
 
 def points(run: Run, titles: Mapping[str, str]) -> list[Point]:
-    """The policies that stages make, and best of n, where their gain is known.
+    """The policies that stages make, and best of n, if their gain is known.
 
     Args:
-        titles: policy -> what tables call it.
+        titles: policy -> its title in tables.
     """
     _, metrics = last_evaluation(run.stages)
     for metric in GAINS:
-        found = {name: Sampled.found(f"{metric}/{name}", metrics) for name in titles}
-        if any(found.values()):
+        gains = {name: Sampled.found(f"{metric}/{name}", metrics) for name in titles}
+        if any(gains.values()):
             return [
                 Point(titles[name], gain, metrics.get(f"kl/{name}"), cost_of(run, name))
-                for name, gain in found.items()
+                for name, gain in gains.items()
                 if gain is not None and (name in run.chain or name == BEST_OF_N)
             ]
     return []
 
 
 def write_picture(run: Run, titles: Mapping[str, str]) -> Iterator[str]:
-    """Draw the picture into the run's directory, if there is something to compare. Gives Markdown for it."""
+    """Draw the picture into the run's directory, if there is something to compare. Yields Markdown for it."""
     _, metrics = last_evaluation(run.stages)
     words = next(
         (words for metric, words in GAINS.items() if any(each.startswith(metric) for each in metrics)), ""
@@ -97,28 +96,28 @@ def write_picture(run: Run, titles: Mapping[str, str]) -> Iterator[str]:
     yield from picture_of(points(run, titles), words, run.directory / PICTURE)
 
 
-def picture_of(found: list[Point], words: str, path: Path) -> Iterator[str]:
-    """Draw points, if they are several. Gives Markdown for the picture.
+def picture_of(points: list[Point], words: str, path: Path) -> Iterator[str]:
+    """Draw the points, if there are several. Yields Markdown for the picture.
 
     Args:
-        words: of the gain.
-        path: of the picture, beside the Markdown.
+        words: label of the gain.
+        path: file of the picture, in the directory of the Markdown file.
     """
-    if len(found) < SEVERAL:
+    if len(points) < MIN_COMPARED_POLICIES:
         return
     if find_spec("matplotlib") is None:
         yield "A picture of this table needs matplotlib: `pip install -e '.[compare]'`."
         return
     with naming(path):
-        draw(found, words).savefig(path, dpi=150)
+        draw(points, words).savefig(path, dpi=150)
     yield f"![Gain against KL, time and memory]({path.name})"
 
 
-def draw(found: list[Point], words: str) -> Figure:
+def draw(points: list[Point], words: str) -> Figure:
     """The gain with its 95% interval against the KL from the start, the time and the memory.
 
     Args:
-        words: of the gain.
+        words: label of the gain.
     """
     from matplotlib.figure import Figure
 
@@ -128,11 +127,13 @@ def draw(found: list[Point], words: str) -> Figure:
         "seconds, all stages": lambda point: point.cost and point.cost.seconds,
         "peak memory of its stage, GiB": lambda point: point.cost and point.cost.gib,
     }
-    sides = {label: value for label, value in sides.items() if any(value(each) is not None for each in found)}
+    sides = {
+        label: value for label, value in sides.items() if any(value(each) is not None for each in points)
+    }
     for number, (label, value) in enumerate(sides.items()):
         first = figure.axes[0] if figure.axes else None
         axes = figure.add_subplot(1, len(sides), number + 1, sharey=first)
-        for place, point in enumerate(found):
+        for place, point in enumerate(points):
             x = value(point)
             if x is None:
                 continue
@@ -147,7 +148,7 @@ def draw(found: list[Point], words: str) -> Figure:
         axes.set(xlabel=label)
         if number == 0:
             axes.set_ylabel(words)
-        known = [0.0, *(x for x in map(value, found) if x is not None)]
+        known = [0.0, *(x for x in map(value, points) if x is not None)]
         edge = 0.08 * (max(known) - min(known)) or 1.0  # so that no marker is cut
         axes.set_xlim(min(known) - edge, max(known) + edge)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: on the terminal, and as report.md in the run directory."""
+"""The summary of a finished run: on the terminal, and as report.md in the run directory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from rlhf.tracking.redaction import RedactingConsole, redacted_text
 from rlhf.tracking.tables import Cells, shown
 
 SCALES = {"artifact_bytes": 1e-6, "adapter_bytes": 1e-6, "token_seconds": 1e3, "token_seconds_base": 1e3}
-"""What a metric is multiplied by where its headline has another unit."""
-COMPARED = {
+"""Metric -> factor to the unit in which its headline shows it."""
+COMPARED_METRICS = {
     "gold_mean": ("gold score", "+z.3f"),
     "judge_mean": ("judge's score", "+z.3f"),
     "score_mean": ("learned score", "+z.3f"),
@@ -43,22 +43,22 @@ COMPARED = {
     "question_accuracy": ("questions answered right", "z.3f"),
 }
 """Metrics of `evaluate` that end in /POLICY: (words, format)."""
-AGAINST_START = {
+GAINS_OVER_START = {
     "win_rate": ("win rate against {}", "z.2f"),
     "gold_gain": ("gold gain over {}", "+z.2f"),
     "gold_over_base": ("gold gain over base", "+z.2f"),
     "judge_gain": ("judge's gain over {}", "+z.2f"),
     "judge_over_base": ("judge's gain over base", "+z.2f"),
 }
-"""Those with their intervals, of every policy but {}, which is what PPO started from: (words, format)."""
+"""Metrics with intervals, for every policy but {}, the one that PPO started from: (words, format)."""
 MARKS = {
     "passed": "[green]passed[/]",
     "failed": "[bold red]FAILED[/]",
     "cannot tell": "[yellow]cannot tell[/]",
     "not checked": "[dim]not checked[/]",
 }
-LONGEST_SHOWN = 400
-"""Characters of a prompt or an answer."""
+MAX_SHOWN_CHARS = 400
+"""Most characters shown of a prompt or an answer."""
 
 
 class ShownAnswer(NamedTuple):
@@ -67,12 +67,11 @@ class ShownAnswer(NamedTuple):
     policy: str
     text: str
     scores: str
-    """The gold score first, where there is one."""
+    """The scores as text, the gold score first if there is one."""
 
 
 def print_summary(run: Run, console: Console) -> None:
-    """Show what the run came to, and write the same to report.md and summary.json. Ranks other than 0 do none
-    of it."""
+    """Show the results of the run, and write them to report.md and summary.json. Only rank 0 does this."""
     if not run.writes:
         return
     if isinstance(console, RedactingConsole):
@@ -111,19 +110,19 @@ def print_summary(run: Run, console: Console) -> None:
 
 
 def write_page_too(run: Run, console: Console) -> None:
-    """Write report.html. The run is whole without it: what goes wrong here is said, and ends nothing."""
+    """Write report.html. The run is complete without it, so an error is printed and does not end the run."""
     try:
         console.print(f"Page: {write_page(run.directory)}", highlight=False, soft_wrap=True)
-    except Exception as error:  # whatever it is: hours of training end with it
-        said = f"Page: {run.directory / NAME} could not be written ({type(error).__name__}: {error}). "
-        console.print(f"{said}Everything else was.", highlight=False, markup=False, soft_wrap=True)
+    except Exception as error:  # of any type: it must not end a run after hours of training
+        message = f"Page: {run.directory / NAME} could not be written ({type(error).__name__}: {error}). "
+        console.print(f"{message}Everything else was.", highlight=False, markup=False, soft_wrap=True)
 
 
 def write_report(run: Run) -> Path:
     """Write report.md into the run directory."""
-    said = verdict(run) if run.verdict is None else run.verdict
-    judged = [f"**Verdict.** {as_markdown_list(with_outcome(outcome(run), said))}"] if said else []
-    parts = [f"# Run {run.directory.name}", *judged, stage_cells(run).markdown()]
+    text = verdict(run) if run.verdict is None else run.verdict
+    heading = [f"**Verdict.** {as_markdown_list(with_outcome(outcome(run), text))}"] if text else []
+    parts = [f"# Run {run.directory.name}", *heading, stage_cells(run).markdown()]
     policies = policy_cells(run)
     if policies.rows:
         parts += ["## Policies", policies.markdown(), *write_picture(run, policies_of(run))]
@@ -146,7 +145,7 @@ def write_report(run: Run) -> Path:
 
 
 def stage_cells(run: Run) -> Cells:
-    """One row per stage: how it ended, how long it took, what it measured."""
+    """One row per stage: status, time, and headline metrics."""
     rows = []
     for name, stage in run.stages.items():
         headlines = [
@@ -162,27 +161,27 @@ def stage_cells(run: Run) -> Cells:
 
 
 def policies_of(run: Run) -> dict[str, str]:
-    """What can be evaluated -> what tables call it, in the order in which it comes to be."""
+    """Policies that can be evaluated -> their titles in tables, in the order in which they are made."""
     evaluation, _ = last_evaluation(run.stages)
     judge = run.chain.get(evaluation)
     start = getattr(judge, "start", None)
     best = {BEST_OF_N: f"best of {getattr(judge, 'best_of', 'n')}"}
-    found = {"base": "base"} | (best if start == "base" else {})
+    titles = {"base": "base"} | (best if start == "base" else {})
     for name, each in run.chain.items():
         if each.makes == "policy":
-            found |= {"init": "PPO's start"} | (best if start == "init" else {}) if name == "ppo" else {}
-            found |= {name: each.full_title} | (best if start == name else {})
-    return found
+            titles |= {"init": "PPO's start"} | (best if start == "init" else {}) if name == "ppo" else {}
+            titles |= {name: each.full_title} | (best if start == name else {})
+    return titles
 
 
 def policy_cells(run: Run) -> Cells:
-    """One row a metric, one column a policy; no rows when `evaluate` was not part of the run."""
+    """One row per metric, one column per policy; no rows if `evaluate` was not part of the run."""
     evaluation, metrics = last_evaluation(run.stages)
     titles = policies_of(run)
     names = [name for name in titles if f"length_mean/{name}" in metrics]
-    apart = [name for name in names if f"kl/{name}" in metrics]
-    # the last one without: base has none either where it has other tokens
-    start = next((titles[name] for name in reversed(names) if apart and name not in apart), "SFT")
+    with_kl = [name for name in names if f"kl/{name}" in metrics]
+    # the start is the last policy without a KL: base has none either if its tokenizer differs
+    start = next((titles[name] for name in reversed(names) if with_kl and name not in with_kl), "SFT")
     rows = []
     of_harness = {
         metric: (" ".join(metric.split("/")[1:]), "z.3f")
@@ -190,7 +189,7 @@ def policy_cells(run: Run) -> Cells:
         if metric.startswith("lm_eval/")
     }
     compared: dict[str, tuple[str, str]] = {}
-    for metric, (words, spec) in COMPARED.items():
+    for metric, (words, spec) in COMPARED_METRICS.items():
         parts = reward_parts(metric, metrics)
         compared[metric] = (f"{words}, all together" if parts else words, spec)
         compared |= {f"{metric}/{part}": (f"  {part} alone", spec) for part in parts}
@@ -200,12 +199,12 @@ def policy_cells(run: Run) -> Cells:
             rows.append(
                 [words.format(start), *("-" if value is None else format(value, spec) for value in values)]
             )
-    for metric, (words, spec) in AGAINST_START.items():
-        found = [Sampled.found(f"{metric}/{name}", metrics) for name in names]
-        if any(found):
-            cells = ["-" if each is None else format(each.value, spec) for each in found]
+    for metric, (words, spec) in GAINS_OVER_START.items():
+        sampled = [Sampled.found(f"{metric}/{name}", metrics) for name in names]
+        if any(sampled):
+            cells = ["-" if each is None else format(each.value, spec) for each in sampled]
             rows.append([words.format(start), *cells])
-            cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in found]
+            cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in sampled]
             rows.append(["  95% interval, over prompts", *cells])
     rows += [[words, *cells] for words, cells in cost_cells(run, names)]
     prompts = int(metrics.get("prompts", 0))
@@ -216,7 +215,7 @@ def policy_cells(run: Run) -> Cells:
 
 
 def cost_cells(run: Run, names: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """What it took to make each policy, where that is known of one."""
+    """Time and memory of each policy; no rows if no cost is known."""
     costs = [cost_of(run, name) for name in names]
     if any(costs):
         yield "seconds, all its stages", ["-" if cost is None else f"{cost.seconds:,.0f}" for cost in costs]
@@ -230,7 +229,7 @@ def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
     evaluation, _ = last_evaluation(run.stages)
     if not run.stages.get(evaluation, {}).get("artifact"):
         return
-    # Not from the artifact: the knob is outside its key, so a reused one may have been made with another.
+    # Not from the artifact: num_shown is not part of its key, so a reused artifact may have another value.
     num_shown = _keys_of(run, evaluation)["num_shown"]
     path = Path(run.stages[evaluation]["artifact"]) / "comparison.jsonl"
     with path.open(encoding="utf-8") as file:
@@ -258,7 +257,7 @@ def gate_text(gate: GateResult) -> str:
 
 
 def places(run: Run) -> Iterator[tuple[str, Path]]:
-    """Where to find what the run made, from its directory."""
+    """The run's results: (words, path relative to its directory)."""
     for name, each in reversed([*run.chain.items()]):
         if each.makes and run.stages.get(name, {}).get("artifact"):
             yield f"{each.full_title[:1].upper()}{each.full_title[1:]} model", Path("artifacts", name)
@@ -324,7 +323,7 @@ def _conversation(messages: Iterable[Mapping[str, str]]) -> str:
 def _one_line(text: str) -> str:
     # A model may write terminal control characters.
     line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]} ..."
+    return line if len(line) <= MAX_SHOWN_CHARS else f"{line[:MAX_SHOWN_CHARS]} ..."
 
 
 def _quoted(text: str) -> str:

@@ -26,7 +26,7 @@ from rlhf.tracking.redaction import redacted, redacted_text
 from rlhf.tracking.tables import Cells
 
 MARK, PICTURE = "best", "pareto.png"
-SEEDS_SAY = (
+SEEDS_NOTE = (
     "Mean of the seeds, and from the lowest seed to the highest. One run's 95% interval is over its prompts."
 )
 
@@ -36,7 +36,7 @@ class SweepTable:
     """All trials of a sweep."""
 
     directory: Path
-    """The sweep's; named like the sweep."""
+    """The sweep's directory, with the sweep's name."""
     config: SweepConfig
     trials: Sequence[Trial]
 
@@ -54,14 +54,14 @@ class SweepTable:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that are written down: those that `sweep.*` names; without `sweep.metric`, those with a
+        """The metrics in sweep.json: those that `sweep.*` names, and without `sweep.metric` those with a
         gate."""
         gates = [name for trial in self.trials if trial.outcome for name in trial.outcome.gates]
         return list(dict.fromkeys([*self.config.metrics.values(), *([] if self.config.metric else gates)]))
 
     @property
     def shown_metrics(self) -> list[str]:
-        """Of those, the ones that `sweep.*` names and those that differ between the trials."""
+        """The metrics in the table: those of `metrics` that `sweep.*` names or that differ between trials."""
         named, trials = [*self.config.metrics.values()], self.trials
         return [
             name
@@ -71,12 +71,12 @@ class SweepTable:
 
     @property
     def ranked(self) -> list[Trial]:
-        """The best trial first, the others as they were numbered."""
+        """The best trial first, then the others by number."""
         return sorted(self.trials, key=lambda trial: trial is not self.best)
 
     @property
     def lead(self) -> str:
-        """The best trial in a sentence, with its interval; empty without one."""
+        """A sentence on the best trial, with its interval; empty if there is none."""
         best, metric = self.best, self.config.metric
         if best is None or metric is None or best.outcome is None:
             return ""
@@ -97,14 +97,14 @@ class SweepTable:
 
     @property
     def left_out(self) -> str:
-        """What the table does not show; empty if it shows all."""
+        """A sentence on metrics that the table does not show; empty if it shows all."""
         same = len(self.metrics) - len(self.shown_metrics)
         words = "1 figure that is" if same == 1 else f"{same} figures that are"
         return f"{words} the same in all trials: see sweep.json." if same else ""
 
     @property
     def keys(self) -> list[str]:
-        """The overrides that differ."""
+        """The overridden keys that differ between trials."""
         keys = dict.fromkeys(key for trial in self.trials for key in trial.values)
         return [
             key
@@ -115,23 +115,23 @@ class SweepTable:
     @property
     def points(self) -> list[Point]:
         """The picture's points: trials with both metrics."""
-        pareto, found = self.config.pareto, []
+        pareto, points = self.config.pareto, []
         if pareto is None:
             return []
         for trial in self.trials:
             gain, loss = trial.metric(pareto.gain), trial.metric(pareto.loss)
             if gain is not None and loss is not None:
                 name = " ".join(short(trial.values[key]) for key in self.keys)
-                found.append(Point(name or str(trial.number), gain, loss))
-        return found
+                points.append(Point(name or str(trial.number), gain, loss))
+        return points
 
     @property
-    def is_upright(self) -> bool:
-        """Whether each trial is a column: of few trials with many metrics, which would be a wide table."""
+    def is_transposed(self) -> bool:
+        """Whether each trial is a column: few trials with many metrics would make a wide table."""
         return len(self.shown_metrics) > len(self.trials)
 
     def cells(self) -> Cells:
-        """Headings and rows: one row a trial, or one column."""
+        """Headings and rows: one row or one column per trial."""
         best = self.best
         headings = [
             "trial",
@@ -147,13 +147,13 @@ class SweepTable:
                 values[0] += f" ({MARK})"
             overrides = [short(trial.values.get(key, "-")) for key in self.keys]
             rows.append([str(trial.number), str(trial.directory), *overrides, trial.status, *values])
-        if self.is_upright:
+        if self.is_transposed:
             headings, *rows = ([*each] for each in zip(headings, *rows, strict=True))
         return Cells(headings, rows)
 
     @property
     def over_seeds(self) -> OverSeeds:
-        """Its policies, if the trials differ in their seed alone; else none."""
+        """The sweep's policies, if the trials differ only in their seed; else none."""
         done = [trial.directory for trial in self.trials if trial.status == "done"]
         return OverSeeds(done if self.keys == ["seed"] else [])
 
@@ -171,7 +171,7 @@ class SweepTable:
         seeds = self.over_seeds
         if seeds.titles:
             found, words = seeds.points()
-            parts = ["## Policies", SEEDS_SAY, seeds.cells().markdown()]
+            parts = ["## Policies", SEEDS_NOTE, seeds.cells().markdown()]
             parts += picture_of(found, words, self.directory / POLICIES)
             text = "\n\n".join([text.rstrip(), *parts]) + "\n"
         with naming(self.directory / "sweep.md"):
@@ -197,12 +197,12 @@ class SweepTable:
         replace_text(self.directory / "sweep.json", json.dumps(redacted(content), indent=2))
 
     def show(self, console: Console) -> None:
-        """Print it."""
+        """Print the table."""
         headings, rows = self.cells()
         table = Table(box=box.SIMPLE_HEAD, title=f"Sweep {self.directory.name}", title_justify="left")
         colours = [self._colour(trial) for trial in self.ranked]
         columns, lines = [""] * len(headings), colours
-        if self.is_upright:
+        if self.is_transposed:
             columns, lines = ["", *colours], [""] * len(rows)
         for heading, style in zip(headings, columns, strict=True):
             table.add_column(escape(heading), overflow="fold", style=style)
@@ -215,7 +215,7 @@ class SweepTable:
             policies = seeds.cells()
             right = range(1, len(policies.headings))
             console.print(tables.shown(policies, right=right), highlight=False)
-            console.print(SEEDS_SAY, highlight=False)
+            console.print(SEEDS_NOTE, highlight=False)
 
     def _colour(self, trial: Trial) -> str:
         return "green" if trial is self.best else "" if trial.status == "done" else "red"

@@ -1,4 +1,4 @@
-"""A trial of a sweep, as its table shows it."""
+"""A trial of a sweep, for the sweep's table."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Outcome:
     code: int | None = None
     """Its exit code; None if it has not ended."""
     status: str = "unfinished"
-    """`done`, `failed in STAGE`, `stopped in STAGE`, or without a stage where none had begun; `unfinished` is
-    running, or was killed."""
+    """`done`, `failed in STAGE`, `stopped in STAGE`, the last two without a stage if none had begun;
+    `unfinished` if it is running or was killed."""
     metrics: Mapping[str, float | None] = field(default_factory=dict)
-    """Metrics of all its stages, `STAGE/NAME` -> value; null if not finite."""
+    """Metrics of all its stages, `STAGE/NAME` -> value; None if not finite."""
     gates: tuple[str, ...] = ()
     """The metrics with a gate."""
 
     @property
-    def goes_on(self) -> bool:
+    def can_continue(self) -> bool:
         """Whether the same command continues it."""
         return self.code in (None, STOPPED, INTERRUPTED)
 
@@ -36,7 +36,7 @@ class Trial:
 
     number: int
     directory: Path
-    """Its run's."""
+    """The directory of its run."""
     values: Mapping[str, str]
     """The overrides of the swept keys, in Hydra's grammar."""
     outcome: Outcome | None = None
@@ -55,8 +55,8 @@ class Trial:
     def sampled(self, name: str) -> Sampled | None:
         """A metric with its interval; None if it has none."""
         stage, _, metric = name.partition("/")
-        found = self.outcome.metrics if self.outcome else {}
-        own = {key.removeprefix(f"{stage}/"): value for key, value in found.items() if value is not None}
+        metrics = self.outcome.metrics if self.outcome else {}
+        own = {key.removeprefix(f"{stage}/"): value for key, value in metrics.items() if value is not None}
         return Sampled.found(metric, own)
 
     def metric(self, name: str) -> float | None:

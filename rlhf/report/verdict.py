@@ -18,16 +18,16 @@ from rlhf.pipeline.stage import Stage
 from rlhf.report.against import Worked, worked_before
 from rlhf.report.blame import Blame
 from rlhf.report.convictions import (
-    ASKS_OTHERWISE,
-    FORGOTTEN,
-    asks_otherwise,
+    OTHER_TEMPLATE,
+    RETENTION_GATES,
     broken_start,
     convictions,
     reward_of,
+    uses_other_template,
 )
 from rlhf.report.findings import (
-    LEARNED,
-    WORDS,
+    GAIN_WORDS,
+    OWN_SCORE_WORDS,
     Direction,
     Finding,
     evaluated,
@@ -45,36 +45,36 @@ OUTCOME_OF: Mapping[Direction, Outcome] = {
     "not better": "did not work",
     "unknown": "cannot be told",
 }
-UNTRAINED = "Your data and settings work; a random model says nothing about quality."
+UNTRAINED_VERDICT = "Your data and settings work; a random model says nothing about quality."
 
-SEEN = 0.3
-"""Of the scores' deviation on a reward model's own pairs, on answers: 1.06 was seen in the demo, 0.16 where a
-full stop decided every pair."""
-STILL = 0.5
-"""Nats per sequence: a policy that is nearer to its start learned nothing that shows."""
-MOVED = 1 / 3
-"""Of the KL on the prompts that were learned from, on new ones: 0.9 to 1.1 was seen in healthy runs, 0.12
-where the prompts were of another kind."""
-SAMPLING = ("temperature", "max_new_tokens")
-"""Keys of a stage that samples and of `evaluate`: both should ask alike."""
+MIN_DEVIATION_RATIO = 0.3
+"""Smallest healthy ratio of the deviation of a reward model's scores on answers to that on its own pairs.
+1.06 was measured in the demo, 0.16 where a full stop decided every pair."""
+MIN_CHANGED_KL = 0.5
+"""KL from the start, nats per sequence, below which a policy has hardly changed."""
+MIN_HEALTHY_KL_RATIO = 1 / 3
+"""Smallest healthy ratio of the KL on new prompts to that on the prompts that were learned from. 0.9 to 1.1
+was measured in healthy runs, 0.12 where the prompts were of another kind."""
+SAMPLING_KEYS = ("temperature", "max_new_tokens")
+"""Sampling keys that should be equal in `evaluate` and in the stage that trained a policy."""
 
 
-UNSURE = "Nobody is to blame for sure. Look first at"
-UNPROVEN = "nobody can tell whether the reward model ranks well enough to learn from"
-NOTES = 2
-"""Differences between data sets that the verdict names; `prepare` shows all."""
-SHOWN = 4
-"""Keys that the verdict names, of those that differ from the packaged values."""
+NO_SURE_CAUSE = "Nobody is to blame for sure. Look first at"
+UNPROVEN_REWARD = "nobody can tell whether the reward model ranks well enough to learn from"
+MAX_SHOWN_NOTES = 2
+"""Most differences between data sets that the verdict names; `prepare` shows all."""
+MAX_SHOWN_KEYS = 4
+"""Most changed keys that the verdict names."""
 
 
 def verdict(run: Run) -> str:
-    """What was learned, what improved, what did not, and who is to blame. Empty of a run that has nothing to
-    judge."""
+    """What was learned, what improved, what did not, and which stage is to blame. Empty if the run has
+    nothing to judge."""
     found = outcome(run)
     if found is None:
         return ""
     if is_untrained(run):
-        return UNTRAINED
+        return UNTRAINED_VERDICT
     own, scored = dict(measured(run)), dict(evaluated(run))
     findings = [*own.values(), *scored.values()]
     failed = [gate for gate in run.gates if gate.outcome == "failed"]
@@ -100,7 +100,7 @@ def verdict(run: Run) -> str:
         parts += [f"{word}: {'; '.join(named)}."] if named else []
     evaluation, _ = last_evaluation(run.stages)
     compared = [name for name in scored if name in run.chain]
-    asked = dict.fromkeys(asked_otherwise(run, name) or learned_elsewhere(run, name) for name in compared)
+    asked = dict.fromkeys(differing_sampling(run, name) or learned_elsewhere(run, name) for name in compared)
     remarks = [
         f"Note {evaluation}: {each}" for each in asked if each and all(each != said.why for said in reasons)
     ]
@@ -110,26 +110,26 @@ def verdict(run: Run) -> str:
         ]
     if not blamed:
         remarks += [f"Note {said}" for said in outside_bounds(run)]
-        if any(asks_otherwise(run, name) for name in run.chain):
-            remarks.append(f"Note model.chat_template: {ASKS_OTHERWISE}")
+        if any(uses_other_template(run, name) for name in run.chain):
+            remarks.append(f"Note model.chat_template: {OTHER_TEMPLATE}")
     is_unexplained = not blamed and not any(why) and found != "worked"
     if is_unexplained and any(each.direction != "better" for each in findings):
-        changed = otherwise_set(run, run.needed or run.chain, f"{UNSURE} what was changed").strip()
-        parts.append(changed if worked is None else f"{UNSURE} {worked.section or 'this'}: {worked}")
+        changed = changed_keys(run, run.needed or run.chain, f"{NO_SURE_CAUSE} what was changed").strip()
+        parts.append(changed if worked is None else f"{NO_SURE_CAUSE} {worked.section or 'this'}: {worked}")
     elif not blamed and worked is not None:
-        remarks += filter(None, [less_than(run, worked, scored)])
-    remarks += [f"Note prepare: {said}" for said in unlike(run)[:NOTES]]
+        remarks += filter(None, [losses_against(run, worked, scored)])
+    remarks += [f"Note prepare: {said}" for said in unlike(run)[:MAX_SHOWN_NOTES]]
     return "\n".join(filter(None, [*parts, *blamed, *remarks]))
 
 
 def blames(
     run: Run, reasons: Sequence[Blame], failed: Sequence[GateResult], worked: Worked | None
 ) -> list[str]:
-    """Who is to blame, as sentences. Where a run worked that differs in one section of the config alone, that
-    is the cause, and what was seen elsewhere is how it shows.
+    """Sentences on what is to blame. If a run worked that differs in only one section of the config, that
+    section is the cause, and other findings are its symptoms.
 
     Args:
-        failed: gates, where nothing says why.
+        failed: failed gates that nothing explains.
     """
     gates = ", ".join(f"{gate.stage} ({gate.name} = {gate.figure})" for gate in failed)
     sections = [
@@ -145,15 +145,15 @@ def blames(
     found += [f"To blame is perhaps {gates}: its gate failed, and nothing else says why."] if gates else []
     if worked is None:
         return [
-            each + otherwise_set(run, names, "Changed there")
+            each + changed_keys(run, names, "Changed there")
             for each, names in zip(found, sections, strict=True)
         ]
     said = str(worked)
     return [*found, f"{said[0].upper()}{said[1:]}"]
 
 
-def less_than(run: Run, worked: Worked, scored: Mapping[str, Finding]) -> str:
-    """In what the last policy is worse than in a run that worked; else empty."""
+def losses_against(run: Run, worked: Worked, scored: Mapping[str, Finding]) -> str:
+    """Metrics in which the last policy is worse than that of a run that worked; else empty."""
     if not scored:
         return ""
     name, finding = [*scored.items()][-1]
@@ -161,7 +161,7 @@ def less_than(run: Run, worked: Worked, scored: Mapping[str, Finding]) -> str:
     here, there = ({name: value for name, value in side.items() if value is not None} for side in sides)
     is_alike = all(kind_of(key.partition(".")[0]) != "evaluate" for key in worked.differences)
     found = []
-    # what was gained tells only where `evaluate` asked or judged otherwise
+    # levels can be compared only if `evaluate` is the same in both runs; else gains are compared
     levels = gold_levels(name, here, there) if is_alike and finding.metric == "gold_gain" else []
     own, other = levels or (finding.sampled, Sampled.found(f"{finding.metric}/{name}", there))
     if other is not None and own.value < other.value:
@@ -178,8 +178,8 @@ def less_than(run: Run, worked: Worked, scored: Mapping[str, Finding]) -> str:
 
 
 def reads_alike(run: Run, worked: Worked) -> bool:
-    """Whether both runs have the same tokens, so that a perplexity can be compared: the base model's, or as
-    many of the same rows."""
+    """Whether perplexities can be compared: both runs have the same base model, or as many tokens for the
+    same rows."""
     if not any(key.partition(".")[0] in ("model", "the base model") for key in worked.differences):
         return True
     mine, theirs = ((side.get("sft") or {}).get("metrics") or {} for side in (run.stages, worked.stages))
@@ -187,7 +187,7 @@ def reads_alike(run: Run, worked: Worked) -> bool:
 
 
 def gold_levels(policy: str, *runs: Mapping[str, float]) -> list[Sampled]:
-    """A policy's mean gold score in each run's `evaluate`, with its interval; empty where one has none."""
+    """A policy's mean gold score in each run's `evaluate`, with its interval; empty if a run has none."""
     found = []
     for metrics in runs:
         mean, deviation = metrics.get(f"gold_mean/{policy}"), metrics.get(f"gold_deviation/{policy}")
@@ -200,8 +200,8 @@ def gold_levels(policy: str, *runs: Mapping[str, float]) -> list[Sampled]:
 
 
 def outcome(run: Run) -> Outcome | None:
-    """The verdict in a few words: what failed decides, else the last figure that tells of improvement. None
-    of a run that has nothing to judge, such as `stage=plan`."""
+    """The verdict in a few words. A failure decides, else the last metric of improvement. None for a run that
+    has nothing to judge, such as `stage=plan`."""
     is_failed = any(gate.outcome == "failed" for gate in run.gates)
     if not any(has_purpose(run.chain[name]) for name in run.stages if name in run.chain):
         return None
@@ -218,8 +218,8 @@ def outcome(run: Run) -> Outcome | None:
 
 
 def decisive(run: Run) -> Finding | None:
-    """The figure by which a run is judged: the last policy's, by an independent judge. Where nothing learned
-    from scores, otherwise the last stage's own, on held-out rows."""
+    """The finding by which a run is judged: the last policy's, by an independent judge. Without one, if
+    nothing learned from scores, the last stage's own, on held-out rows."""
     findings = [*dict(measured(run)).values(), *dict(evaluated(run)).values()]
     judged = [each for each in findings if each.is_judged]
     if not judged and not any(learners(run)):
@@ -233,20 +233,20 @@ def has_purpose(stage: Stage) -> bool:
 
 
 def causes(run: Run) -> dict[str, Blame]:
-    """The stages that are convicted by a failed gate, wherever the gate stands, by a gold score that tells
-    nothing, or by data that hardly anything learns from; and why."""
+    """Stages to blame, with the reason: for a failed gate, for a gold score that tells nothing, or for data
+    from which hardly anything is learned."""
     found = silent_gold(run) | mostly_held_out(run) | broken_start(run)
     for gate in run.gates:
-        # where the last policy cannot be told to have lost it, an earlier one may have
-        is_suspect = gate.name in FORGOTTEN and gate.outcome == "cannot tell"
-        is_suspect |= gate.name == "stop_rate" and is_outside(gate) and asks_otherwise(run, gate.stage)
+        # an earlier policy may fail where the last one cannot be told
+        is_suspect = gate.name in RETENTION_GATES and gate.outcome == "cannot tell"
+        is_suspect |= gate.name == "stop_rate" and is_outside(gate) and uses_other_template(run, gate.stage)
         if gate.outcome == "failed" or is_suspect:
-            found = convictions(run, gate) | found  # what came first in the chain stays
+            found = convictions(run, gate) | found  # an earlier stage's reason is not replaced
     return found
 
 
 def mostly_held_out(run: Run) -> dict[str, Blame]:
-    """That more rows are held out than learned from, where not all improved; else empty."""
+    """Blame for `prepare` if more rows are held out than learned from and not all improved; else empty."""
     share = getattr(run.chain.get("prepare"), "held_out_fraction", 0.0)
     findings = [*dict(measured(run)).values(), *dict(evaluated(run)).values()]
     if share <= 1 - share or all(finding.direction == "better" for finding in findings):
@@ -256,12 +256,12 @@ def mostly_held_out(run: Run) -> dict[str, Blame]:
 
 
 def unlike(run: Run) -> list[str]:
-    """In what data sets of the chain are unlike others, as `prepare` saw them."""
+    """Differences between the chain's data sets that `prepare` found."""
     return PreparedData(run.directory / "artifacts" / "prepare").unlike()
 
 
 def to_blame(run: Run, convicted: Mapping[str, Blame]) -> list[Blame]:
-    """Each stage that is to blame, and why; if there is none, the one that left the policy worse than the
+    """Each stage that is to blame, and why. If there is none, the stage that made the policy worse than the
     untuned model.
 
     Args:
@@ -271,8 +271,8 @@ def to_blame(run: Run, convicted: Mapping[str, Blame]) -> list[Blame]:
 
 
 def below_base(run: Run) -> list[Blame]:
-    """That by the gold score the last policy is worse than the untuned model, and where it fell; empty if it
-    is not. What the policy gained over its start does not show this."""
+    """Blame if the last policy's gold score is below the untuned model's, for the stage where it fell; else
+    empty. The policy's gain over its start does not show this."""
     evaluation, metrics = last_evaluation(run.stages)
     over = {name: Sampled.found(f"gold_over_base/{name}", metrics) for name in run.chain}
     known = {name: each for name, each in over.items() if each is not None}
@@ -300,10 +300,10 @@ def failures(
     scored: Mapping[str, Finding],
     convicted: Mapping[str, Blame],
 ) -> Iterator[Blame]:
-    """Each stage that did not do what it is for, although all that it reads did, and why it is that one."""
+    """Each stage that failed although all that it reads is good, and why."""
     evaluation, _ = last_evaluation(run.stages)
     spoiled: set[str] = set()
-    """Those that failed, and all that is made from them."""
+    """Stages that failed, and all that is made from them."""
     for name, stage in run.chain.items():
         findings = [found[name] for found in (own, scored) if name in found]
         is_bad = any(finding.direction == "not better" for finding in findings)
@@ -314,7 +314,7 @@ def failures(
             spoiled.add(name)
             continue
         did_its_own = name in own and own[name].direction == "better"
-        asked = asked_otherwise(run, name)
+        asked = differing_sampling(run, name)
         is_unseen = name in scored and scored[name].direction != "better"
         if asked and did_its_own and not is_spoiled and is_unseen:
             yield Blame((evaluation,), asked)
@@ -340,7 +340,7 @@ def failures(
 
 
 def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | None) -> Blame:
-    """Who is to blame where this stage failed, and why."""
+    """What is to blame if this stage failed, and why."""
     stage, mine = run.chain[name], own.get(name)
     reward = reward_of(run, name)
     if mine is not None and mine.direction == "not better":
@@ -352,16 +352,16 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
             return Blame((name,), f"{scored}{why}.")
         if reward in own and own[reward].direction == "better":
             return Blame((name,), f"the reward model ranks well, and {why}.")
-        return Blame((reward, name), f"{why}, and {UNPROVEN}.")
+        return Blame((reward, name), f"{why}, and {UNPROVEN_REWARD}.")
     assert score is not None
-    by, against = WORDS[score.metric], "what it publishes is no better than what it is compared with"
+    by, against = GAIN_WORDS[score.metric], "what it publishes is no better than what it is compared with"
     if mine is None or mine.direction != "better" or not score.is_judged:
         if reward is not None and reward in own and own[reward].direction == "unknown":
-            return Blame((reward, name), f"{against}, by the {by} on new prompts, and {UNPROVEN}.")
+            return Blame((reward, name), f"{against}, by the {by} on new prompts, and {UNPROVEN_REWARD}.")
         return Blame((name,), f"{against}, by the {by} on new prompts.")
     if not stage.reads().rewards:
         return Blame((name,), f"it improved on its own data, and the {by} did not follow.")
-    on_new = dict(evaluated(run, LEARNED)).get(name)
+    on_new = dict(evaluated(run, OWN_SCORE_WORDS)).get(name)
     if on_new is not None and on_new.direction == "not better":
         return Blame(
             (name,),
@@ -379,8 +379,7 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
 def learned_from_nothing(
     run: Run, policy: str, own: Mapping[str, Finding], scored: Mapping[str, Finding]
 ) -> Blame | None:
-    """That a policy pleased a reward model which may rank by chance, and that no score of a judge shows a
-    gain."""
+    """Blame for a reward model that may rank by chance, if its policy shows no gain by the judge's score."""
     reward, score = reward_of(run, policy), scored.get(policy)
     if reward is None or reward not in own or score is None or not score.is_judged:
         return None
@@ -389,15 +388,20 @@ def learned_from_nothing(
     return Blame(
         (reward,),
         "nobody can tell that it ranks better than chance and length "
-        f"({own[reward].sampled.value:+.2g}), and the {WORDS[score.metric]} shows no gain.",
+        f"({own[reward].sampled.value:+.2g}), and the {GAIN_WORDS[score.metric]} shows no gain.",
     )
 
 
 def learned_elsewhere(run: Run, policy: str) -> str:
-    """That a policy moved on the prompts that it learned from, and hardly on new ones; else empty."""
+    """A sentence if a policy changed on prompts that it learned from and hardly on new ones; else empty."""
     evaluation, metrics = last_evaluation(run.stages)
     there, here = Sampled.found("kl", run.metrics_of(policy)), metrics.get(f"kl/{policy}")
-    if there is None or here is None or there.value < STILL or here > there.value * MOVED:
+    if (
+        there is None
+        or here is None
+        or there.value < MIN_CHANGED_KL
+        or here > there.value * MIN_HEALTHY_KL_RATIO
+    ):
         return ""
     return (
         f"{policy} moved on the prompts that it learned from (KL {there.value:.2g} nats per sequence), and "
@@ -407,13 +411,18 @@ def learned_elsewhere(run: Run, policy: str) -> str:
 
 
 def out_of_sight(run: Run, policy: str) -> Blame | None:
-    """That a reward model tells its pairs apart by what is not in the policy's answers."""
+    """Blame for a reward model that separates its pairs by features that the policy's answers lack."""
     reward = reward_of(run, policy)
     readers = (name for name, stage in run.chain.items() if reward in inputs(stage, run.chain))
     generate = next((name for name in readers if kind_of(name) == "generate"), "generate")
     on_pairs = run.metrics_of(reward or "").get("score_deviation")
     on_answers = run.metrics_of(generate).get(deviation_of(run, generate, reward))
-    if reward is None or on_pairs is None or on_answers is None or on_answers >= SEEN * on_pairs:
+    if (
+        reward is None
+        or on_pairs is None
+        or on_answers is None
+        or on_answers >= MIN_DEVIATION_RATIO * on_pairs
+    ):
         return None
     return Blame(
         (reward,),
@@ -423,7 +432,7 @@ def out_of_sight(run: Run, policy: str) -> Blame | None:
 
 
 def deviation_of(run: Run, stage: str, reward: str | None) -> str:
-    """What the stage's metrics call the deviation of a reward model's own scores, before they are weighed."""
+    """The stage's metric for the deviation of a reward model's own scores, before weighting."""
     sources = run.chain[stage].reads().rewards.values() if stage in run.chain else ()
     for mix in (source for source in sources if isinstance(source, RewardMix)):
         for part, label in zip(mix.of, mix.labels, strict=True):
@@ -433,9 +442,9 @@ def deviation_of(run: Run, stage: str, reward: str | None) -> str:
 
 
 def hardly_moved(run: Run, policy: str) -> Blame | None:
-    """That a policy is still its own start, and what to change; None if it moved, or is the start itself."""
+    """Blame for a policy that hardly changed from its start; None if it changed, or is the start itself."""
     kl = run.metrics_of(policy).get("held_out_kl_last")
-    if kl is None or kl >= STILL:
+    if kl is None or kl >= MIN_CHANGED_KL:
         return None
     return Blame(
         (policy,),
@@ -445,7 +454,7 @@ def hardly_moved(run: Run, policy: str) -> Blame | None:
 
 
 def over_optimized(run: Run, policy: str) -> str:
-    """That an earlier step of a policy has a higher gold score than the one whose weights it keeps; else
+    """A sentence if an earlier step of a policy has a higher gold score than its published step; else
     empty."""
     _, metrics = last_evaluation(run.stages)
     lost, kept = Sampled.found(f"gold_lost/{policy}", metrics), run.metrics_of(policy).get("best_step")
@@ -459,7 +468,7 @@ def over_optimized(run: Run, policy: str) -> str:
 
 
 def critic_alone(run: Run, policy: str) -> str:
-    """That in most steps of a policy only its critic learned; else empty."""
+    """A sentence if only the critic learned in most of a policy's steps; else empty."""
     steps = getattr(run.chain[policy], "steps", 0)
     alone = getattr(getattr(run.chain[policy], "critic", None), "warmup_steps", 0)
     if not alone or 2 * alone <= steps:
@@ -468,7 +477,7 @@ def critic_alone(run: Run, policy: str) -> str:
 
 
 def outside_bounds(run: Run) -> list[str]:
-    """The gates whose figure is outside its bound, but not for sure."""
+    """The gates whose value is outside its bound, but may be so by chance."""
     return [
         f"{gate.stage}: {gate.name} = {gate.figure}, wanted {gate.bound}, which may be chance."
         for gate in run.gates
@@ -477,15 +486,15 @@ def outside_bounds(run: Run) -> list[str]:
 
 
 def is_outside(gate: GateResult) -> bool:
-    """Whether its figure is outside its bound, but not for sure."""
+    """Whether a gate's value is outside its bound, but may be so by chance."""
     is_known = gate.outcome == "cannot tell" and not math.isnan(gate.value)
     return is_known and not gate.bound.holds(gate.value)
 
 
-def otherwise_set(run: Run, stages: Collection[str], heading: str) -> str:
-    """The keys of these stages, those that they take their values from, and those of `prepare`, where they
-    differ from the packaged values, as a sentence; the furthest from them first. Empty if none does. What
-    data they read is known to the user, and their gates train nothing."""
+def changed_keys(run: Run, stages: Collection[str], heading: str) -> str:
+    """A sentence on the changed keys of these stages, of `prepare`, and of the keys that they refer to, the
+    furthest from its packaged value first. Empty if none was changed. Left out are data keys, which the user
+    knows, and gates, which train nothing."""
     if not run.changed:
         return ""
     named = {"prepare", *stages}
@@ -495,7 +504,7 @@ def otherwise_set(run: Run, stages: Collection[str], heading: str) -> str:
     for each in run.changed:
         key = each["key"]
         stage, _, own = key.partition(".")
-        # `auto` is most often data too: what stands there was found, not chosen
+        # `auto` is most often data too: its value was derived, not chosen
         is_data = each["default"] == AUTO or any(f"{key}.".startswith(f"{name}.") for name in data)
         if (stage in named or key in read) and not is_data and not own.startswith("gates"):
             found.append(each)
@@ -503,13 +512,12 @@ def otherwise_set(run: Run, stages: Collection[str], heading: str) -> str:
         return ""
     found.sort(key=far_from_default, reverse=True)
     keys = [f"{each['key']}={each['value']} (packaged: {each['default']})" for each in found]
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return f" {heading}: {', '.join(keys[:SHOWN])}{more}."
+    more = f" and {len(keys) - MAX_SHOWN_KEYS} more" if len(keys) > MAX_SHOWN_KEYS else ""
+    return f" {heading}: {', '.join(keys[:MAX_SHOWN_KEYS])}{more}."
 
 
 def far_from_default(change: Change) -> float:
-    """How many times a number is larger or smaller than the packaged one, as a logarithm; infinite where it
-    cannot be said."""
+    """Distance of a number from the packaged one: |log(ratio)|; infinite if there is no ratio."""
     try:
         ratio = float(change["value"]) / float(change["default"])
     except (ValueError, ZeroDivisionError):  # a word, a list, or from or to nothing
@@ -517,11 +525,11 @@ def far_from_default(change: Change) -> float:
     return abs(math.log(ratio)) if ratio > 0 else math.inf
 
 
-def asked_otherwise(run: Run, policy: str) -> str:
-    """In what `evaluate` asks a policy otherwise than it learned; empty if it does not."""
+def differing_sampling(run: Run, policy: str) -> str:
+    """A sentence on sampling keys that differ between `evaluate` and a policy's training; else empty."""
     evaluation, _ = last_evaluation(run.stages)
     learner, judge = run.chain[policy], run.chain.get(evaluation)
-    pairs = ((key, getattr(learner, key, None), getattr(judge, key, None)) for key in SAMPLING)
+    pairs = ((key, getattr(learner, key, None), getattr(judge, key, None)) for key in SAMPLING_KEYS)
     keys = [
         f"{evaluation}.{key}={asked} and {policy}.{key}={learned}"
         for key, learned, asked in pairs

@@ -1,4 +1,4 @@
-"""How SFT learns answers, and replays others."""
+"""SFT's optimizer step, replay, and measurements of its data."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from rlhf.training.engine import Engine
 
 SENTENCE_ENDS = ".!?:;…。)]}>\"'”`*\uff01\uff1f"
-"""What whole answers end in."""
-SHORT = 16
-"""Characters of answers that may well be equally long."""
-PROBED = 256
-"""Held-out answers that `prompt_gain` reads, at most."""
+"""Characters that a complete answer may end with."""
+MIN_CUT_LENGTH = 16
+"""Fewest characters of cut-off answers: shorter ones may have the same length by chance."""
+MAX_PROBED_ANSWERS = 256
+"""Largest number of held-out answers that `prompt_gain` reads."""
 
 
 def with_replay(
@@ -34,7 +34,7 @@ def with_replay(
 ) -> Batches[int]:
     """Append replayed answers to each batch, so that they are `fraction` of all tokens learned so far.
 
-    They come in passes, and each pass shuffles them anew.
+    They are replayed in passes over the general data, each newly shuffled.
 
     Args:
         batches: indices of `task`.
@@ -56,7 +56,7 @@ def with_replay(
 
 
 def _passes(num_rows: int, seed: int) -> Iterator[int]:
-    """All indices, then all again in another order, without end."""
+    """Endless passes over all indices, each in a new random order."""
     for number in count():
         yield from random.Random(f"replay {seed} {number}").sample(range(num_rows), num_rows)
 
@@ -75,18 +75,18 @@ def answer_step(
         mean = -(logp_N * learned_N).sum() / total_tokens
         return mean, {"loss": mean}
 
-    found = engine.learn(
+    metrics = engine.learn(
         answers.lengths.tolist(), lambda indices: [answers[index] for index in indices], loss,
         micro_batch_tokens,
     )  # fmt: skip
-    return {**found, "tokens": float(total_tokens)}
+    return {**metrics, "tokens": float(total_tokens)}
 
 
 def answer_losses(
     engine: Engine, answers: Answers | list[EncodedAnswer], micro_batch_tokens: int, compute: Compute
 ) -> Tensor:
-    """Negative log-likelihood of each answer's learned tokens, in nats, fp64 [B] on the CPU. Each rank reads
-    its own share, and gets all results."""
+    """Negative log-likelihood of each answer's learned tokens, in nats, fp64 [B] on the CPU. Each rank
+    computes its share, and all ranks get all results."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -111,47 +111,46 @@ def prompt_gain(
     micro_batch_tokens: int,
     compute: Compute,
 ) -> Sampled:
-    """What its own prompt is worth to an answer: the nats per learned token that it costs more behind the
-    prompt of another row. About 0 where answers do not depend on their prompts. No rows where no two prompts
-    differ.
+    """How much an answer's own prompt lowers its loss, in nats per learned token, compared with the prompt of
+    another row. About 0 if answers do not depend on their prompts. Has no rows if no two prompts differ.
 
     Source: after V-information, Ethayarajh et al. 2022 (arXiv:2110.08420), where the other prompt is empty.
 
     Args:
-        loss_B: of `answer_losses`.
+        loss_B: the losses of `answers` behind their own prompts, from `answer_losses`.
         max_tokens: longer exchanges are left out.
     """
     import torch
 
     from rlhf.evaluation.intervals import ratio
 
-    own = [answers[index] for index in range(min(len(answers), PROBED))]
-    places, moved = [], []
-    for place, row in enumerate(own):
-        others = (own[(place + step) % len(own)].prompt for step in range(1, len(own)))
+    probed = [answers[index] for index in range(min(len(answers), MAX_PROBED_ANSWERS))]
+    indices, swapped = [], []
+    for index, row in enumerate(probed):
+        others = (probed[(index + step) % len(probed)].prompt for step in range(1, len(probed)))
         fitting = (
             prompt for prompt in others
             if len(prompt) + len(row.answer) <= max_tokens and not torch.equal(prompt, row.prompt)
         )  # fmt: skip
         prompt = next(fitting, None)
         if prompt is not None:
-            places.append(place)
-            moved.append(replace(row, prompt=prompt))
-    moved_B = answer_losses(engine, moved, micro_batch_tokens, compute) if moved else torch.zeros(0)
-    return ratio(moved_B - loss_B[places], torch.tensor([row.learned for row in moved]))
+            indices.append(index)
+            swapped.append(replace(row, prompt=prompt))
+    swapped_B = answer_losses(engine, swapped, micro_batch_tokens, compute) if swapped else torch.zeros(0)
+    return ratio(swapped_B - loss_B[indices], torch.tensor([row.learned for row in swapped]))
 
 
 def cut_share(rows: Iterable[SftRow]) -> Sampled:
-    """The share of the different answers that were cut off before they came here, as by a database's column
-    of so many characters: all have as many characters as the longest, and end within a sentence. The first
-    of them may be whole. Where the longest has less than `SHORT` characters there are none."""
+    """Share of the distinct answers that were cut off in the data, for example by a database column of
+    limited width. These have as many characters as the longest answer, and end within a sentence. One of them
+    is not counted, as it may be complete. 0 if the longest has fewer than `MIN_CUT_LENGTH` characters."""
     import torch
 
     from rlhf.evaluation.intervals import share
 
     texts = {text_of(row.completion) for row in rows}
     longest = max(map(len, texts), default=0)
-    cut = [len(text) == longest >= SHORT and text[-1] not in SENTENCE_ENDS for text in texts]
+    cut = [len(text) == longest >= MIN_CUT_LENGTH and text[-1] not in SENTENCE_ENDS for text in texts]
     if any(cut):
         cut.remove(True)
         cut.append(False)
@@ -159,7 +158,7 @@ def cut_share(rows: Iterable[SftRow]) -> Sampled:
 
 
 def packed(rows: Sequence[EncodedAnswer], compute: Compute) -> Sequences:
-    """The answers behind their prompts, laid end to end."""
+    """The prompts with their answers as one packed batch."""
     from rlhf.models.logprobs import pack_sequences
 
     return pack_sequences([row.prompt for row in rows], [row.answer for row in rows], compute.device)

@@ -1,4 +1,4 @@
-"""Preference pairs as token ids: how the reward model learns and ranks them."""
+"""Preference pairs as token ids, and how the reward model learns and ranks them."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ class EncodedPair(NamedTuple):
 
 
 class Pairs(Sequence[EncodedPair]):
-    """Preference pairs as token ids in a mapped file. In memory are numbers; a pair is read when it is asked
-    for."""
+    """Preference pairs as token ids in a mapped file. Only row numbers and lengths are in memory; the ids of
+    a pair are read on access."""
 
     def __init__(
         self,
         rows: Sequence[PairRow],
         ids: TokenIds,
         max_tokens: int,
-        kept: NDArray[numpy.int32] | None = None,
+        row_numbers: NDArray[numpy.int32] | None = None,
     ) -> None:
-        """Those whose sides have at most `max_tokens` tokens.
+        """The pairs whose sides have at most `max_tokens` tokens.
 
         Args:
-            ids: of the rows.
-            kept: of these rows only.
+            ids: token ids of the rows.
+            row_numbers: the rows to use, of these alone; by default those that are short enough.
         """
         import numpy
 
         self._rows, self._ids, self._max_tokens = rows, ids, max_tokens
         lengths_N2 = ids.lengths.reshape(-1, 2)  # a pair's sides follow each other
-        if kept is None:
-            kept = numpy.flatnonzero(lengths_N2.max(-1) <= max_tokens).astype("int32")
-        self._kept, self.lengths = kept, lengths_N2[kept]
+        if row_numbers is None:
+            row_numbers = numpy.flatnonzero(lengths_N2.max(-1) <= max_tokens).astype("int32")
+        self._row_numbers, self.lengths = row_numbers, lengths_N2[row_numbers]
         """Tokens of the chosen and the rejected side, [pairs, 2]."""
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._row_numbers)
 
     @overload
     def __getitem__(self, index: int) -> EncodedPair: ...
@@ -63,28 +63,30 @@ class Pairs(Sequence[EncodedPair]):
 
     def __getitem__(self, index: int | slice) -> EncodedPair | Pairs:
         if isinstance(index, slice):
-            return Pairs(self._rows, self._ids, self._max_tokens, self._kept[index])
+            return Pairs(self._rows, self._ids, self._max_tokens, self._row_numbers[index])
         return EncodedPair(self.side(index, 0), self.side(index, 1))
 
     def pick(self, indices: Sequence[int]) -> Pairs:
-        """Those at these places."""
-        return Pairs(self._rows, self._ids, self._max_tokens, self._kept[list(indices)])
+        """The pairs at these indices."""
+        return Pairs(self._rows, self._ids, self._max_tokens, self._row_numbers[list(indices)])
 
     def side(self, index: int, side: int) -> Tensor:
-        """The ids of the chosen (0) or the rejected one (1)."""
+        """The token ids of the chosen side (0) or the rejected side (1)."""
         import torch
 
-        return torch.from_numpy(self._ids[2 * int(self._kept[index]) + side].astype("int64"))
+        return torch.from_numpy(self._ids[2 * int(self._row_numbers[index]) + side].astype("int64"))
 
     @property
     def answer_lengths(self) -> NDArray[numpy.int64]:
         """Tokens of both answers without the prompt, [pairs, 2]."""
-        found: NDArray[numpy.int64] = self._ids.lengths - self._ids.spans[:, 0]  # an answer ends its sequence
-        return found.reshape(-1, 2)[self._kept]
+        lengths: NDArray[numpy.int64] = (
+            self._ids.lengths - self._ids.spans[:, 0]
+        )  # an answer ends its sequence
+        return lengths.reshape(-1, 2)[self._row_numbers]
 
     def gold_gaps(self) -> Iterator[float]:
-        """By how much the true reward of each chosen answer is higher; nan if it is not known."""
-        for index in self._kept:
+        """True reward of each chosen answer minus that of the rejected one; nan if unknown."""
+        for index in self._row_numbers:
             row = self._rows[int(index)]
             if row.chosen_gold is None or row.rejected_gold is None:
                 yield float("nan")
@@ -92,8 +94,8 @@ class Pairs(Sequence[EncodedPair]):
                 yield row.chosen_gold - row.rejected_gold
 
     def as_json(self, index: int) -> dict[str, Any]:
-        """The pair as the user knows it."""
-        row = self._rows[int(self._kept[index])]
+        """The pair's prompt and answers as texts."""
+        row = self._rows[int(self._row_numbers[index])]
         return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
 
 
@@ -119,9 +121,9 @@ class BothSides(Sequence["Tensor"]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each."""
-        found: list[int] = self._pairs.lengths.T.flatten().tolist()
-        return found
+        """Tokens of each side."""
+        lengths: list[int] = self._pairs.lengths.T.flatten().tolist()
+        return lengths
 
 
 def pair_step(
@@ -143,7 +145,7 @@ def pair_step(
 
 
 def rank_pairs(model: ScalarModel, pairs: Pairs, micro_batch_tokens: int, compute: Compute) -> Ranking:
-    """Score both sides of every pair. Each rank reads its own share of them."""
+    """Score both sides of every pair. Each rank scores its share."""
     import torch
 
     from rlhf.evaluation.reward_model import Ranking

@@ -1,7 +1,7 @@
 """Preferences as token ids, and how a policy learns from them without a reward model.
 
 A row has two sides: an answer that was preferred (0) and one that was not (1). A pair has both. An answer
-with a thumb has one of them. Dimensions: B rows, 2 sides, S sides that are there, R response tokens.
+with a thumb has one of them. Dimensions: B rows, 2 sides, S present sides, R response tokens.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ABSENT = -1
 LossName = Literal["dpo", "ipo", "kto", "simpo"]
 
 
-class Answered(NamedTuple):
-    """Prompts and an answer to each, as long [length] tensors."""
+class PromptsAndAnswers(NamedTuple):
+    """Prompts and one answer to each, as long [length] tensors."""
 
     prompts: list[Tensor]
     answers: list[Tensor]
@@ -38,29 +38,29 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True)
 class Preferences:
-    """Rows in a mapped file. In memory are numbers; ids are read when they are asked for."""
+    """Rows in a mapped file. Only the arrays below are in memory; token ids are read on access."""
 
     rows: Sequence[PairRow | ThumbRow]
     ids: TokenIds
     max_tokens: int
     row_B: NDArray[Any]
-    """Number of each among `rows`."""
+    """Index of each row in `rows`."""
     side_B2: NDArray[Any]
-    """Number of each side's sequence among `ids`, or ABSENT."""
+    """Index of each side's sequence in `ids`, or ABSENT."""
     other_B2: NDArray[Any]
-    """Of each side that is there, the sequence whose answer stands behind this row's prompt for KTO's
-    reference point: an answer to another prompt. ABSENT before `with_others`."""
+    """For KTO's reference point: index in `ids` of the sequence whose answer is put behind this row's prompt.
+    It answers another prompt. ABSENT for absent sides, and before `with_others`."""
     reference_B2: NDArray[Any]
-    """Log-probability of each side under the reference, nats; 0 where none was measured."""
+    """Log-probability of each side under the reference, nats; 0 if not measured."""
     other_reference_B2: NDArray[Any]
-    """The same of the answers to other prompts."""
+    """The same for the answers to other prompts."""
 
     @classmethod
     def of(cls, rows: Sequence[PairRow | ThumbRow], ids: TokenIds, max_tokens: int) -> Preferences:
         """The rows whose sides have at most `max_tokens` tokens.
 
         Args:
-            ids: of the rows.
+            ids: token ids of the rows.
         """
         import numpy
 
@@ -73,31 +73,31 @@ class Preferences:
             if not row.thumb:
                 side_N2[number] = side_N2[number, ::-1]
         lengths_N2 = numpy.where(side_N2 == ABSENT, 0, ids.lengths[side_N2]) if len(ids) else side_N2
-        kept = numpy.flatnonzero(lengths_N2.max(-1) <= max_tokens)
-        none = numpy.zeros((len(kept), 2))
-        absent = numpy.full((len(kept), 2), ABSENT)
-        return cls(rows, ids, max_tokens, kept, side_N2[kept], absent, none, none)
+        short_enough = numpy.flatnonzero(lengths_N2.max(-1) <= max_tokens)
+        none = numpy.zeros((len(short_enough), 2))
+        absent = numpy.full((len(short_enough), 2), ABSENT)
+        return cls(rows, ids, max_tokens, short_enough, side_N2[short_enough], absent, none, none)
 
     def __len__(self) -> int:
         return len(self.row_B)
 
     def pick(self, indices: Sequence[int] | slice) -> Preferences:
-        """Those at these places."""
+        """The rows at these indices."""
         names = ("row_B", "side_B2", "other_B2", "reference_B2", "other_reference_B2")
         return replace(self, **{name: getattr(self, name)[indices] for name in names})
 
     def with_others(self) -> Preferences:
-        """With an answer to another prompt for each side: that of the next row with another prompt, on the
-        same side if it has one.
+        """A copy with an answer to another prompt for each side: that of the next row with another prompt, on
+        the same side if that row has it.
 
         Raises:
-            ConfigError: all rows have one prompt.
+            ConfigError: all rows have the same prompt.
         """
         import numpy
 
         prompts = [self._prompt(index).tobytes() for index in range(len(self))]
         next_B = numpy.full(len(self), ABSENT)
-        for place in reversed(range(2 * len(self))):  # twice around: behind the last row comes the first
+        for place in reversed(range(2 * len(self))):  # two rounds: the first row follows the last one
             row, after = place % len(self), (place + 1) % len(self)
             next_B[row] = after if prompts[after] != prompts[row] else next_B[after]
         if (next_B == ABSENT).any():
@@ -110,22 +110,22 @@ class Preferences:
         return replace(self, other_B2=numpy.where(self.has_B2, theirs_B2, ABSENT))
 
     def with_reference(self, reference_B2: NDArray[Any], other_reference_B2: NDArray[Any]) -> Preferences:
-        """With what the reference says of each side.
+        """A copy with the reference's log-probabilities of each side.
 
         Raises:
-            ConfigError: something that is no number.
+            ConfigError: one of them is not finite.
         """
         import numpy
 
-        said_B4 = numpy.concatenate([reference_B2, other_reference_B2], -1)
-        odd_B4 = ~numpy.isfinite(said_B4)
-        if odd_B4.any():
-            count, first = odd_B4.any(-1).sum(), odd_B4.any(-1).argmax()
+        logp_B4 = numpy.concatenate([reference_B2, other_reference_B2], -1)
+        bad_B4 = ~numpy.isfinite(logp_B4)
+        if bad_B4.any():
+            count, first = bad_B4.any(-1).sum(), bad_B4.any(-1).argmax()
             raise ConfigError(
                 Complaint(
                     f"{STAGE}.init",
                     f"the reference's log-probability is not finite in {count} of {len(self)} rows, first in "
-                    f"row {self.row_B[first]} (from 0), where it is {said_B4[odd_B4][0]}. Its weights are "
+                    f"row {self.row_B[first]} (from 0), where it is {logp_B4[bad_B4][0]}. Its weights are "
                     "damaged, or the precision is too small for them.",
                     f"Try precision=fp32, or another {STAGE}.init.",
                 )
@@ -134,102 +134,102 @@ class Preferences:
 
     @property
     def has_B2(self) -> NDArray[numpy.bool_]:
-        """Which sides are there."""
-        found: NDArray[numpy.bool_] = self.side_B2 != ABSENT
-        return found
+        """Whether each side is present."""
+        has_B2: NDArray[numpy.bool_] = self.side_B2 != ABSENT
+        return has_B2
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of both sides of each row together."""
+        """Tokens of each row, both sides together."""
         import numpy
 
-        found: list[int] = numpy.where(self.has_B2, self.ids.lengths[self.side_B2], 0).sum(-1).tolist()
-        return found
+        lengths: list[int] = numpy.where(self.has_B2, self.ids.lengths[self.side_B2], 0).sum(-1).tolist()
+        return lengths
 
     @property
     def other_lengths(self) -> list[int]:
-        """Tokens of both sides of `others`, row by row."""
+        """Tokens of each row in `others`, both sides together."""
         import numpy
 
         prompt_B1 = self.ids.spans[self.side_B2.max(-1), 0][:, None]
-        whole_B2 = prompt_B1 + (self.ids.lengths - self.ids.spans[:, 0])[self.other_B2]
-        there_B2 = numpy.where(self.other_B2 == ABSENT, 0, whole_B2.clip(max=self.max_tokens))
-        found: list[int] = there_B2.sum(-1).tolist()
-        return found
+        total_B2 = prompt_B1 + (self.ids.lengths - self.ids.spans[:, 0])[self.other_B2]
+        present_B2 = numpy.where(self.other_B2 == ABSENT, 0, total_B2.clip(max=self.max_tokens))
+        lengths: list[int] = present_B2.sum(-1).tolist()
+        return lengths
 
     @property
     def answer_lengths_B2(self) -> NDArray[numpy.int64]:
-        """Tokens of each side's answer; 1 of a side that is absent, so that it can divide."""
+        """Tokens of each side's answer; 1 for an absent side, so that it can be a divisor."""
         import numpy
 
         own = self.ids.lengths - self.ids.spans[:, 0]  # an answer ends its sequence
-        found: NDArray[numpy.int64] = numpy.where(self.has_B2, own[self.side_B2], 1)
-        return found
+        lengths: NDArray[numpy.int64] = numpy.where(self.has_B2, own[self.side_B2], 1)
+        return lengths
 
-    def sides(self) -> Answered:
-        """The sides that are there, row by row, with their prompts: rows' sides are neighbours, so that
-        they share their prompt's pass."""
+    def sides(self) -> PromptsAndAnswers:
+        """The present sides with their prompts, row by row. Both sides of a row are next to each other, so
+        that the prompt is computed once."""
         import torch
 
-        found = Answered([], [])
+        exchanges = PromptsAndAnswers([], [])
         for number in self.side_B2[self.has_B2]:
             ids, begin = torch.from_numpy(self.ids[number].astype("int64")), int(self.ids.spans[number, 0])
-            found.prompts.append(ids[:begin])
-            found.answers.append(ids[begin:])
-        return found
+            exchanges.prompts.append(ids[:begin])
+            exchanges.answers.append(ids[begin:])
+        return exchanges
 
-    def others(self) -> Answered:
-        """Rows' prompts with answers to other prompts, which are cut at `max_tokens`."""
+    def others(self) -> PromptsAndAnswers:
+        """The rows' prompts with answers to other prompts; answers are cut so that both have `max_tokens`."""
         import torch
 
-        found = Answered([], [])
+        exchanges = PromptsAndAnswers([], [])
         for index, pair in enumerate(self.other_B2):
             prompt = self._prompt(index)
             for number in pair[pair != ABSENT]:
                 begin = int(self.ids.spans[number, 0])
                 answer = self.ids[number][begin:][: max(1, self.max_tokens - len(prompt))]
-                found.prompts.append(torch.from_numpy(prompt.astype("int64")))
-                found.answers.append(torch.from_numpy(answer.astype("int64")))
-        return found
+                exchanges.prompts.append(torch.from_numpy(prompt.astype("int64")))
+                exchanges.answers.append(torch.from_numpy(answer.astype("int64")))
+        return exchanges
 
     def _prompt(self, index: int) -> NDArray[numpy.int32]:
         number = self.side_B2[index].max()
         return self.ids[number][: int(self.ids.spans[number, 0])]
 
     def as_json(self, index: int) -> dict[str, Any]:
-        """The row as the user knows it."""
+        """The row's texts and label, as the user gave them."""
         row = self.rows[int(self.row_B[index])]
         names = ("prompt", "chosen", "rejected") if isinstance(row, PairRow) else tuple(vars(row))
         return {name: getattr(row, name) for name in names}
 
 
 class Values(NamedTuple):
-    """What the objective says of rows."""
+    """Losses and rewards of rows."""
 
     loss_B: Tensor
-    """The sum over a row's examples."""
+    """Loss of each row, summed over its examples."""
     reward_B2: Tensor
     """The implicit reward of each side."""
     margin_B: Tensor
-    """By how much the reward of the preferred answer is ahead: of a pair, of the other answer's. Of an answer
-    with a thumb, of the reference point, in the thumb's direction."""
+    """Margin of the preferred answer. In a pair: its reward minus that of the other answer. For an answer
+    with a thumb: its reward minus the reference point's, in the thumb's direction."""
 
 
 class PreferenceConfig(Strict):
-    """What a row of preferences costs."""
+    """The loss of preference rows."""
 
     loss: LossName
     """dpo: Rafailov et al. 2023. ipo: Azar et al. 2023, does not overfit pairs that all agree. kto:
     Ethayarajh et al. 2024, learns from answers with a thumb up or down, and from pairs as one of each. simpo:
     Meng et al. 2024, needs no reference."""
     beta: PositiveFloat
-    """dpo, ipo, kto: how strongly the policy is held near the reference; larger is nearer. simpo: scale of
-    the log-probabilities per token, 2 to 10."""
+    """dpo, ipo, kto: strength that holds the policy near the reference; larger is nearer. simpo: scale of the
+    log-probabilities per token, 2 to 10."""
     label_smoothing: float = Field(ge=0, le=0.5)
-    """dpo and simpo: the share of pairs whose preference is taken to be wrong (conservative DPO, Mitchell
+    """dpo and simpo: assumed share of pairs with a wrong preference (conservative DPO, Mitchell
     2023)."""
     gamma: NonNegativeFloat
-    """simpo: the margin that the chosen answer must be ahead by, usually 0.3 to 0.5 of beta."""
+    """simpo: target margin of the chosen answer, usually 0.3 to 0.5 of beta."""
     desirable_weight: PositiveFloat
     """kto: weight of answers with a thumb up. Keep (weight x number) of both kinds within 1 : 1 and 4 : 3."""
     undesirable_weight: PositiveFloat
@@ -240,16 +240,16 @@ class PreferenceConfig(Strict):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it compares the policy with the model that it starts from."""
+        """Whether the loss compares the policy with the model that it starts from."""
         return self.loss != "simpo"
 
     @property
     def needs_others(self) -> bool:
-        """Whether it needs answers to other prompts."""
+        """Whether the loss needs answers to other prompts."""
         return self.loss == "kto"
 
     def examples(self, rows: Preferences) -> Tensor:
-        """[B], how many examples each row is, over which losses are means: answers for kto, else pairs."""
+        """Number of examples in each row, [B], over which losses are means: answers for kto, else pairs."""
         import torch
 
         has_B2 = torch.from_numpy(rows.has_B2)
@@ -267,12 +267,12 @@ class PreferenceConfig(Strict):
 
         from rlhf.losses.preference import dpo_loss, ipo_loss, kto_loss, simpo_loss
 
-        def there(array: NDArray[Any]) -> Tensor:
+        def as_tensor(array: NDArray[Any]) -> Tensor:
             return torch.from_numpy(numpy.ascontiguousarray(array)).to(logp_B2.device)
 
-        has_B2, tokens_B2 = there(rows.has_B2), there(rows.answer_lengths_B2)
-        # in fp64 until they are subtracted, so that a policy which is its reference has a log-ratio of 0
-        ratio_B2 = (logp_B2.double() - there(rows.reference_B2)).to(logp_B2.dtype)
+        has_B2, tokens_B2 = as_tensor(rows.has_B2), as_tensor(rows.answer_lengths_B2)
+        # subtract in fp64: a policy that equals its reference must have a log-ratio of 0
+        ratio_B2 = (logp_B2.double() - as_tensor(rows.reference_B2)).to(logp_B2.dtype)
         if self.loss in ("ipo", "simpo"):
             ratio_B2 = ratio_B2 / tokens_B2
         gap_B = ratio_B2[:, 0] - ratio_B2[:, 1]
@@ -315,7 +315,7 @@ def preference_step(
         chosen, rejected = torch.where(has_B2, reward_B2, 0.0).sum(0)
         mean = loss_B.sum() / examples
         return mean, {
-            "loss": mean, "train_accuracy": right(margin_B).sum(), "train_margin": margin_B.sum(),
+            "loss": mean, "train_accuracy": ranked_right(margin_B).sum(), "train_margin": margin_B.sum(),
             "chosen_reward": chosen, "rejected_reward": rejected,
         }  # fmt: skip
 
@@ -331,8 +331,8 @@ def preference_step(
     return metrics | ({"reference_point": float(point)} if config.needs_others else {})
 
 
-def right(margin_B: Tensor) -> Tensor:
-    """1 where the preferred answer is ahead; a tie is half."""
+def ranked_right(margin_B: Tensor) -> Tensor:
+    """1 where the preferred answer has the higher reward, 0.5 for a tie, else 0."""
     return (margin_B > 0).to(margin_B.dtype) + 0.5 * (margin_B == 0).to(margin_B.dtype)
 
 
@@ -341,7 +341,7 @@ def logps(model: nn.Module, rows: Preferences, compute: Compute, *, others: bool
 
     Args:
         model: a `ResponseModel`, by itself or as an engine holds it.
-        others: of the answers to other prompts.
+        others: measure the answers to other prompts instead.
     """
     import torch
 
@@ -356,18 +356,18 @@ def logps(model: nn.Module, rows: Preferences, compute: Compute, *, others: bool
 def all_logps(
     model: nn.Module, rows: Preferences, micro_batch_tokens: int, compute: Compute, *, others: bool = False
 ) -> Tensor:
-    """The same of many rows, without gradient, fp64 on the CPU. Each rank reads its own share, and gets all
-    results."""
+    """`logps` of many rows, without gradient, fp64 on the CPU. Each rank computes its share, and all ranks
+    get all results."""
     import torch
 
-    found_B2 = torch.zeros(len(rows), 2, dtype=torch.float64)
+    logp_B2 = torch.zeros(len(rows), 2, dtype=torch.float64)
     lengths = rows.other_lengths if others else rows.lengths
     with torch.no_grad():
         for indices, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
             part_B2 = logps(model, rows.pick(indices), compute, others=others)
             if weight:
-                found_B2[indices] = part_B2.double().cpu()
-    return compute.global_sum(found_B2)
+                logp_B2[indices] = part_B2.double().cpu()
+    return compute.global_sum(logp_B2)
 
 
 def reference_point(
@@ -387,30 +387,30 @@ def reference_point(
     return kto_point(ratio_sum, int(rows.has_B2.sum())).float().to(compute.device)
 
 
-class Measured(NamedTuple):
-    """A policy on held-out rows, on the CPU."""
+class Measurement(NamedTuple):
+    """Measurement of a policy on held-out rows, on the CPU."""
 
     logp_B2: Tensor
-    """fp64, nats."""
+    """Log-probability of each side, fp64, nats."""
     point: Tensor
     """KTO's reference point, nats."""
 
 
 def measure(
     model: nn.Module, config: PreferenceConfig, rows: Preferences, micro_batch_tokens: int, compute: Compute
-) -> Measured:
-    """What the losses of these rows follow from."""
+) -> Measurement:
+    """Measure all that the losses of these rows depend on."""
     point = reference_point(model, config, rows, micro_batch_tokens, compute)
-    return Measured(all_logps(model, rows, micro_batch_tokens, compute), point.cpu())
+    return Measurement(all_logps(model, rows, micro_batch_tokens, compute), point.cpu())
 
 
 REFERENCE = "reference.arrow"
-"""Holds `Preferences.reference_B2` and `other_reference_B2`, row by row."""
+"""File with `Preferences.reference_B2` and `other_reference_B2`, row by row."""
 COLUMNS = ("chosen", "rejected", "chosen_of_next", "rejected_of_next")
 
 
 def write_reference(path: Path, rows: Preferences) -> None:
-    """Write what the reference says of each row; null of an absent side."""
+    """Write the reference's log-probabilities of each row; null for an absent side."""
     import pyarrow
 
     from rlhf.data.arrow import ArrowWriter
@@ -419,16 +419,16 @@ def write_reference(path: Path, rows: Preferences) -> None:
     with ArrowWriter(path, schema) as file:
         for index, row in enumerate(rows.row_B.tolist()):
             values = [*rows.reference_B2[index].tolist(), *rows.other_reference_B2[index].tolist()]
-            there = [*rows.has_B2[index], *(rows.other_B2[index] != ABSENT)]
+            present = [*rows.has_B2[index], *(rows.other_B2[index] != ABSENT)]
             file.add({
                 "row": row,
                 **{name: value if is_there else None
-                   for name, value, is_there in zip(COLUMNS, values, there, strict=True)},
+                   for name, value, is_there in zip(COLUMNS, values, present, strict=True)},
             })  # fmt: skip
 
 
 def read_reference(path: Path, rows: Preferences) -> Preferences:
-    """The rows with what the file says of them."""
+    """A copy of the rows with the log-probabilities of the file."""
     import numpy
 
     from rlhf.data.arrow import mapped

@@ -14,9 +14,9 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.graph import in_order
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
-from rlhf.report.verdict import UNTRAINED, outcome
+from rlhf.report.verdict import UNTRAINED_VERDICT, outcome
 
-LEARNED = {name: figure for name, figure in GOOD.items() if name != "gold"}
+OWN_SCORE_WORDS = {name: figure for name, figure in GOOD.items() if name != "gold"}
 JUDGE = (
     "++instances.reward-at-judge.pairs=samples:pairs",
     "evaluate.gold=null",
@@ -38,7 +38,7 @@ def stages_of(*overrides: str) -> dict[str, Stage]:
 @pytest.mark.parametrize("gold", ["null", "learned", "{source: learned, weight: 2}"])
 def test_the_score_that_was_learned_from_does_not_judge(tmp_path: Path, gold: str) -> None:
     """However much it rose, and under whatever name."""
-    run = run_of(tmp_path, stages_of(f"evaluate.gold={gold}"), **GOOD if gold != "null" else LEARNED)
+    run = run_of(tmp_path, stages_of(f"evaluate.gold={gold}"), **GOOD if gold != "null" else OWN_SCORE_WORDS)
     assert outcome(run) == "cannot be told"
     said = verdict(run)
     assert "Improved" not in said and "Learned: SFT's loss" in said
@@ -148,7 +148,7 @@ def test_sft_is_judged_by_answers_that_it_did_not_learn(tmp_path: Path) -> None:
 def test_a_second_reward_model_judges_where_it_is_shown_to_rank(
     tmp_path: Path, ranking: tuple[float, float, float], gain: tuple[float, float, float], word: str
 ) -> None:
-    run = run_of(tmp_path, stages_of(*JUDGE), **LEARNED)
+    run = run_of(tmp_path, stages_of(*JUDGE), **OWN_SCORE_WORDS)
     add(run, "reward@judge", "accuracy_over_baseline", ranking)
     add(run, "reward@judge", "accuracy", (0.74, 0.7, 0.78), 420)
     add(run, "evaluate", "judge_gain/ppo", gain)
@@ -261,7 +261,7 @@ def test_a_tiny_model_without_texts_says_nothing_about_quality(tmp_path: Path) -
     run = run_of(tmp_path, chain, reward=UP)
     add(run, "evaluate", "gold_gain/grpo", UP)
     run.changed = [{"key": "model.kind", "default": "embedded", "value": "tiny"}]
-    assert (outcome(run), verdict(run)) == ("cannot be told", UNTRAINED)
+    assert (outcome(run), verdict(run)) == ("cannot be told", UNTRAINED_VERDICT)
     run.changed = []
     assert outcome(run) == "worked"
 
@@ -271,10 +271,10 @@ def test_a_base_model_that_guesses_says_nothing_about_quality(tmp_path: Path) ->
         run = run_of(tmp_path, stages_of(), **GOOD | {"gold": DOWN})
         run.stages["prepare"]["metrics"]["prepare/vocabulary_size"] = 259.0
         run.stages["sft"]["metrics"]["sft/held_out_loss_before"] = loss
-        assert (verdict(run) == UNTRAINED) is is_untrained
+        assert (verdict(run) == UNTRAINED_VERDICT) is is_untrained
         assert outcome(run) == ("cannot be told" if is_untrained else "did not work")
         run.stages["evaluate"]["metrics"]["evaluate/task_loss/base"] = 4.0  # where SFT starts elsewhere
-        assert verdict(run) != UNTRAINED
+        assert verdict(run) != UNTRAINED_VERDICT
 
 
 PEOPLE = (
@@ -300,7 +300,7 @@ PEOPLE = (
 def test_people_judge_where_no_score_does(
     tmp_path: Path, share: tuple[float, float, float], word: str
 ) -> None:
-    run = run_of(tmp_path, stages_of(*PEOPLE), **LEARNED)
+    run = run_of(tmp_path, stages_of(*PEOPLE), **OWN_SCORE_WORDS)
     add(run, "label@people", "preferred/generate@ppo", share)
     add(run, "label@people", "preferred/generate@sft", (0.9, 0.8, 1.0))  # its start did not answer
     assert outcome(run) == word
@@ -318,6 +318,6 @@ def test_votes_that_do_not_judge(tmp_path: Path) -> None:
         ("++instances.label-at-people.annotator=rule", "++instances.label-at-people.reward=vader"),
         ("++instances.generate-at-ppo.policy=base",),
     ):
-        run = run_of(tmp_path, stages_of(*PEOPLE, *override), **LEARNED)
+        run = run_of(tmp_path, stages_of(*PEOPLE, *override), **OWN_SCORE_WORDS)
         add(run, "label@people", "preferred/generate@ppo", share)
         assert outcome(run) == "cannot be told" and "trained on" in verdict(run)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rlhf.pipeline.settings import SweepConfig
-from rlhf.report.sweep_table import SEEDS_SAY, SweepTable
+from rlhf.report.sweep_table import SEEDS_NOTE, SweepTable
 from rlhf.report.trial import Outcome, Trial
 
 GOLD, GAINS, KL = {"base": 0.0, "sft": 0.25, "ppo": 0.5}, (0.125, 0.25, 0.75), (1.0, 2.0, 6.0)
@@ -69,10 +69,10 @@ def test_it_is_written_and_shown(tmp_path: Path) -> None:
     table = sweep(tmp_path, [summary(place) for place in range(2)])
     table.write()
     text = (tmp_path / "mine" / "sweep.md").read_text(encoding="utf-8")
-    assert "## Policies" in text and SEEDS_SAY in text and "| PPO |" in text
+    assert "## Policies" in text and SEEDS_NOTE in text and "| PPO |" in text
     out = io.StringIO()
     table.show(Console(file=out, width=200))
-    assert "PPO" in out.getvalue() and SEEDS_SAY in out.getvalue()
+    assert "PPO" in out.getvalue() and SEEDS_NOTE in out.getvalue()
 
 
 def test_a_picture_shows_the_means(tmp_path: Path) -> None:

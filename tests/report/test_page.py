@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from helpers.pages import make_run
-from rlhf.report.page.collect import COMPARED, cleaned, over_kl, policy_table, read_run, stage_charts
+from rlhf.report.page.collect import COMPARED_METRICS, cleaned, over_kl, policy_table, read_run, stage_charts
 from rlhf.report.page.curves import Curve
 from rlhf.report.page.size import embedded
 from rlhf.report.page.write import DOCS, NAME, linked, run_page, write_page
@@ -136,7 +136,7 @@ def test_each_of_several_rewards_has_a_row(tmp_path: Path) -> None:
     }
     summary["stages"]["evaluate"]["metrics"] |= told
     path.write_text(json.dumps(summary), encoding="utf-8")
-    table = policy_table(read_run(run), COMPARED)
+    table = policy_table(read_run(run), COMPARED_METRICS)
     assert table is not None
     rows = {row[0]: row[1:] for row in table.rows}
     assert "learned score, all together" in rows and "learned score" not in rows

@@ -15,7 +15,7 @@ from rlhf.report.page.collect import RunFacts, Table, read_run
 from rlhf.report.page.compared import runs_page
 from rlhf.report.page.curves import Curve
 from rlhf.report.page.size import (
-    MOST_BYTES,
+    MAX_PAGE_BYTES,
     Limits,
     clipped,
     embedded,
@@ -36,7 +36,7 @@ def data_of(page: str) -> dict[str, Any]:
 
 def checked(page: str) -> dict[str, Any]:
     """The data of a page that is small enough."""
-    assert len(page.encode()) <= MOST_BYTES == 3_000_000
+    assert len(page.encode()) <= MAX_PAGE_BYTES == 3_000_000
     return data_of(page)
 
 
@@ -143,9 +143,9 @@ def test_limits_shrink_until_the_page_fits() -> None:
         asked.append(limits.rows)
         return "\u6f22" * limits.rows * 10
 
-    assert len(fitting(make, lambda: "none").encode()) <= MOST_BYTES
+    assert len(fitting(make, lambda: "none").encode()) <= MAX_PAGE_BYTES
     assert asked == [250_000, 125_000, 62_500]
-    assert fitting(lambda limits: "x" * (MOST_BYTES + 1), lambda: "none") == "none"
+    assert fitting(lambda limits: "x" * (MAX_PAGE_BYTES + 1), lambda: "none") == "none"
 
 
 def test_sizes_are_those_of_the_page() -> None:

@@ -333,7 +333,7 @@ def test_it_goes_on_bit_for_bit_and_asks_the_reference_once(
     def asked_again(*arguments: object) -> None:
         raise AssertionError("the reference was asked again")
 
-    monkeypatch.setattr(DpoStage, "ask_reference", asked_again)
+    monkeypatch.setattr(DpoStage, "measure_reference", asked_again)
     second = job_of(tmp_path / "second", tiny_model, checkpoints=checkpoints)
     assert second.checkpoints.newest is not None
     torch.manual_seed(1)

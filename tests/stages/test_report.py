@@ -12,7 +12,7 @@ from helpers.pages import make_run
 from rlhf.config import ConfigError
 from rlhf.report.page.collect import read_run
 from rlhf.report.page.compared import results, runs_page, settings
-from rlhf.stages.report import found
+from rlhf.stages.report import run_directories
 
 
 @pytest.fixture
@@ -67,11 +67,11 @@ def test_a_run_of_the_page_is_never_replaced_by_the_pages_own(runs_dir: Path) ->
 
 
 def test_names_of_runs_sweeps_and_directories(runs_dir: Path) -> None:
-    assert found("wide", runs_dir) == [runs_dir / "wide-0", runs_dir / "wide-10"]
-    assert found("first", runs_dir) == [runs_dir / "first"]
-    assert found(str(runs_dir / "second"), runs_dir / "elsewhere") == [runs_dir / "second"]
+    assert run_directories("wide", runs_dir) == [runs_dir / "wide-0", runs_dir / "wide-10"]
+    assert run_directories("first", runs_dir) == [runs_dir / "first"]
+    assert run_directories(str(runs_dir / "second"), runs_dir / "elsewhere") == [runs_dir / "second"]
     with pytest.raises(ConfigError, match=r"report.runs=frist: .* Did you mean first"):
-        found("frist", runs_dir)
+        run_directories("frist", runs_dir)
 
 
 def test_the_stage_makes_the_page_of_its_run(runs_dir: Path) -> None:

@@ -180,7 +180,7 @@ def scores_of_own(compute: Compute, directory: Path, model: Path) -> list[float 
     job.data.write("ppo", "train", prompts(range(6)))
     texts = ["eel" if (number + compute.rank) % 2 == 0 else "cat" for number in range(3)]
     answers = [[{"role": "assistant", "content": text}] for text in texts]
-    score: list[float | None] = stage._scored(job)([], answers, row=[0, 1, 2])
+    score: list[float | None] = stage._reward_function(job)([], answers, row=[0, 1, 2])
     return score
 
 

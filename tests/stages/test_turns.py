@@ -132,4 +132,6 @@ def test_the_chain_counts_them_and_an_earlier_turn_is_no_leak(tmp_path: Path) ->
     kept = outcome.summary["stages"]["prepare"]["metrics"]["prepare/sft_rows"]
     assert kept == 23  # the leak is left out
     assert 0 < metrics["sft/turns_apart"] < kept
-    assert f"renders earlier turns of {metrics['sft/turns_apart']:.0f} conversations otherwise" in outcome.out
+    assert (
+        f"renders earlier turns of {metrics['sft/turns_apart']:.0f} conversations differently" in outcome.out
+    )

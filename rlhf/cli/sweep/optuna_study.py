@@ -95,7 +95,7 @@ class Study:
             ConfigError: the trial is done, but has no metric `sweep.metric`.
         """
         assert self._knobs.metric is not None
-        if outcome.goes_on:
+        if outcome.can_continue:
             return
         if outcome.code == DONE and self._knobs.metric not in outcome.metrics:
             stage = self._knobs.metric.partition("/")[0]

@@ -1,4 +1,4 @@
-"""What a run's page shows, read from the files that the run wrote. Needs no torch, and no config."""
+"""The content of a run's page, read from the run's files. Needs no torch, and no config."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from rlhf.report.page.curves import (
     logged,
     unit_of,
 )
-from rlhf.report.page.size import LONGEST_TEXT, Limits, clipped, first_of, html_bytes, json_bytes
+from rlhf.report.page.size import MAX_TEXT_CHARS, Limits, clipped, first_of, html_bytes, json_bytes
 from rlhf.tracking.redaction import redacted_text
 
-MOST_PROMPTS = 300
-"""Whose answers a page holds; the rest is in comparison.jsonl."""
-MOST_MARKS = 300
-"""Of one policy in a scatter."""
+MAX_PROMPTS = 300
+"""Most prompts whose answers a page has; the rest is in comparison.jsonl."""
+MAX_SCATTER_POINTS = 300
+"""Most points of one policy in a scatter plot."""
 SAMPLES_BYTES = 400_000
-"""Of the end of samples.jsonl, which is looked through."""
-SHOWN_SAMPLES = 5
-"""Of each stage."""
-SHOWN_CURVES = 6
-"""Of each stage; more are one click away."""
+"""Bytes at the end of samples.jsonl that are read."""
+MAX_SHOWN_SAMPLES = 5
+"""Most samples shown of each stage."""
+NUM_OPEN_CURVES = 6
+"""Curves of each stage that are shown at once; more are one click away."""
 CALIBRATION = "calibration.jsonl"
 GOLD_OVER_STEPS = "gold_over_steps.jsonl"
 
@@ -49,20 +49,20 @@ class StageFacts:
 
     name: str
     status: str
-    """ran, reused, failed, stopped; or `to do`."""
+    """ran, reused, failed, stopped, or to do."""
     key: str
     reads: tuple[str, ...]
     seconds: float
-    """In this run; 0 where it was reused."""
+    """Seconds in this run; 0 if the stage was reused."""
     took: float | None
-    """What it took to make, in whichever run that was."""
+    """Seconds that it took to make the artifact, in this or an earlier run."""
     peak_gib: float | None
     hardware: str
     made: str
-    """When."""
+    """Time at which the artifact was made."""
     revision: str
     metrics: Mapping[str, float | None]
-    """Its summary, without the stage's name."""
+    """Its summary metrics, without the stage's name."""
 
     def figures(self) -> Iterator[tuple[str, float | None, str]]:
         """Its summary metrics: name, value, interval."""
@@ -86,11 +86,11 @@ class Table:
 
     @property
     def bytes(self) -> int:
-        """Of the rows, in the page."""
+        """Bytes of the rows in the page."""
         return sum(map(html_bytes, self.rows))
 
     def within(self, limits: Limits) -> Table:
-        """The first rows, as many as the page has room for."""
+        """The first rows, as many as fit on the page."""
         rows = [[clipped(cell, limits.characters) for cell in row] for row in self.rows]
         kept = first_of(rows, limits.rows, html_bytes)
         return Table(self.headings, kept, self.left_out + len(rows) - len(kept))
@@ -98,7 +98,7 @@ class Table:
 
 @dataclass
 class RunFacts:
-    """All of one run that a page shows."""
+    """Everything of one run that a page shows."""
 
     name: str
     directory: Path
@@ -107,40 +107,40 @@ class RunFacts:
     stages: list[StageFacts]
     gates: list[dict[str, Any]]
     changed: list[Change] | None
-    """None of a run from before this was written down."""
+    """None for a run of a version that did not record this."""
     bounds: dict[str, dict[str, Bounds]]
     """Stage -> gate -> its bound."""
     healthy: dict[str, dict[str, tuple[float | None, float | None, bool]]]
-    """Stage -> curve -> its healthy range, and whether that counts from the curve's start: see
-    `rlhf.pipeline.stage.Healthy`. Empty of a run from before this was written down."""
+    """Stage -> curve -> its healthy range, and whether that is relative to the curve's start: see
+    `rlhf.pipeline.metrics.Healthy`. Empty for a run of a version that did not record this."""
     curves: dict[str, dict[str, Curve]]
     answers: dict[str, Any] = field(default_factory=dict)
-    """policies: their names; titles: what tables call them; before and after: the two that are shown first;
-    kinds: gold and score, where there are such; rows: prompt and answers; left_out: how many prompts are not
+    """policies: their names; titles: policy -> its title in tables; before and after: the two policies shown
+    first; kinds: the known kinds of score; rows: prompt and answers; left_out: number of prompts that are not
     on the page."""
     samples: Sequence[Mapping[str, Any]] = ()
-    """What was sampled last, the newest first, of a run in which no policies are compared (yet)."""
+    """The last samples, the newest first, for a run that has compared no policies (yet)."""
     gold_over_steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Policy -> KL and gold score of its held-out answers, evaluation by evaluation."""
     titles: Mapping[str, str] = field(default_factory=dict)
-    """Policy -> what tables call it; empty of a run from before this was written down."""
+    """Policy -> its title in tables; empty for a run of a version that did not record this."""
     price: float | None = None
-    """Of a GPU's hour, where `plan.price_per_gpu_hour` says so."""
+    """Price of a GPU hour, if `plan.price_per_gpu_hour` is set."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """How many gates and changed keys are not on the page."""
+    """Number of gates and of changed keys that are not on the page."""
 
     def stage(self, name: str) -> StageFacts | None:
-        """By its name."""
+        """The stage with this name."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
     @property
     def evaluation(self) -> StageFacts | None:
         """The last stage that compared policies."""
-        found = (each for each in reversed(self.stages) if kind_of(each.name) == "evaluate" and each.metrics)
-        return next(found, None)
+        stages = (each for each in reversed(self.stages) if kind_of(each.name) == "evaluate" and each.metrics)
+        return next(stages, None)
 
     def within(self, limits: Limits) -> RunFacts:
-        """As much of the answers, the gates and the changed keys as the page has room for."""
+        """A copy with as many answers, gates and changed keys as fit on the page."""
         most = limits.characters
         gates = [
             {key: clipped(each, most) if isinstance(each, str) else each for key, each in gate.items()}
@@ -148,22 +148,24 @@ class RunFacts:
         ]
         changed = [_clipped(each, most) for each in self.changed or ()]
         kept = first_of(gates, limits.rows, lambda gate: html_bytes([*map(str, gate.values())], 60))
-        said = first_of(changed, limits.rows, lambda each: html_bytes([*map(str, each.values())], 30))
+        shown_changes = first_of(
+            changed, limits.rows, lambda each: html_bytes([*map(str, each.values())], 30)
+        )
         answers = self.answers
         if answers:
             rows = first_of(answers["rows"], limits.answers, json_bytes)
             left_out = answers["left_out"] + len(answers["rows"]) - len(rows)
             answers = answers | {"rows": rows, "left_out": left_out}
         return replace(
-            self, gates=kept, changed=None if self.changed is None else said, answers=answers,
+            self, gates=kept, changed=None if self.changed is None else shown_changes, answers=answers,
             verdict=None if self.verdict is None else clipped(self.verdict, most),
             samples=first_of(self.samples, limits.answers, json_bytes),
-            left_out={"gates": len(gates) - len(kept), "changed": len(changed) - len(said)},
+            left_out={"gates": len(gates) - len(kept), "changed": len(changed) - len(shown_changes)},
         )  # fmt: skip
 
 
 def _clipped(change: Change, most: int) -> Change:
-    """A changed key with values of at most so many characters."""
+    """A changed key with values of at most `most` characters."""
     default, value = clipped(change["default"], most), clipped(change["value"], most)
     return {"key": change["key"], "default": default, "value": value}
 
@@ -172,8 +174,10 @@ def read_run(directory: Path) -> RunFacts:
     """Read a run's files. Secrets are taken out, and control characters made visible."""
     summary = cleaned(json.loads((directory / "summary.json").read_bytes()))
     reads: dict[str, list[str]] = summary.get("reads", {})
-    said = summary["stages"]
-    stages = [_stage(directory, name, said.get(name), reads.get(name, [])) for name in {**reads, **said}]
+    entries = summary["stages"]
+    stages = [
+        _stage(directory, name, entries.get(name), reads.get(name, [])) for name in {**reads, **entries}
+    ]
     run = RunFacts(
         name=directory.name,
         directory=directory,
@@ -193,8 +197,8 @@ def read_run(directory: Path) -> RunFacts:
         curves=logged(directory / "metrics.jsonl"),
         titles={name: each["title"] for name, each in summary.get("policies", {}).items()},
     )
-    said_price = [each["value"] for each in run.changed or () if each["key"] == "plan.price_per_gpu_hour"]
-    run.price = float(said_price[0]) if said_price else None
+    prices = [each["value"] for each in run.changed or () if each["key"] == "plan.price_per_gpu_hour"]
+    run.price = float(prices[0]) if prices else None
     if run.evaluation is not None:
         path = directory / "artifacts" / run.evaluation.name / "comparison.jsonl"
         run.answers = read_answers(path, policies_of(run))
@@ -212,13 +216,13 @@ def read_run(directory: Path) -> RunFacts:
 
 
 def policies_of(run: RunFacts) -> list[str]:
-    """The policies that were compared, in the order in which they come to be."""
+    """The compared policies, in the order in which they are made."""
     if run.evaluation is None:
         return []
     found = [name.partition("/")[2] for name in run.evaluation.metrics if name.startswith("length_mean/")]
     order = ["base", "init", *(stage.name for stage in run.stages)]
     names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
-    if BEST_OF_N in names:  # right after its start, the last one without a KL
+    if BEST_OF_N in names:  # right after its start, the last policy without a KL
         names.remove(BEST_OF_N)
         starts = [place for place, name in enumerate(names) if f"kl/{name}" not in run.evaluation.metrics]
         names.insert(max(starts, default=-1) + 1, BEST_OF_N)
@@ -226,14 +230,14 @@ def policies_of(run: RunFacts) -> list[str]:
 
 
 def start_of(run: RunFacts) -> str | None:
-    """The policy that the others are compared with: the last one of which there is no KL."""
+    """The policy that the others are compared with: the last one without a KL."""
     metrics = run.evaluation.metrics if run.evaluation else {}
-    apart = [name for name in policies_of(run) if f"kl/{name}" not in metrics]
-    return apart[-1] if apart and len(apart) < len(policies_of(run)) else None
+    without_kl = [name for name in policies_of(run) if f"kl/{name}" not in metrics]
+    return without_kl[-1] if without_kl and len(without_kl) < len(policies_of(run)) else None
 
 
 def cleaned(value: Any) -> Any:
-    """The texts of a JSON value without secrets and control characters. Keys stay: their texts are ours."""
+    """A JSON value, its texts without secrets and control characters. Keys are not user texts and stay."""
     if isinstance(value, str):
         return printable(redacted_text(value))
     if isinstance(value, dict):
@@ -241,37 +245,39 @@ def cleaned(value: Any) -> Any:
     return [cleaned(item) for item in value] if isinstance(value, list) else value
 
 
-def _stage(directory: Path, name: str, said: Mapping[str, Any] | None, reads: list[str]) -> StageFacts:
-    if said is None:
+def _stage(directory: Path, name: str, entry: Mapping[str, Any] | None, reads: list[str]) -> StageFacts:
+    if entry is None:
         return StageFacts(name, "to do", "", tuple(reads), 0.0, None, None, "", "", "", {})
     manifest = _manifest(directory / "artifacts" / name / "manifest.json")
-    cost = said.get("cost") or {}
+    cost = entry.get("cost") or {}
     peak = cost.get("peak_bytes")
     return StageFacts(
         name=name,
-        status=said["status"],
-        key=said["key"],
+        status=entry["status"],
+        key=entry["key"],
         reads=tuple(reads),
-        seconds=said["seconds"],
+        seconds=entry["seconds"],
         took=cost.get("seconds"),
         peak_gib=None if peak is None else peak / 2**30,
         hardware=manifest.get("hardware", ""),
         made=manifest.get("created", ""),
         revision=manifest.get("git_revision") or "",
-        metrics={metric.removeprefix(f"{name}/"): value for metric, value in said["metrics"].items()},
+        metrics={metric.removeprefix(f"{name}/"): value for metric, value in entry["metrics"].items()},
     )
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):  # the store was cleaned up, or the run is being written
         return {}
-    return {name: cleaned(found[name]) for name in ("hardware", "created", "git_revision") if found[name]}
+    return {
+        name: cleaned(manifest[name]) for name in ("hardware", "created", "git_revision") if manifest[name]
+    }
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a small .jsonl file; none where there is no file."""
+    """The rows of a small .jsonl file; none if there is no file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:
@@ -279,11 +285,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_answers(path: Path, policies: list[str]) -> dict[str, Any]:
-    """The answers side by side, as many as a page can hold; empty where there are none."""
+    """The answers side by side, as many as fit on a page; empty if there are none."""
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8") as file:
-        answered = (_answered(json.loads(line)) for line in islice(file, MOST_PROMPTS))
+        answered = (_answered(json.loads(line)) for line in islice(file, MAX_PROMPTS))
         rows = first_of(answered, Limits().answers, json_bytes)
     with path.open("rb") as whole:
         total = sum(1 for _ in whole)
@@ -296,7 +302,7 @@ def read_answers(path: Path, policies: list[str]) -> dict[str, Any]:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The last answers that a run wrote down, the newest first: of each stage those of its last step."""
+    """The last logged samples, the newest first: those of the last step of each stage."""
     if not path.is_file():
         return []
     with path.open("rb") as file:
@@ -314,7 +320,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     kept = []
     for row in rows:
         counts[row["stage"]] += row.get("step") == last[row["stage"]]
-        if row.get("step") == last[row["stage"]] and counts[row["stage"]] <= SHOWN_SAMPLES:
+        if row.get("step") == last[row["stage"]] and counts[row["stage"]] <= MAX_SHOWN_SAMPLES:
             kept.append(_sampled(row))
     return kept
 
@@ -327,9 +333,9 @@ def _sampled(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "stage": cleaned(str(row["stage"])),
         "prompt": [
-            [turn["role"], cleaned(str(turn["content"])[:LONGEST_TEXT])] for turn in row.get("prompt", [])
+            [turn["role"], cleaned(str(turn["content"])[:MAX_TEXT_CHARS])] for turn in row.get("prompt", [])
         ],
-        "text": cleaned(str(row.get("response", ""))[:LONGEST_TEXT]),
+        "text": cleaned(str(row.get("response", ""))[:MAX_TEXT_CHARS]),
         "facts": " · ".join(facts),
     }
 
@@ -337,26 +343,26 @@ def _sampled(row: Mapping[str, Any]) -> dict[str, Any]:
 def _answered(row: Mapping[str, Any]) -> dict[str, Any]:
     answers = {
         name: {
-            "text": cleaned(answer["response"][:LONGEST_TEXT]),
+            "text": cleaned(answer["response"][:MAX_TEXT_CHARS]),
             **{key: answer[key] for key in ("tokens", "stopped", "gold", "judge", "score") if key in answer},
         }
         for name, answer in row.items()
         if isinstance(answer, dict) and "response" in answer
     }
-    prompt = [[turn["role"], cleaned(str(turn["content"])[:LONGEST_TEXT])] for turn in row["prompt"]]
+    prompt = [[turn["role"], cleaned(str(turn["content"])[:MAX_TEXT_CHARS])] for turn in row["prompt"]]
     return {"prompt": prompt, "answers": answers}
 
 
 def sampled_of(name: str, metrics: Mapping[str, float | None]) -> Sampled | None:
-    """A figure with its interval, where all of it is known and finite."""
+    """A metric with its interval; None unless all of it is known and finite."""
     return Sampled.found(name, {key: value for key, value in metrics.items() if value is not None})
 
 
 def stage_charts(run: RunFacts, stage: str) -> list[Chart]:
-    """A stage's curves, one chart each, those first that tell most."""
+    """A stage's curves, one chart each, the most informative first."""
     curves, gates = run.curves.get(stage, {}), run.bounds.get(stage, {})
-    said = run.healthy.get(stage, {})
-    ranges = {name: healthy_range(curves[name], *each) for name, each in said.items() if name in curves}
+    healthy = run.healthy.get(stage, {})
+    ranges = {name: healthy_range(curves[name], *each) for name, each in healthy.items() if name in curves}
     ranges |= gates
     return [
         Chart(
@@ -373,7 +379,7 @@ def stage_charts(run: RunFacts, stage: str) -> list[Chart]:
 
 
 def over_kl(run: RunFacts) -> Chart | None:
-    """What was learned, and what is true, over the KL from the start (Gao et al. 2022, arXiv:2210.10760)."""
+    """Learned score and gold score over the KL from the start (Gao et al. 2022, arXiv:2210.10760)."""
     curves = []
     for stage, each in run.curves.items():
         if {"held_out_kl", "held_out_score"} <= {*each}:
@@ -405,11 +411,11 @@ def over_kl(run: RunFacts) -> Chart | None:
 
 
 SCORES = {"score": "learned score", "gold": "gold score", "judge": "judge's score"}
-"""What answers may have, and what the page calls it."""
+"""Kinds of scores of answers -> their names on the page."""
 
 
 def over_length(run: RunFacts) -> tuple[Chart, list[str]] | None:
-    """Each answer's score against its length, and how both go together, policy by policy."""
+    """Each answer's score against its length, and the correlation of both, for each policy."""
     if not run.answers or not run.answers["kinds"]:
         return None
     kind = next(each for each in SCORES if each in run.answers["kinds"])
@@ -417,7 +423,7 @@ def over_length(run: RunFacts) -> tuple[Chart, list[str]] | None:
     for policy in run.answers["policies"]:
         answers = [row["answers"][policy] for row in run.answers["rows"] if policy in row["answers"]]
         known = [(each["tokens"], each[kind]) for each in answers if each.get(kind) is not None]
-        known = sorted(known[:MOST_MARKS])
+        known = sorted(known[:MAX_SCATTER_POINTS])
         x, y = [float(tokens) for tokens, _ in known], [score for _, score in known]
         if not x:
             continue
@@ -429,7 +435,7 @@ def over_length(run: RunFacts) -> tuple[Chart, list[str]] | None:
 
 
 def calibrations(run: RunFacts) -> Iterator[tuple[str, Chart]]:
-    """Of each reward model: how often it is right where it says that it is sure."""
+    """For each reward model, a chart of how often it is right against how sure it is."""
     for stage in run.stages:
         rows = read_rows(run.directory / "artifacts" / stage.name / CALIBRATION)
         if not rows:
@@ -449,7 +455,7 @@ def calibrations(run: RunFacts) -> Iterator[tuple[str, Chart]]:
         )
 
 
-FORGOTTEN = (
+FORGETTING_METRICS = (
     ("perplexity", "perplexity of general texts"),
     ("retention_perplexity_ratio", "the same against base"),
     ("question_accuracy", "questions answered right"),
@@ -457,7 +463,7 @@ FORGOTTEN = (
     ("task_loss", "loss on held-out answers"),
     ("task_gain", "the same, gained over base"),
 )
-COMPARED = (
+COMPARED_METRICS = (
     ("gold_mean", "gold score"),
     ("judge_mean", "judge's score"),
     ("score_mean", "learned score"),
@@ -474,7 +480,7 @@ COMPARED = (
 
 
 def policy_table(run: RunFacts, which: tuple[tuple[str, str], ...]) -> Table | None:
-    """Metrics of `evaluate` that end in /POLICY: a row each, a column each policy; with their intervals."""
+    """Metrics of `evaluate` that end in /POLICY, with intervals: a row per metric, a column per policy."""
     if run.evaluation is None:
         return None
     metrics = run.evaluation.metrics

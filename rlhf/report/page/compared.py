@@ -1,4 +1,4 @@
-"""The page of several runs: curves over each other, and what differs between settings and results."""
+"""The page of several runs: overlaid curves, and differences between settings and results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf.report.page.write import Charts, large_page, number, page
 
 
 def runs_page(runs: Sequence[RunFacts]) -> str:
-    """The whole page."""
+    """The page as HTML."""
     names = names_of(runs)
     stages = dict.fromkeys(stage.name for run in runs for stage in run.stages)
     charts = [(stage, [*overlaid(runs, names, stage)]) for stage in stages]
@@ -26,32 +26,32 @@ def runs_page(runs: Sequence[RunFacts]) -> str:
         "figures": results(runs, names, gated=False),
     }
     title = f"{len(runs)} runs compared"
-    said = [
+    verdicts = [
         (name, OUTCOMES.get(run.outcome or "", ""), run.outcome or "",
          "It has not reached its end." if run.verdict is None else run.verdict or NO_VERDICT)
         for name, run in zip(names, runs, strict=True)
     ]  # fmt: skip
-    make = partial(_page, title, said, tables, kl, charts)
+    make = partial(_page, title, verdicts, tables, kl, charts)
     return fitting(make, lambda: large_page(title))
 
 
 def _page(
     title: str,
-    said: Sequence[tuple[str, ...]],
+    verdicts: Sequence[tuple[str, ...]],
     tables: Mapping[str, Table | None],
     kl: Chart | None,
     stages: Sequence[tuple[str, Sequence[Chart]]],
     limits: Limits,
 ) -> str:
-    limits = replace(limits, rows=limits.rows + limits.answers // 5)  # it has no answers
+    limits = replace(limits, rows=limits.rows + limits.answers // 5)  # this page has no answers
     charts = Charts([kl], stages, limits.charts)
-    cut = [tuple(clipped(text, limits.characters) for text in each) for each in said]
-    verdicts = first_of(cut, limits.rows, lambda texts: html_bytes(texts, 50))
+    cut = [tuple(clipped(text, limits.characters) for text in each) for each in verdicts]
+    shown = first_of(cut, limits.rows, lambda texts: html_bytes(texts, 50))
     blocks: dict[str, Any] = {
         "title": title,
         "live": None,
-        "verdicts": verdicts,
-        "verdicts_left_out": len(said) - len(verdicts),
+        "verdicts": shown,
+        "verdicts_left_out": len(verdicts) - len(shown),
         **{name: table and table.within(limits) for name, table in tables.items()},
         "charts": charts,
         "over_kl": charts.placed(kl),
@@ -61,7 +61,7 @@ def _page(
 
 
 def names_of(runs: Sequence[RunFacts]) -> list[str]:
-    """Their names; of runs that share one, with the directory."""
+    """The runs' names; for runs that share a name, their directories."""
     names = [run.name for run in runs]
     return [
         name if names.count(name) == 1 else str(run.directory) for name, run in zip(names, runs, strict=True)
@@ -78,7 +78,7 @@ def overlaid(runs: Sequence[RunFacts], names: Sequence[str], stage: str) -> Iter
 
 
 def joined(charts: Sequence[Chart | None], names: Sequence[str]) -> Chart | None:
-    """One chart of all; None where no run has it."""
+    """One chart with the curves of all runs; None if no run has it."""
     found = [(name, chart) for name, chart in zip(names, charts, strict=True) if chart is not None]
     if not found:
         return None
@@ -94,19 +94,23 @@ def joined(charts: Sequence[Chart | None], names: Sequence[str]) -> Chart | None
 
 def settings(runs: Sequence[RunFacts], names: Sequence[str]) -> Table | None:
     """The keys whose values differ between the runs."""
-    said = [{each["key"]: each for each in run.changed or ()} for run in runs]
+    changes = [{each["key"]: each for each in run.changed or ()} for run in runs]
     rows = []
-    for key in sorted({key for each in said for key in each}):
-        default = next(each[key]["default"] for each in said if key in each)
-        values = [each[key]["value"] if key in each else default for each in said]
+    for key in sorted({key for each in changes for key in each}):
+        default = next(each[key]["default"] for each in changes if key in each)
+        values = [each[key]["value"] if key in each else default for each in changes]
         if len(set(values)) > 1:
             rows.append([key, *values])
     return Table(["key", *names], rows) if rows else None
 
 
 def results(runs: Sequence[RunFacts], names: Sequence[str], *, gated: bool) -> Table | None:
-    """A row each figure, a column each run; those with a gate alone, or all."""
-    found = [
+    """One row per metric, one column per run.
+
+    Args:
+        gated: only metrics with a gate.
+    """
+    figures = [
         {
             f"{stage.name}/{metric}": (value, interval)
             for stage in run.stages
@@ -115,11 +119,11 @@ def results(runs: Sequence[RunFacts], names: Sequence[str], *, gated: bool) -> T
         for run in runs
     ]
     bounded = dict.fromkeys(f"{gate['stage']}/{gate['name']}" for run in runs for gate in run.gates)
-    wanted = bounded if gated else dict.fromkeys(name for each in found for name in each)
+    wanted = bounded if gated else dict.fromkeys(name for each in figures for name in each)
     rows = []
     for name in wanted:
         cells = []
-        for each in found:
+        for each in figures:
             value, interval = each.get(name, (None, ""))
             cells.append(f"{number(value)} ({interval.partition(' (')[0]})" if interval else number(value))
         rows.append([name, *cells])

@@ -1,4 +1,4 @@
-"""Curves of a run, from the lines that its stages logged, thinned so that a page stays small."""
+"""Curves of a run from its logged metrics, thinned so that a page stays small."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-MOST_POINTS = 400
-"""Of one curve."""
-MOST_FIGURES = 60_000
-"""Of all curves of a page."""
-FEWEST_POINTS = 20
-FIRST = (
+MAX_CURVE_POINTS = 400
+"""Most points of one curve."""
+MAX_PAGE_POINTS = 60_000
+"""Most points of all curves of a page together."""
+MIN_CURVE_POINTS = 20
+FIRST_CURVES = (
     "held_out_score", "score", "loss", "held_out_loss", "held_out_accuracy", "held_out_kl", "kl",
     "train_accuracy", "train_margin", "explained_variance", "entropy", "held_out_length", "length",
     "stop_rate", "reward", "grad_norm", "lr",
 )  # fmt: skip
-"""Which curves a reader wants to see first; those with a gate stand before them."""
+"""The curves that are shown first, after those with a gate."""
 UNITS = (
     (r"explained_variance", "share of the variance"),
     (r"(accuracy|rate|share|fraction)$|^distinct_", "share"),
@@ -36,17 +36,17 @@ UNITS = (
     (r"^lr$", "learning rate"),
     (r"^episodes$|^rows", "number"),
 )
-"""What the end or the whole of a metric's name says of its unit; the first that fits."""
+"""(Pattern in a metric's name, its unit); the first match counts."""
 Bounds = tuple[float | None, float | None]
 
 
 def unit_of(metric: str) -> str:
-    """The unit of a logged figure; of one without, its name in words."""
+    """The unit of a logged metric; without a known unit, its name in words."""
     return next((unit for pattern, unit in UNITS if re.search(pattern, metric)), metric.replace("_", " "))
 
 
 def extremes_of(metric: str) -> Bounds:
-    """The least and the most that a figure can be, where it is a share."""
+    """The smallest and the largest possible value of a metric, if it is a share."""
     unit = unit_of(metric)
     return (0.0 if unit == "share" else None), (1.0 if unit.startswith("share") else None)
 
@@ -59,10 +59,10 @@ class Curve:
     x: list[float]
     y: list[float | None]
     marks: bool = False
-    """Whether no line joins its points: they are no steps of one thing."""
+    """Whether to draw points without a line: they are not steps of one course."""
 
     def thinned(self, most: int) -> Curve:
-        """At most so many points: of each stretch of steps its lowest and its highest, so that no spike
+        """The curve with at most `most` points: the lowest and the highest of each stretch, so that no spike
         is lost."""
         if len(self.x) <= most:
             return self
@@ -83,32 +83,33 @@ class Curve:
 
 @dataclass
 class Chart:
-    """A picture, and the figures that a table beside it shows."""
+    """A chart, and the values of its table."""
 
     title: str
     x: str
-    """What the horizontal axis is."""
+    """Label of the horizontal axis."""
     y: str
+    """Label of the vertical axis."""
     curves: list[Curve] = field(default_factory=list)
     bounds: Bounds = (None, None)
-    """The healthy range: of a gate with the curve's name, or what the stage says of the curve."""
+    """The healthy range: the bounds of the gate with the curve's name, or the stage's range for the curve."""
     unit: str = ""
-    """Of the vertical axis; empty where `y` says it."""
+    """Unit of the vertical axis; empty to use `y`."""
     extremes: Bounds = (None, None)
-    """The least and the most that a figure can be: the axis goes no further."""
+    """The smallest and the largest possible value: limits of the vertical axis."""
     diagonal: bool = False
-    """Whether a perfect result lies on the line y = x."""
+    """Whether to draw the line y = x, on which a perfect result lies."""
 
     @property
     def healthy(self) -> str:
-        """The range in words; empty if none is known."""
+        """The healthy range in words; empty if none is known."""
         low, high = self.bounds
         least = [] if low is None else [f"at least {low:.4g}"]
         return " and ".join(least if high is None else [*least, f"at most {high:.4g}"])
 
     @property
-    def said(self) -> str:
-        """What a reader who cannot see it hears."""
+    def alt_text(self) -> str:
+        """The chart in words, for screen readers."""
         parts = []
         for curve in self.curves[:6]:
             known = [value for value in curve.y if value is not None]
@@ -120,7 +121,7 @@ class Chart:
         return f"{self.title}. {'; '.join(parts) or 'no figures'}. The figures are in the table below it."
 
     def as_json(self, most: int) -> dict[str, Any]:
-        """For the script that draws it."""
+        """The chart for the script that draws it, with at most `most` points per curve."""
         curves = [curve.thinned(most) for curve in self.curves]
         return {
             "x": self.x,
@@ -144,13 +145,13 @@ class Chart:
 
 
 def points_each(charts: Iterable[Chart]) -> int:
-    """How many points a curve may have, so that all together do not make the page large."""
+    """Most points of each curve, so that all curves together stay below `MAX_PAGE_POINTS`."""
     curves = sum(len(chart.curves) for chart in charts)
-    return max(FEWEST_POINTS, min(MOST_POINTS, MOST_FIGURES // max(1, curves)))
+    return max(MIN_CURVE_POINTS, min(MAX_CURVE_POINTS, MAX_PAGE_POINTS // max(1, curves)))
 
 
 def logged(path: Path) -> dict[str, dict[str, Curve]]:
-    """Stage -> metric -> its curve, of a metrics.jsonl; a line that is only half written is left out."""
+    """Stage -> metric -> curve, from a metrics.jsonl. Half-written lines are left out."""
     found: dict[str, dict[str, Curve]] = {}
     if not path.is_file():
         return found
@@ -174,7 +175,8 @@ def logged(path: Path) -> dict[str, dict[str, Curve]]:
 
 
 def healthy_range(curve: Curve, low: float | None, high: float | None, from_start: bool) -> Bounds:
-    """Where a curve is healthy; nowhere if its ends are changes since a step 0 that was not logged."""
+    """The healthy range of a curve. With `from_start`, `low` and `high` are relative to step 0; without a
+    logged step 0 there is no range."""
     if not from_start:
         return low, high
     start = curve.y[0] if curve.x and curve.x[0] == 0 else None
@@ -184,13 +186,13 @@ def healthy_range(curve: Curve, low: float | None, high: float | None, from_star
 
 
 def in_order(curves: Mapping[str, Curve], bounds: Mapping[str, Bounds]) -> list[str]:
-    """The names of a stage's curves, those first that tell most."""
-    rank = {name: place for place, name in enumerate(FIRST)}
+    """The names of a stage's curves, the most informative first."""
+    rank = {name: place for place, name in enumerate(FIRST_CURVES)}
     return sorted(curves, key=lambda name: (name not in bounds, rank.get(name, len(rank)), name))
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's; None where one side does not vary."""
+    """Pearson correlation; None for fewer than 3 points, or if one side does not vary."""
     if len(x) < 3:
         return None
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)

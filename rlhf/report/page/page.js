@@ -21,14 +21,14 @@
     return size !== 0 && size < 1e-3 ? Number(figure.toPrecision(3)).toExponential() : String(Number(figure.toPrecision(4)));
   };
 
-  // Charts. All curves of a chart share their x: a point of one is a gap of the others.
+  // Charts. All curves of a chart share the x values: where one has a point, the others may have a gap.
   function aligned(chart) {
     const all = [];
     chart.curves.forEach((curve, number) => curve.x.forEach((x, at) => all.push([x, number, curve.y[at]])));
     all.sort((a, b) => a[0] - b[0]);
     const xs = [], ys = chart.curves.map(() => []);
     for (const [x, number, y] of all) {
-      // marks of a scatter, and two figures of one curve at one x, stay apart
+      // marks of a scatter plot, and two values of one curve at the same x, get separate columns
       if (chart.curves[number].marks || !xs.length || xs[xs.length - 1] !== x || ys[number][xs.length - 1] !== null) {
         xs.push(x);
         ys.forEach((column) => column.push(null));
@@ -38,7 +38,7 @@
     return [xs, ...ys];
   }
 
-  // Six colours that differ also for the colour-blind. The next six curves are dashed or hollow.
+  // Six colours that the colour-blind can distinguish. The next six curves are dashed or hollow.
   function look(number) {
     const colours = dark.matches && !paper.matches ? DARK : LIGHT;
     const colour = colours[number % colours.length], hollow = Math.floor(number / colours.length) % 2 === 1;
@@ -139,7 +139,7 @@
       }
     }
   }, { rootMargin: "300px" });
-  // What nobody has scrolled to is drawn when there is time, one chart after the other, and before it is printed.
+  // Charts outside the view are drawn one by one when the browser is idle, and before printing.
   const waiting = () => [...document.querySelectorAll("figure.chart")].filter((figure) => !drawn.has(figure.id) && data.charts[figure.id] && !figure.closest("details:not([open])"));
   const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 30));
   function fill() {
@@ -149,7 +149,7 @@
     idle(fill);
   }
   addEventListener("beforeprint", () => waiting().forEach(draw));
-  paper.addEventListener("change", () => redraw()); // in the paper's colours and width, and back
+  paper.addEventListener("change", () => redraw()); // to the colours and width of paper, and back
   const redraw = () => [...drawn.keys()].forEach((id) => draw(document.getElementById(id)));
   let resized;
   addEventListener("resize", () => {
@@ -158,7 +158,7 @@
   });
   dark.addEventListener("change", redraw);
 
-  // The figures of a chart as a table, made when somebody wants it.
+  // The values of a chart as a table, made when a reader opens it.
   function tabulate(details) {
     const place = details.querySelector(".scroll"), figure = details.closest("figure");
     const chart = data.charts[figure.id];
@@ -276,7 +276,7 @@
   answers();
   idle(fill);
 
-  // Live: ask whether the run wrote anything, and put in what changed. What a reader opened stays open.
+  // Live: ask the server for changes and replace the changed parts. Opened details stay open.
   const live = document.body.dataset.stamp;
   if (live === undefined) return;
   let stamp = live, quiet = false;
@@ -301,7 +301,7 @@
     data = JSON.parse(fresh.getElementById("data").textContent);
     const parts = [...fresh.querySelectorAll("[data-part]")];
     if (parts.some((part) => !document.getElementById(part.id)) || (!control("answers") && fresh.getElementById("answers"))) {
-      location.reload(); // a part that was not there before
+      location.reload(); // the new page has a part that this one lacks
       return;
     }
     for (const part of parts) {

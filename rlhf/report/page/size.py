@@ -1,6 +1,6 @@
-"""How large a page may get, and what is left out of it.
+"""The size limits of a page, and what is left out of it.
 
-Sizes are bytes as they stand in the page: in JSON a `<` has six, in HTML four, and a Chinese character three.
+Sizes are bytes in the page: a `<` has six in JSON and four in HTML, a Chinese character has three.
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
-MOST_BYTES = 3_000_000
-"""Of a page."""
-LONGEST_TEXT = 4_000
-"""Characters of a text; the rest is cut off."""
-SMALLEST = 2**-6
-"""The smallest limits that are tried, as a share of the usual ones."""
+MAX_PAGE_BYTES = 3_000_000
+"""Largest page, in bytes."""
+MAX_TEXT_CHARS = 4_000
+"""Most characters of a text; the rest is cut off."""
+MIN_LIMIT_SHARE = 2**-6
+"""Smallest limits that are tried, as a share of the default limits."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many bytes the parts of a page may have."""
+    """Most bytes of each part of a page."""
 
     charts: int = 1_000_000
     """All charts, with their captions."""
     answers: int = 900_000
-    """The answers, before and after."""
+    """All answers."""
     rows: int = 250_000
-    """The rows of a table, or the parts of a list."""
-    characters: int = LONGEST_TEXT
-    """Of a text that is not an answer."""
+    """The rows of a table, or the items of a list."""
+    characters: int = MAX_TEXT_CHARS
+    """Most characters of a text that is not an answer."""
 
     def times(self, share: float) -> Limits:
-        """A share of them."""
+        """These limits times a share."""
         return Limits(
             *(int(share * each) for each in (self.charts, self.answers, self.rows, self.characters))
         )
 
 
 def fitting(make: Callable[[Limits], str], otherwise: Callable[[], str]) -> str:
-    """A page with the largest limits with which it is small enough.
+    """The page with the largest limits for which it is small enough.
 
     Args:
-        make: the page with given limits.
-        otherwise: a page for what is too large with the smallest.
+        make: makes the page with given limits.
+        otherwise: makes the page that replaces one that is too large even with the smallest limits.
     """
     share = 1.0
-    while share >= SMALLEST:
+    while share >= MIN_LIMIT_SHARE:
         text = make(Limits().times(share))
-        if len(text.encode()) <= MOST_BYTES:
+        if len(text.encode()) <= MAX_PAGE_BYTES:
             return text
         share /= 2
     return otherwise()
@@ -59,17 +59,17 @@ def fitting(make: Callable[[Limits], str], otherwise: Callable[[], str]) -> str:
 
 def first_of(items: Iterable[Item], limit: int, size: Callable[[Item], int]) -> list[Item]:
     """The first items that together have no more than `limit` bytes."""
-    found: list[Item] = []
+    kept: list[Item] = []
     for item in items:
         limit -= size(item)
         if limit < 0:
             break
-        found.append(item)
-    return found
+        kept.append(item)
+    return kept
 
 
 def embedded(data: Any) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element or a line."""
+    """JSON for a script element: nothing in it ends the element or a line."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -77,15 +77,19 @@ def embedded(data: Any) -> str:
 
 
 def json_bytes(data: Any) -> int:
-    """Of a value in the page's data, with the comma behind it."""
+    """Bytes of a value in the page's data, with the comma behind it."""
     return len(embedded(data).encode()) + 1
 
 
 def html_bytes(texts: Sequence[str], each: int = 10) -> int:
-    """Of texts in the page's elements, with `each` bytes of tags around one."""
+    """Bytes of texts in the page's elements.
+
+    Args:
+        each: bytes of the tags around one text.
+    """
     return sum(len(html.escape(text).encode()) + each for text in texts)
 
 
 def clipped(text: str, most: int) -> str:
-    """A text of at most so many characters; it says what was cut off."""
+    """The first `most` characters of a text, and a note on how many were cut off."""
     return text if len(text) <= most else f"{text[:most]} ... ({len(text) - most:,} more characters)"

@@ -1,7 +1,7 @@
 """report.html: one file that needs no network, made from a run's files. `watch` serves the same page.
 
-What a model wrote is untrusted: Jinja2 escapes it, in JSON no `<` stands as it is, and the page's policy lets
-only its own script and style run, by their digests.
+A model's text is untrusted: Jinja2 escapes it, JSON encodes every `<`, and the page's content security policy
+lets only its own script and style run, by their digests.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from markupsafe import Markup
 from rlhf.disk import naming, replace_text
 from rlhf.pipeline.run import NO_VERDICT, OUTCOMES
 from rlhf.report.page.collect import (
-    COMPARED,
-    FORGOTTEN,
-    SHOWN_CURVES,
+    COMPARED_METRICS,
+    FORGETTING_METRICS,
+    NUM_OPEN_CURVES,
     RunFacts,
     StageFacts,
     Table,
@@ -37,50 +37,50 @@ from rlhf.report.page.collect import (
     read_run,
     stage_charts,
 )
-from rlhf.report.page.curves import FEWEST_POINTS, Chart, points_each
+from rlhf.report.page.curves import MIN_CURVE_POINTS, Chart, points_each
 from rlhf.report.page.size import Limits, clipped, embedded, first_of, fitting, html_bytes, json_bytes
 from rlhf.tracking.position import read_position
 from rlhf.tracking.progress import clock
 
 NAME = "report.html"
 NOT_ENDED = "This run has not ended."
-EARLY = {"failed": "failed", "stopped": "was stopped"}
-"""How a run ended -> in words."""
+EARLY_ENDS = {"failed": "failed", "stopped": "was stopped"}
+"""How a run ended early -> in words."""
 DOCS = Path(__file__).resolve().parents[3] / "docs"
-PAGE = re.compile(r"(docs/[\w/-]+\.md)")
-ROW = 60
-"""Height of a row of the lineage, in pixels; page.css has the same."""
-CHART = 800
-"""Bytes of a chart's elements, without their texts."""
+DOCS_PAGE = re.compile(r"(docs/[\w/-]+\.md)")
+ROW_HEIGHT = 60
+"""Height of a row of the lineage, in pixels; page.css has the same value."""
+CHART_HTML_BYTES = 800
+"""Bytes of a chart's HTML elements, without their texts."""
 
 
 def headline(run: RunFacts) -> str:
-    """Of a run without an outcome."""
+    """The heading for a run without an outcome."""
     if run.verdict is None:
-        return unended(run)
+        return unended_headline(run)
     return "The verdict" if run.verdict else NO_VERDICT
 
 
-def unended(run: RunFacts) -> str:
-    """Of a run without a verdict: where it ended early, or that it goes on."""
+def unended_headline(run: RunFacts) -> str:
+    """The heading for a run without a verdict: where it ended early, or that it has not ended."""
     ended = read_position(run.directory).get("ended")
-    if ended not in EARLY:
+    if ended not in EARLY_ENDS:
         return NOT_ENDED
     there = [f"in {stage.name}" for stage in run.stages if stage.status == ended]
     done = [f"after {stage.name}" for stage in run.stages if stage.status in ("ran", "reused")]
-    return f"It {EARLY[ended]} {(there or done or ['at its start'])[-1]}."
+    return f"It {EARLY_ENDS[ended]} {(there or done or ['at its start'])[-1]}."
 
 
-class Strip(NamedTuple):
-    """A gate drawn: places from 0 to 100."""
+class GateDrawing(NamedTuple):
+    """A drawing of a gate: positions from 0 to 100."""
 
     healthy: tuple[float, float]
     interval: tuple[float, float] | None
     value: float
 
 
-class Placed(NamedTuple):
-    """A chart of the page, under the name that the script knows it by."""
+class PlacedChart(NamedTuple):
+    """A chart of the page, with the id by which the script finds it."""
 
     id: str
     chart: Chart
@@ -90,20 +90,21 @@ class Panel(NamedTuple):
     """The charts of a stage."""
 
     stage: str
-    first: list[Placed]
-    more: list[Placed]
-    """One click away."""
+    first: list[PlacedChart]
+    more: list[PlacedChart]
+    """Charts that are one click away."""
     left_out: int
-    """How many are not on the page."""
+    """Number of charts that are not on the page."""
 
 
 class Charts:
-    """The charts of a page, numbered, and those of them that it has room for.
+    """The charts of a page, with ids, as many as fit.
 
     Args:
-        beside: charts of no stage; None is left out.
-        stages: each stage's charts, those first that tell most.
-        limit: bytes of all. Over it curves get fewer points, then those charts are left out that tell least.
+        beside: charts that belong to no stage; None is left out.
+        stages: each stage's charts, the most informative first.
+        limit: most bytes of all charts. Above it, curves get fewer points; then the least informative charts
+            are left out.
     """
 
     def __init__(
@@ -115,12 +116,12 @@ class Charts:
         self._ids = {id(chart): f"chart-{number}" for number, (_, chart) in enumerate(order)}
         charts = [chart for _, chart in sorted(order, key=lambda each: each[0])]
         self.points = points_each(charts)
-        """Of a curve, at most."""
+        """Most points of a curve."""
         while True:
             kept = first_of(charts, limit, self._bytes)
-            if len(kept) == len(charts) or self.points <= FEWEST_POINTS:
+            if len(kept) == len(charts) or self.points <= MIN_CURVE_POINTS:
                 break
-            self.points = max(FEWEST_POINTS, self.points // 2)
+            self.points = max(MIN_CURVE_POINTS, self.points // 2)
         known = {id(chart) for chart in kept}
         self._kept = {
             name: chart
@@ -132,38 +133,40 @@ class Charts:
 
     def _bytes(self, chart: Chart) -> int:
         return (
-            json_bytes(chart.as_json(self.points)) + html_bytes([*4 * [chart.title], chart.said], 0) + CHART
+            json_bytes(chart.as_json(self.points))
+            + html_bytes([*4 * [chart.title], chart.alt_text], 0)
+            + CHART_HTML_BYTES
         )
 
-    def placed(self, chart: Chart | None) -> Placed | None:
-        """A chart with its id; None where it is not on the page."""
+    def placed(self, chart: Chart | None) -> PlacedChart | None:
+        """The chart with its id; None if it is not on the page."""
         name = self._ids.get(id(chart), "")
-        return Placed(name, self._kept[name]) if name in self._kept else None
+        return PlacedChart(name, self._kept[name]) if name in self._kept else None
 
     def panels(self) -> list[Panel]:
         """The stages that have charts."""
-        found = []
+        panels = []
         for stage, charts in self._stages:
             placed = [each for each in map(self.placed, charts) if each is not None]
             left_out = len(charts) - len(placed)
             if charts:
-                found.append(Panel(stage, placed[:SHOWN_CURVES], placed[SHOWN_CURVES:], left_out))
-        return found
+                panels.append(Panel(stage, placed[:NUM_OPEN_CURVES], placed[NUM_OPEN_CURVES:], left_out))
+        return panels
 
     def as_json(self) -> dict[str, Any]:
-        """id -> what the script draws."""
+        """Chart id -> the chart for the script."""
         return {name: chart.as_json(self.points) for name, chart in self._kept.items()}
 
 
 @dataclass(frozen=True)
 class Live:
-    """What `watch` knows of a run beside its files."""
+    """The live state of a run, from `watch`."""
 
     word: str
     """running, done, failed, stopped, dead or silent."""
     lines: Sequence[str]
     stamp: str
-    """Of the files: the page asks again with it."""
+    """Version of the run's files; the page sends it when it asks for changes."""
 
 
 class RunLine(NamedTuple):
@@ -190,13 +193,13 @@ def list_page(title: str, rows: Sequence[RunLine], live: Live) -> str:
 
 
 def large_page(title: str, live: Live | None = None) -> str:
-    """A page for what has no room on one, whatever is left out."""
+    """The page that replaces one that is too large, whatever is left out."""
     blocks = {"title": clipped(title, 200), "live": live}
     return page("large.html", blocks, {"charts": {}, "answers": {}}, live=live is not None)
 
 
 def write_page(directory: Path) -> Path:
-    """Write report.html beside the run's other files: of a run of stage=report, the page that it made.
+    """Write report.html into the run's directory. For a run of stage=report, copy the page that it made.
 
     Raises:
         OSError: it cannot be written, or a file of the run cannot be read.
@@ -209,7 +212,7 @@ def write_page(directory: Path) -> Path:
 
 
 def run_page(run: RunFacts, live: Live | None = None) -> str:
-    """The whole page of one run."""
+    """The page of one run as HTML."""
     return fitting(partial(_run_page, run, live), lambda: large_page(f"Run {run.name}", live))
 
 
@@ -236,8 +239,8 @@ def _run_page(run: RunFacts, live: Live | None, limits: Limits) -> str:
         "over_kl": charts.placed(kl),
         "over_length": length and lengths and (lengths, length[1]),
         "calibrations": [(name, placed) for name, chart in calibrated if (placed := charts.placed(chart))],
-        "policies": _within(policy_table(run, COMPARED), limits),
-        "forgetting": _within(policy_table(run, FORGOTTEN), limits),
+        "policies": _within(policy_table(run, COMPARED_METRICS), limits),
+        "forgetting": _within(policy_table(run, FORGETTING_METRICS), limits),
         "cost": _within(cost_of(run), limits),
         "figures": figures_of(run, limits),
     }
@@ -251,24 +254,24 @@ def _within(table: Table | None, limits: Limits) -> Table | None:
 
 
 def figures_of(run: RunFacts, limits: Limits) -> list[tuple[str, Table]]:
-    """Each stage's summary: its figures with their intervals."""
-    found = []
+    """Each stage's summary metrics with their intervals."""
+    tables = []
     for stage in run.stages:
         rows = [[name, number(value), interval] for name, value, interval in stage.figures()]
         if rows:
             table = Table(["figure", "value", "95% interval"], rows).within(limits)
             limits = replace(limits, rows=limits.rows - table.bytes)
-            found.append((stage.name, table))
-    return found
+            tables.append((stage.name, table))
+    return tables
 
 
 def page(template: str, blocks: Mapping[str, Any], data: Mapping[str, Any], *, live: bool) -> str:
-    """A whole page.
+    """A page as HTML.
 
     Args:
-        blocks: what the template reads.
-        data: what the script reads: `charts` and `answers`.
-        live: whether it may ask the server that it came from for more.
+        blocks: variables of the template.
+        data: data of the script: `charts` and `answers`.
+        live: whether it may ask its server for changes.
     """
     script, style = _file("uPlot.iife.min.js") + _file("page.js"), _file("uPlot.min.css") + _file("page.css")
     connect = "connect-src 'self'; " if live else ""
@@ -277,17 +280,17 @@ def page(template: str, blocks: Mapping[str, Any], data: Mapping[str, Any], *, l
         "base-uri 'none'; form-action 'none'"
     )
     return _templates().get_template(template).render(
-        **blocks, policy=policy, script=script, style=style, data=embedded(data), row=ROW
+        **blocks, policy=policy, script=script, style=style, data=embedded(data), row=ROW_HEIGHT
     )  # fmt: skip
 
 
 def linked(advice: str, directory: Path | None) -> Markup:
-    """Advice in which each page of the documentation is a link, where that page is on this disk.
+    """Advice with links to pages of the documentation that are on this disk.
 
     Args:
-        directory: of the page, from which the link leads; None for a page that is served, which has no links.
+        directory: the page's directory, for relative links; None for a served page, which gets no links.
     """
-    parts = PAGE.split(advice)
+    parts = DOCS_PAGE.split(advice)
     for place in range(1, len(parts), 2):
         file = DOCS.parent / parts[place]
         if directory is not None and file.is_file():
@@ -316,7 +319,7 @@ def _digest(text: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """A figure as a reader wants it; a dash for one that is not finite."""
+    """A value as text; a dash for None, which is a value that is not finite."""
     return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4g}"
 
 
@@ -325,13 +328,13 @@ class Row(NamedTuple):
 
     stage: StageFacts
     share: float
-    """Of the longest stage's time, in percent."""
+    """Its time, in percent of the longest stage's."""
     arcs: list[str]
-    """SVG paths from what it reads."""
+    """SVG paths from the stages that it reads."""
 
 
 def lineage(stages: Sequence[StageFacts]) -> list[Row]:
-    """The stages one below the other, with an arc to each from all that it reads."""
+    """One row per stage, with arcs from all stages that it reads."""
     places = {stage.name: place for place, stage in enumerate(stages)}
     longest = max((stage.took or 0.0 for stage in stages), default=0.0)
     rows = []
@@ -342,14 +345,14 @@ def lineage(stages: Sequence[StageFacts]) -> list[Row]:
 
 
 def arc(start: int, end: int) -> str:
-    """The path of an arc at the left of two rows; the farther they are apart, the wider it is."""
-    top, bottom, right = start * ROW + ROW / 2, end * ROW + ROW / 2, 92.0
+    """The SVG path of an arc at the left of two rows; it is wider for rows that are farther apart."""
+    top, bottom, right = start * ROW_HEIGHT + ROW_HEIGHT / 2, end * ROW_HEIGHT + ROW_HEIGHT / 2, 92.0
     left = right - min(84.0, 10.0 + 14.0 * (end - start))
     return f"M {right:g} {top:g} C {left:g} {top:g} {left:g} {bottom - 6:g} {right - 5:g} {bottom - 6:g}"
 
 
-def strip(gate: Mapping[str, Any]) -> Strip | None:
-    """A gate's figure beside its bound; None where a figure is missing."""
+def strip(gate: Mapping[str, Any]) -> GateDrawing | None:
+    """The drawing of a gate's value and its bound; None if one of them is missing."""
     value, low, high = gate["value"], gate["low"], gate["high"]
     least, most = gate.get("min"), gate.get("max")
     known = [each for each in (value, low, high, least, most) if each is not None]
@@ -364,11 +367,11 @@ def strip(gate: Mapping[str, Any]) -> Strip | None:
 
     healthy = (0.0 if least is None else place(least), 100.0 if most is None else place(most))
     interval = None if low is None or high is None else (place(low), place(high))
-    return Strip(healthy, interval, place(value))
+    return GateDrawing(healthy, interval, place(value))
 
 
 def cost_of(run: RunFacts) -> Table | None:
-    """Time, memory and hardware of each stage; money where its price is known."""
+    """Time, memory and hardware of each stage; also the price if it is known."""
     rows = []
     for stage in run.stages:
         if stage.took is None:
