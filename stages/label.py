@@ -25,7 +25,7 @@ from contextlib import closing
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
@@ -51,9 +51,6 @@ from rlhf.pipeline.stage import Stage, View
 from rlhf.pipeline.store import Artifact
 from rlhf.rewards.kinds import models_of, parts_of
 from rlhf.tracking.redaction import redacted
-
-if TYPE_CHECKING:
-    pass
 
 AnnotatorName = Annotated[str, Field(pattern=r"^[\w-]{1,40}$")]
 
