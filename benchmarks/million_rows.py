@@ -169,8 +169,8 @@ def watched_prepare(command: Sequence[str], results: Any) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # on one core it starts no processes
     watches = Stopwatches()
     watches.watch(PrepareStage, "run", "reading, splitting, writing")
-    watches.watch(Examiner, "_some", "ids and texts as columns")
-    watches.watch(Examiner, "_one", "parsing, checking, deduplicating")
+    watches.watch(Examiner, "_examine_piece", "ids and texts as columns")
+    watches.watch(Examiner, "_examine_row", "parsing, checking, deduplicating")
     watches.watch(Examiner, "_sequences", "ids and texts as columns")
     watches.watch(chat_template, "_rendered", "chat template")
     watches.watch(chat_template, "_encode", "tokenizing")

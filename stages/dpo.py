@@ -225,7 +225,7 @@ class DpoStage(PreferenceConfig, Stage):
             evaluations=evaluations,
         )
         written = learner.publish()
-        if (reference_file := job.checkpoints.kept(f"train.{REFERENCE}")) and job.compute.is_main:
+        if (reference_file := job.checkpoints.saved_file(f"train.{REFERENCE}")) and job.compute.is_main:
             shutil.copyfile(reference_file, job.directory / REFERENCE)
         all_rows = sum(len(job.data.rows(self.role, split)) for split in TRAINING)
         return {
@@ -262,11 +262,11 @@ class DpoStage(PreferenceConfig, Stage):
         if not self.needs_reference:
             return splits[0], splits[1]
         names = [f"{name}.{REFERENCE}" for name in TRAINING]
-        files = [job.checkpoints.kept(name) for name in names]
+        files = [job.checkpoints.saved_file(name) for name in names]
         if None in files:
             measured = self.measure_reference(job, splits)
             files = [
-                job.checkpoints.keep(name, partial(write_reference, rows=rows))
+                job.checkpoints.save_file(name, partial(write_reference, rows=rows))
                 for name, rows in zip(names, measured, strict=True)
             ]
         train, held_out = (

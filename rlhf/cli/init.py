@@ -13,18 +13,18 @@ from typing import Any
 
 from rlhf.cli.command import read_words
 from rlhf.config import ConfigError
-from rlhf.data.chat_template import CHATML, rendered
+from rlhf.data.chat_template import CHATML, render_template
 from rlhf.data.formats import (
     CONVERSATION_COLUMNS,
     PROMPT_COLUMNS,
     Raw,
-    named_alike,
+    column_mapping,
     pair_row,
     preference_row,
     prompt_row,
-    read_as,
     retention_row,
     sft_row,
+    similar_columns,
 )
 from rlhf.data.schema import QuestionRow, Row, RowError, ThumbRow, text_of
 from rlhf.data.sources import SourceConfig
@@ -193,7 +193,7 @@ def inspect_file(path: str, named: Mapping[str, str]) -> FileContent:
         if len(bad) < MAX_BAD_SHARE * len(rows):
             first = next(renamed.read(dict(row)) for row in readable)
             assert not isinstance(first, RowError)
-            columns = read_as(first, kind.columns, fields)
+            columns = column_mapping(first, kind.columns, fields)
             return FileContent(path, name, renamed, len(rows), bad, columns, names, parsed(renamed, kind))
     for kind in KINDS.values():
         if rows and {*kind.columns} <= {*names}:
@@ -216,7 +216,7 @@ def guessed_fields(rows: Sequence[Raw], kind: Kind) -> dict[str, str]:
     """`fields` for columns with similar names; empty if the rows can be read without them."""
     if not rows or any(_can_parse(kind, row) for row in rows):
         return {}
-    fields = named_alike(rows[0], kind.columns)
+    fields = similar_columns(rows[0], kind.columns)
     return fields if fields.keys() >= {*kind.columns} - {"label"} and kind.key != "ppo.prompts" else {}
 
 
@@ -243,9 +243,9 @@ def as_model_sees(row: Row) -> str:
     if not prompt:
         return text_of(answer or "")
     if answer is None:
-        return rendered(CHATML, prompt, opens_answer=True)
+        return render_template(CHATML, prompt, opens_answer=True)
     turn = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
-    return rendered(CHATML, [*prompt, turn])
+    return render_template(CHATML, [*prompt, turn])
 
 
 def complaints(source: SourceConfig, kind: Kind) -> Iterator[str]:

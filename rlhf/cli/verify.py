@@ -14,7 +14,7 @@ from rlhf.config import ConfigError
 from rlhf.exit_codes import DONE, GATE_FAILED
 from rlhf.pipeline.store import Store
 from rlhf.printable import printable
-from rlhf.training.checkpoint import verified
+from rlhf.training.checkpoint import verify_checkpoint
 
 HELP = """python -m rlhf verify [store_dir=DIR]
 
@@ -59,7 +59,7 @@ def complaints(root: Path) -> Iterator[str | None]:
         if path.is_dir():
             yield _complaint(store, path)
     for path in sorted(root.glob("[!.]*/.*.checkpoints/step-*")):
-        _, complaint = verified(path)
+        _, complaint = verify_checkpoint(path)
         yield f"{path} is damaged: {complaint}" if complaint else None
 
 

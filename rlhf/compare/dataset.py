@@ -11,7 +11,7 @@ from rlhf.config import ConfigError
 from rlhf.data.formats import Raw, with_columns
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES, training_roles
-from rlhf.data.schema import PromptRow, Row, RowError, SftRow, limited, prompt_identity, text_of
+from rlhf.data.schema import PromptRow, Row, RowError, SftRow, draw_at_most, prompt_identity, text_of
 from rlhf.data.sources import SourceConfig
 
 QUESTIONS, CORPUS = "compare.questions", "compare.corpus"
@@ -146,4 +146,4 @@ def _read(source: SourceConfig, key: str, role: str) -> list[tuple[str, Row, Raw
             rows.append((where, ROLES[role].parse(raw), raw))
         except RowError as error:
             raise ConfigError(f"{key}: {where}: {error} Fix the row.") from None
-    return limited(rows, source.limit, lambda each: prompt_identity(each[1]))
+    return draw_at_most(rows, source.limit, lambda each: prompt_identity(each[1]))

@@ -1,4 +1,4 @@
-"""Answers to learn, as token ids that lie in a mapped file: of each row there are only numbers in memory."""
+"""Answers to learn, as token ids in a mapped file. Only a few numbers of each row are in memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class EncodedAnswer:
     """A sequence to learn from."""
 
     prompt: Tensor
-    """Long [prompt length]: what is only read."""
+    """Long [prompt length]: tokens that are read but not learned."""
     answer: Tensor
     """Long [answer length]."""
     mask: Tensor
-    """Of the answer: true on what is learned, false on turns between."""
+    """Bool [answer length]: true for tokens to learn, false for the turns in between."""
     is_cut: bool
-    """Whether its end was cut off."""
+    """Whether the end of the answer was cut off."""
 
     @property
     def learned(self) -> int:
-        """Tokens that are learned."""
+        """Number of tokens to learn."""
         return int(self.mask.sum())
 
     def __len__(self) -> int:
@@ -46,30 +46,31 @@ class AnswerSource:
     max_tokens: int
     """Longer sequences are cut: the end of the answer is lost."""
     all_turns: bool
-    """Learn every answer of a conversation, not only the last one. Where the chat template renders a turn in
-    another way once later ones follow, each turn is its own sequence."""
+    """Learn every answer of a conversation, not only the last one. If the chat template renders earlier turns
+    differently once later turns follow, each turn is its own sequence."""
 
     def __getitem__(self, index: int) -> EncodedAnswer:
         import torch
 
         ids, spans = self.ids.encoded(index)
         spans = spans[0 if self.all_turns else -1 :]
-        begin, kept = int(spans[0][0]), torch.from_numpy(ids[: self.max_tokens].astype("int64"))
-        mask = torch.zeros(len(kept), dtype=torch.bool)
+        begin, cut_ids = int(spans[0][0]), torch.from_numpy(ids[: self.max_tokens].astype("int64"))
+        mask = torch.zeros(len(cut_ids), dtype=torch.bool)
         for start, end in spans.tolist():
             mask[start:end] = True
-        return EncodedAnswer(kept[:begin], kept[begin:], mask[begin:], len(ids) > self.max_tokens)
+        return EncodedAnswer(cut_ids[:begin], cut_ids[begin:], mask[begin:], len(ids) > self.max_tokens)
 
     @cached_property
     def is_first(self) -> NDArray[Any]:
-        """Of each sequence: whether it is its row's first. It holds the whole row; others are turns apart."""
+        """Per sequence: whether it is the first of its row. The first one holds the full row; each other one
+        is a single earlier turn."""
         import numpy
 
-        found: NDArray[Any] = numpy.diff(self.ids.row, prepend=-1) != 0
-        return found
+        is_first: NDArray[Any] = numpy.diff(self.ids.row, prepend=-1) != 0
+        return is_first
 
     def order(self) -> NDArray[Any]:
-        """The sequences that are made of the rows, in the rows' order, earlier turns first."""
+        """Indices of the sequences to learn from, in the order of the rows; earlier turns come first."""
         import numpy
 
         if self.all_turns:
@@ -77,7 +78,7 @@ class AnswerSource:
         return numpy.flatnonzero(self.is_first)
 
     def learned(self) -> NDArray[Any]:
-        """Tokens that each sequence teaches."""
+        """Number of tokens to learn per sequence."""
         import numpy
 
         spans, ends = self.ids.spans.clip(max=self.max_tokens), self.ids.span_ends
@@ -86,22 +87,22 @@ class AnswerSource:
             tokens = tokens[ends - 1]
         elif len(ends):
             tokens = numpy.add.reduceat(tokens, numpy.concatenate([[0], ends[:-1]]))
-        found: NDArray[Any] = tokens
-        return found
+        learned: NDArray[Any] = tokens
+        return learned
 
     def as_json(self, index: int) -> Mapping[str, Any]:
         """Prompt and answer of a sequence, as text."""
         import numpy
 
         number = int(self.ids.row[index])
-        row, place = self.rows[number], index - int(numpy.searchsorted(self.ids.row, number))
-        if place:
-            row = [*each_turn(row)][place - 1]
+        row, turn = self.rows[number], index - int(numpy.searchsorted(self.ids.row, number))
+        if turn:
+            row = [*each_turn(row)][turn - 1]
         return {"prompt": row.prompt, "completion": row.completion}
 
 
 class Answers(Sequence[EncodedAnswer]):
-    """Sequences that teach something. Those that are asked for are read from their files."""
+    """Sequences with tokens to learn. Each is read from its file when it is accessed."""
 
     def __init__(
         self,
@@ -111,16 +112,16 @@ class Answers(Sequence[EncodedAnswer]):
         lengths: NDArray[Any],
         learned: NDArray[Any],
     ) -> None:
-        """`Answers.of` makes them of a file's rows."""
+        """To make them from the rows of a file, call `Answers.of`."""
         self._sources, self._source, self._index = sources, source, index
         self.lengths = lengths
-        """Tokens of each, as far as it is not cut off."""
+        """Tokens per sequence, after the cut to `max_tokens`."""
         self.learned = learned
-        """Tokens that each teaches."""
+        """Tokens to learn per sequence."""
 
     @classmethod
     def of(cls, rows: Sequence[SftRow], ids: TokenIds, max_tokens: int, *, all_turns: bool) -> Answers:
-        """The sequences of rows whose first `max_tokens` tokens leave anything to learn."""
+        """The sequences that have tokens to learn within their first `max_tokens` tokens."""
         import numpy
 
         source = AnswerSource(rows, ids, max_tokens, all_turns)
@@ -131,7 +132,7 @@ class Answers(Sequence[EncodedAnswer]):
 
     @classmethod
     def joined(cls, first: Answers, second: Answers) -> Answers:
-        """Those of the first, and behind them those of the second."""
+        """The sequences of the first, followed by those of the second."""
         import numpy
 
         names = ("_index", "lengths", "learned")
@@ -149,61 +150,62 @@ class Answers(Sequence[EncodedAnswer]):
 
     def __getitem__(self, index: int | slice) -> EncodedAnswer | Answers:
         if isinstance(index, slice):
-            return self._picked(index)
-        return self._of(index)[int(self._index[index])]
+            return self._select(index)
+        return self._source_of(index)[int(self._index[index])]
 
     def pick(self, indices: Sequence[int]) -> Answers:
-        """Those at these places."""
+        """The sequences at these indices."""
         import numpy
 
-        return self._picked(numpy.asarray(indices, dtype="int64"))
+        return self._select(numpy.asarray(indices, dtype="int64"))
 
-    def _picked(self, places: Any) -> Answers:
+    def _select(self, indices: Any) -> Answers:
         return Answers(
             self._sources,
-            self._source[places],
-            self._index[places],
-            self.lengths[places],
-            self.learned[places],
+            self._source[indices],
+            self._index[indices],
+            self.lengths[indices],
+            self.learned[indices],
         )
 
     def as_json(self, index: int) -> Mapping[str, Any]:
         """Prompt and answer, as text."""
-        return self._of(index).as_json(int(self._index[index]))
+        return self._source_of(index).as_json(int(self._index[index]))
 
-    def _of(self, index: int) -> AnswerSource:
+    def _source_of(self, index: int) -> AnswerSource:
         return self._sources[int(self._source[index])]
 
     @property
     def num_cut(self) -> int:
-        """How many have lost their end."""
+        """Number of sequences whose end was cut off."""
         return sum(
-            int((source.ids.lengths[index] > source.max_tokens).sum()) for source, index in self._of_each()
+            int((source.ids.lengths[index] > source.max_tokens).sum())
+            for source, index in self._indices_by_source()
         )
 
     @property
     def num_rows(self) -> int:
-        """How many rows they are made of."""
-        return sum(_num_different(source.ids.row[index]) for source, index in self._of_each())
+        """Number of rows that the sequences are made from."""
+        return sum(_num_distinct(source.ids.row[index]) for source, index in self._indices_by_source())
 
     @property
     def num_apart(self) -> int:
-        """How many conversations have each of their turns as a sequence of its own."""
+        """Number of conversations whose turns are separate sequences."""
         import numpy
 
-        found = 0
-        for source, index in self._of_each():
+        num_conversations = 0
+        for source, index in self._indices_by_source():
             if source.all_turns:
-                several = numpy.bincount(source.ids.row)[source.ids.row[index]] > 1
-                found += _num_different(source.ids.row[index][several])
-        return found
+                has_turns = numpy.bincount(source.ids.row)[source.ids.row[index]] > 1
+                num_conversations += _num_distinct(source.ids.row[index][has_turns])
+        return num_conversations
 
-    def _of_each(self) -> Iterable[tuple[AnswerSource, NDArray[Any]]]:
+    def _indices_by_source(self) -> Iterable[tuple[AnswerSource, NDArray[Any]]]:
         for number, source in enumerate(self._sources):
             yield source, self._index[self._source == number]
 
 
-def _num_different(numbers: NDArray[Any]) -> int:
+def _num_distinct(numbers: NDArray[Any]) -> int:
     import numpy
 
     return len(numpy.unique(numbers))

@@ -1,9 +1,8 @@
-"""Tables in Arrow files, which the system maps into memory: a process has in its own memory only what it
-touches.
+"""Tables in Arrow files that are mapped into memory: a process loads only the parts that it reads.
 
-The files are Arrow streams, as the `datasets` library keeps them: `Dataset.from_file(path)` opens one. They
-are written by pyarrow alone, because `datasets` adds fingerprints that depend on paths and times. So equal
-rows give equal bytes.
+The files are Arrow streams, like those of the `datasets` library: `Dataset.from_file(path)` opens one. Only
+pyarrow writes them, because `datasets` adds fingerprints that depend on paths and times. So equal rows give
+equal bytes.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PIECE_ROWS = 1000
-"""Rows that are read or written together."""
+"""Most rows that are read or written at once."""
 PIECE_ITEMS = 1 << 23
-"""Characters or token ids after which a piece ends before that: rows can be long."""
+"""Characters or token ids after which a piece ends early, because rows can be long."""
 
 BUFFER_BYTES = 2**20
-"""That are written together."""
+"""Bytes written at once."""
 
 
 class ArrowWriter:
-    """Writes rows one after the other; in memory are those of one piece."""
+    """Writes rows one after the other. The rows of one piece are in memory."""
 
     def __init__(self, path: Path, schema: pyarrow.Schema) -> None:
-        """The columns whose values have a length must hold texts, bytes or lists."""
+        """Each column holds texts, bytes, lists, or values without a length."""
         import pyarrow
 
         self._schema = schema
-        # by itself Arrow writes each buffer of each column apart, and each padding
+        # without the buffer, Arrow writes each column and each padding separately
         self._file = pyarrow.BufferedOutputStream(pyarrow.OSFile(str(path), "wb"), BUFFER_BYTES)
         self._stream = pyarrow.ipc.new_stream(self._file, schema)
         self._columns: dict[str, list[Any]] = {name: [] for name in schema.names}
@@ -75,21 +74,21 @@ class ArrowWriter:
         self._items = 0
 
 
-def mapped(path: Path) -> pyarrow.Table:
-    """The table in a file. Its columns lie in the file until they are read."""
+def map_table(path: Path) -> pyarrow.Table:
+    """The table in a file. Its columns stay in the file until they are read."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
         return stream.read_all()
 
 
-def picked(
+def pick_batches(
     table: pyarrow.Table, places: NDArray[numpy.integer[Any]], items: NDArray[numpy.integer[Any]]
 ) -> Iterator[pyarrow.RecordBatch]:
-    """The rows at these places, which ascend, in the pieces that `ArrowWriter.add` would write.
+    """The rows at these ascending places, in the pieces that `ArrowWriter.add` would write.
 
     Args:
-        items: of each of the rows, as `PIECE_ITEMS` counts them.
+        items: characters or token ids of each of these rows, as `PIECE_ITEMS` counts them.
     """
     import numpy
     import pyarrow
@@ -99,25 +98,25 @@ def picked(
     ends = items.cumsum(dtype=numpy.int64)
     begin = 0
     while begin < len(places):
-        before = ends[begin - 1] if begin else 0
-        full = int(numpy.searchsorted(ends, before + PIECE_ITEMS)) + 1
-        some = places[begin : min(begin + PIECE_ROWS, full)]
-        begin += len(some)
-        found = []
-        first, last = numpy.searchsorted(starts, some[[0, -1]], side="right") - 1
-        bounds = numpy.searchsorted(some, starts[first : last + 2])
+        items_before = ends[begin - 1] if begin else 0
+        full = int(numpy.searchsorted(ends, items_before + PIECE_ITEMS)) + 1
+        piece_places = places[begin : min(begin + PIECE_ROWS, full)]
+        begin += len(piece_places)
+        parts = []
+        first, last = numpy.searchsorted(starts, piece_places[[0, -1]], side="right") - 1
+        bounds = numpy.searchsorted(piece_places, starts[first : last + 2])
         for number, (low, high) in enumerate(pairwise(bounds), first):
             if low < high:
-                found.append(batches[number].take(pyarrow.array(some[low:high] - starts[number])))
-        yield found[0] if len(found) == 1 else pyarrow.concat_batches(found)
+                parts.append(batches[number].take(pyarrow.array(piece_places[low:high] - starts[number])))
+        yield parts[0] if len(parts) == 1 else pyarrow.concat_batches(parts)
 
 
-def values(column: pyarrow.ChunkedArray, picked: Sequence[int]) -> Iterator[Any]:
-    """A column's values at these places, in their order, as Python's values."""
-    for start in range(0, len(picked), PIECE_ROWS):
-        some = picked[start : start + PIECE_ROWS]
-        if isinstance(some, range) and some.step == 1:
-            yield from column.slice(some.start, len(some)).to_pylist()
-        else:  # one by one, as `take` copies the whole column first
-            for place in some:
+def column_values(column: pyarrow.ChunkedArray, places: Sequence[int]) -> Iterator[Any]:
+    """A column's values at these places, in this order, as Python values."""
+    for start in range(0, len(places), PIECE_ROWS):
+        chunk = places[start : start + PIECE_ROWS]
+        if isinstance(chunk, range) and chunk.step == 1:
+            yield from column.slice(chunk.start, len(chunk)).to_pylist()
+        else:  # one by one, because `take` first copies the full column
+            for place in chunk:
                 yield column[place].as_py()

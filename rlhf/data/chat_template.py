@@ -1,4 +1,4 @@
-"""Templates and token ids: the only place where text becomes ids, for every stage.
+"""Chat templates and token ids. Text becomes token ids only here, for every stage.
 
 A prompt and its response are tokenized separately, because the response is sampled after the prompt's ids.
 """
@@ -22,7 +22,7 @@ from rlhf.data.schema import (
     calls_tools,
     each_turn,
     message_with,
-    without,
+    message_without,
 )
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ PLAIN = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
-SHOWN = ("role", "content", "tool_calls", "tool_call_id", "name")
-"""What a template gets of a message."""
+MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name")
+"""Keys of a message that a template gets."""
 TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
 
 
 def resolve_template(choice: str) -> str:
-    """A named template, or the text of a jinja file."""
+    """The text of a named template or of a jinja file."""
     if choice in TEMPLATES:
         return TEMPLATES[choice]
     path = Path(choice)
@@ -56,8 +56,8 @@ def resolve_template(choice: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def rendered(template: str, messages: Sequence[Message], *, opens_answer: bool = False) -> str:
-    """A conversation in a template's text, without a tokenizer and its special tokens."""
+def render_template(template: str, messages: Sequence[Message], *, opens_answer: bool = False) -> str:
+    """A conversation as a template writes it, without a tokenizer and its special tokens."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -70,20 +70,21 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     """The ids before a response: the conversation and the opening of the assistant's turn.
 
     An empty conversation (plain text) gives the beginning-of-text token. If the model has none, it gives the
-    end
-    token: in pretraining, a new text starts after it.
+    end token, because in pretraining a new text starts after it.
     """
     if not messages:
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         return [] if first is None else [int(first)]
-    return _encode(tokenizer, _rendered(tokenizer, messages, opens_answer=True))
+    return _encode(tokenizer, _render(tokenizer, messages, opens_answer=True))
 
 
-def _rendered(
+def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, opens_answer: bool = False
 ) -> str:
-    """The conversation in the template."""
-    turns: list[Any] = [{name: value for name, value in each.items() if name in SHOWN} for each in messages]
+    """The conversation as the tokenizer's template writes it."""
+    turns: list[Any] = [
+        {name: value for name, value in each.items() if name in MESSAGE_KEYS} for each in messages
+    ]
     tools: Any = messages[0].get("tools")
     text = tokenizer.apply_chat_template(
         turns, tools=tools, tokenize=False, add_generation_prompt=opens_answer
@@ -91,16 +92,16 @@ def _rendered(
     return str(text)
 
 
-def unopened(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes before an answer and leaves out where it shall open one, so that the model
-    would have to write it. Empty of most templates."""
+def missing_opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text that the template writes before a given answer, but not when it opens an answer to be sampled. The
+    model would then have to write it. Empty for most templates."""
     marker = "\u241f"
     question = Message(role="user", content="x")
-    before = _rendered(tokenizer, [question], opens_answer=True)
-    whole = _rendered(tokenizer, [question, Message(role="assistant", content=marker)])
-    if before != _rendered(tokenizer, [question]) or not whole.startswith(before):
+    opening = _render(tokenizer, [question], opens_answer=True)
+    full_text = _render(tokenizer, [question, Message(role="assistant", content=marker)])
+    if opening != _render(tokenizer, [question]) or not full_text.startswith(opening):
         return ""
-    return whole[len(before) :].partition(marker)[0].strip()
+    return full_text[len(opening) :].partition(marker)[0].strip()
 
 
 def exchange_ids(
@@ -118,56 +119,56 @@ def exchange_ids(
 
 
 def _with_calls(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: Message) -> str:
-    """The text that the model must write for this turn: what the template makes of it, without its end.
+    """The text that the model must write for this turn, as the template writes it, without the end of turn.
 
     Raises:
-        TemplateError: an answer of this form does not begin where the template opens one.
+        TemplateError: an answer with calls begins differently from the answer that the template opens.
     """
     from jinja2 import TemplateError
 
-    before = _rendered(tokenizer, messages, opens_answer=True)
-    whole = _rendered(tokenizer, [*messages, answer])
-    if not whole.startswith(before):
+    opening = _render(tokenizer, messages, opens_answer=True)
+    full_text = _render(tokenizer, [*messages, answer])
+    if not full_text.startswith(opening):
         raise TemplateError("a turn with calls does not begin as it opens the assistant's turn")
     end = str(tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)))
-    text, found, _ = whole[len(before) :].rpartition(end)
-    return text if found else whole[len(before) :].rstrip()
+    text, separator, _ = full_text[len(opening) :].rpartition(end)
+    return text if separator else full_text[len(opening) :].rstrip()
 
 
 def check_tools(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
-    """Refuse a template that leaves out tools, calls or what tools answer, as many do without a word.
+    """Refuse a template that leaves out tools, calls or tool answers, as many do silently.
 
     Raises:
-        TemplateError: which of these.
+        TemplateError: the template leaves one of these out.
     """
     from jinja2 import TemplateError
 
     if not calls_tools(messages):
         return
-    shown = _rendered(tokenizer, messages)
-    silent = [without(each, "tool_calls") for each in messages]
-    if silent != [*messages] and _rendered(tokenizer, silent) == shown:
+    text = _render(tokenizer, messages)
+    without_calls = [message_without(each, "tool_calls") for each in messages]
+    if without_calls != [*messages] and _render(tokenizer, without_calls) == text:
         raise TemplateError("it does not show the assistant's calls (tool_calls)")
-    unoffered = [without(each, "tools") for each in messages]
-    if unoffered != [*messages] and _rendered(tokenizer, unoffered) == shown:
+    without_tools = [message_without(each, "tools") for each in messages]
+    if without_tools != [*messages] and _render(tokenizer, without_tools) == text:
         raise TemplateError("it does not show the tools that may be called (tools)")
-    other = [
+    other_answers = [
         message_with(each, f"{each['content']}.") if each["role"] == "tool" else each for each in messages
     ]
-    if other != [*messages] and _rendered(tokenizer, other) == shown:
+    if other_answers != [*messages] and _render(tokenizer, other_answers) == text:
         raise TemplateError("it does not show what a tool answers (role tool)")
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[list[int]]:
-    """Token ids that are made from a row; of a pair, both sides."""
+    """Token ids of the sequences of a row: one per exchange, so two for a pair."""
     return [
         prompt_ids(tokenizer, prompt) if answer is None else exchange_ids(tokenizer, prompt, answer)[0]
         for prompt, answer in row.exchanges()
     ]
 
 
-class TurnsApartError(ValueError):
-    """The template renders earlier turns differently when later ones follow (some remove earlier
+class TurnsDifferError(ValueError):
+    """The template renders earlier turns differently once later turns follow (some remove earlier
     thinking)."""
 
 
@@ -175,10 +176,10 @@ def conversation_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: Answer, turns: int
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a conversation with its response, and the (begin, end) of each of its last `turns` assistant
-    turns. The end of turn belongs to the turn.
+    turns, with the end-of-turn token.
 
     Raises:
-        TurnsApartError: in one sequence, a turn would follow other ids than when it is sampled.
+        TurnsDifferError: in one sequence, the ids before a turn would differ from those when it is sampled.
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     earlier = answers[len(answers) - turns + 1 :]
@@ -188,55 +189,55 @@ def conversation_ids(
         answer = response if index == len(messages) else answer_of(messages[index])
         ids, start = exchange_ids(tokenizer, messages[:index], answer)
         if ids[: min(start, len(before))] != before:
-            raise TurnsApartError
+            raise TurnsDifferError
         spans.append((start, len(ids)))
         before = ids
     return before, spans
 
 
 class Encoded(NamedTuple):
-    """A sequence that is made of a row."""
+    """A sequence made from a row."""
 
     ids: Any
     """A list of ints, or an array in a mapped file."""
     spans: Any
-    """The (begin, end) of each answer in it; none in a prompt that waits for one."""
+    """The (begin, end) of each answer in it. A prompt without an answer has none."""
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the exchange's prompt: before its last answer."""
+        """Number of tokens before the last answer."""
         return int(self.spans[-1][0]) if len(self.spans) else len(self.ids)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Encoded]:
     """One sequence for each of the row's exchanges.
 
-    If a conversation has several answers, its sequence has the span of each. If the chat template renders
-    earlier turns in another way when later ones follow, it has the last answer's alone, and each earlier turn
-    is one more sequence, behind it.
+    The sequence of a conversation with several answers has a span for each. If the chat template renders
+    earlier turns differently once later turns follow, the sequence has the span of the last answer only. One
+    more sequence for each earlier turn then follows it.
     """
     if isinstance(row, SftRow) and row.uses_tools:
         check_tools(tokenizer, row.conversation)
     if isinstance(row, SftRow) and row.turns > 1:
         try:
             return [Encoded(*conversation_ids(tokenizer, row.prompt, row.completion, row.turns))]
-        except TurnsApartError:
+        except TurnsDifferError:
             *earlier, last = each_turn(row)
             return [encode(tokenizer, turn)[0] for turn in (last, *earlier)]
-    found = []
+    sequences = []
     for prompt, answer in row.exchanges():
         if answer is None:
-            found.append(Encoded(prompt_ids(tokenizer, prompt), []))
+            sequences.append(Encoded(prompt_ids(tokenizer, prompt), []))
         else:
             ids, begin = exchange_ids(tokenizer, prompt, answer)
-            found.append(Encoded(ids, [(begin, len(ids))]))
-    return found
+            sequences.append(Encoded(ids, [(begin, len(ids))]))
+    return sequences
 
 
 def continuation_ids(
     tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
-    """Ids of plain text without a template: the context, and what is to be predicted.
+    """Ids of plain text without a template: of the context, and of the continuation to predict.
 
     Both are tokenized together and cut where the context alone ends, because some tokenizers add a space
     before every text. With an empty context and no beginning-of-text token, the text's first token is the
@@ -246,14 +247,14 @@ def continuation_ids(
     ids = [*begin, *_encode(tokenizer, context + continuation)]
     if len(ids) == 1:
         ids = [*prompt_ids(tokenizer, []), *ids]
-    given = len(begin) + len(_encode(tokenizer, context))
-    given = min(max(given, 1), len(ids) - 1)
-    return ids[:given], ids[given:]
+    num_context = len(begin) + len(_encode(tokenizer, context))
+    num_context = min(max(num_context, 1), len(ids) - 1)
+    return ids[:num_context], ids[num_context:]
 
 
 @lru_cache(maxsize=8)
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant's turn in this template (not always `eos_token`: Gemma)."""
+    """The token that ends an assistant's turn in this template. It is not always `eos_token`, as in Gemma."""
     marker = "\u241f"
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -270,7 +271,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | Sequence[int] | None) -> list[int]:
-    """Every id that ends a response: the template's, the tokenizer's and the generation config's."""
+    """Every id that ends a response: from the template, the tokenizer and the generation config."""
     listed = [generation_eos] if isinstance(generation_eos, int) else list(generation_eos or [])
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     return sorted({end_of_turn_id(tokenizer), *own, *listed})
@@ -283,8 +284,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """A sampled response as text, without its stop token and other special tokens. If they were in the text,
-    they would become turns of the conversation when the text is encoded again."""
+    """A sampled response as text, without its stop token and other special tokens. In the text, they would
+    become turns of the conversation when it is encoded again."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
@@ -301,7 +302,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not tokenizer.is_fast:
         return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    # what that call does too, but without the offsets: in two thirds of the time
+    # the same as that call, but faster because it computes no offsets
     backend: Any = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

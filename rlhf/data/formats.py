@@ -1,7 +1,8 @@
-"""From a row as people publish it to the row a stage reads, or a complaint that says what is wrong with it.
+"""Parsers: from a row of a published data set to the row that a stage reads, or an error that says what is
+wrong.
 
-Recognised: prompt/completion and its cousins, messages, Alpaca, ShareGPT, plain text, preference rows
-(answers as text or as message lists, the prompt apart or inside them) and HH transcripts.
+Formats: prompt/completion and similar columns, messages, Alpaca, ShareGPT, plain text, preference rows
+(answers as text or as message lists, the prompt in its own column or inside them) and HH transcripts.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ PROMPT_COLUMNS = ("prompt", "instruction", "question")
 ANSWER_COLUMNS = ("completion", "response", "output", "answer")
 THUMB_COLUMNS = ("label", "thumb")
 QUESTION_COLUMNS = ("question", "choices", "answer")
-MATERIAL_COLUMNS = ("input", "context")
-"""What an instruction or question is about (Alpaca, Dolly); follows it after a blank line."""
+CONTEXT_COLUMNS = ("input", "context")
+"""The text that an instruction or question is about (Alpaca, Dolly). It follows after a blank line."""
 
 SPEAKERS: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
@@ -61,27 +62,28 @@ def sft_row(raw: Raw) -> SftRow:
     """A row to learn an answer from.
 
     Raises:
-        RowError: what is missing or wrong, what was found, what is needed.
+        RowError: the row cannot be used. The text says what is wrong, what was found, and what is needed.
     """
-    column = _first(raw, CONVERSATION_COLUMNS)
+    column = _first_column(raw, CONVERSATION_COLUMNS)
     if column is not None:
         messages = _with_system(raw, _messages(raw[column], column, tools=True))
         return _last_exchange(_with_tools(raw, messages), column)
     offered = raw["tools"] if isinstance(raw.get("tools"), list) else []
     if any(isinstance(tool, Mapping) and "function" in tool for tool in offered):
         raise RowError("tools", '"tools" needs the conversation in the column messages.')
-    prompt_column, answer_column = _first(raw, PROMPT_COLUMNS), _first(raw, ANSWER_COLUMNS)
+    prompt_column, answer_column = _first_column(raw, PROMPT_COLUMNS), _first_column(raw, ANSWER_COLUMNS)
     if prompt_column is not None and answer_column is not None:
         before, completion = _answer(raw[answer_column], answer_column)
-        prompt = _joined(_prompt(raw, prompt_column), before)
-        return SftRow(_asking(prompt, prompt_column), completion)
+        prompt = _join_turns(_prompt(raw, prompt_column), before)
+        return SftRow(_require_user_turn(prompt, prompt_column), completion)
     if prompt_column is not None:
         hint = (
             " To learn the chosen answers, set fields: {completion: chosen}." if _has(raw, "chosen") else ""
         )
         raise RowError(
             "no answer",
-            f'"completion" is missing (found: {_found(raw)}): a prompt without an answer. {SFT_NEEDS}{hint}',
+            f'"completion" is missing (found: {_column_names(raw)}): a prompt without an answer. '
+            f"{SFT_NEEDS}{hint}",
         )
     if answer_column is not None or not _has(raw, "text"):
         raise _missing("prompt", raw, SFT_NEEDS)
@@ -94,12 +96,12 @@ def pair_row(raw: Raw) -> PairRow:
     """Two answers to one prompt.
 
     Raises:
-        RowError: what is missing or wrong, what was found, what is needed.
+        RowError: the row cannot be used. The text says what is wrong, what was found, and what is needed.
     """
     for needed in ("chosen", "rejected"):
         if not _has(raw, needed):
             raise _missing(needed, raw, PAIR_NEEDS)
-    column = _first(raw, PROMPT_COLUMNS)
+    column = _first_column(raw, PROMPT_COLUMNS)
     prompt = [] if column is None else _prompt(raw, column)
     before, chosen = _answer(raw["chosen"], "chosen")
     before_rejected, rejected = _answer(raw["rejected"], "rejected")
@@ -109,13 +111,13 @@ def pair_row(raw: Raw) -> PairRow:
             '"chosen" and "rejected" differ before their last turn. '
             "A pair is two answers to the same conversation.",
         )
-    prompt = _with_system(raw, _joined(prompt, before))
+    prompt = _with_system(raw, _join_turns(prompt, before))
     if not prompt:
         raise _missing("prompt", raw, PAIR_NEEDS)
     if chosen == rejected:
         raise RowError("tie", '"chosen" and "rejected" are the same text: a tie teaches nothing.')
     return PairRow(
-        _asking(prompt, column or "chosen"),
+        _require_user_turn(prompt, column or "chosen"),
         chosen,
         rejected,
         _gold(raw, "chosen_gold"),
@@ -124,19 +126,19 @@ def pair_row(raw: Raw) -> PairRow:
 
 
 def preference_row(raw: Raw) -> PairRow | ThumbRow:
-    """Two answers to one prompt; or an answer with a thumb up or down: `label` or `thumb`.
+    """Two answers to one prompt; or one answer with a thumb up or down, in `label` or `thumb`.
 
     Raises:
-        RowError: what is missing or wrong, what was found, what is needed.
+        RowError: the row cannot be used. The text says what is wrong, what was found, and what is needed.
     """
-    column = _first(raw, THUMB_COLUMNS)
+    column = _first_column(raw, THUMB_COLUMNS)
     if column is None or _has(raw, "chosen") or _has(raw, "rejected"):
         if not _has(raw, "chosen") and not _has(raw, "rejected"):
             raise _missing("chosen", raw, PREFERENCE_NEEDS)
         return pair_row(raw)
-    if _first(raw, CONVERSATION_COLUMNS) is None:
+    if _first_column(raw, CONVERSATION_COLUMNS) is None:
         for ours, columns in (("prompt", PROMPT_COLUMNS), ("completion", ANSWER_COLUMNS)):
-            if _first(raw, columns) is None:
+            if _first_column(raw, columns) is None:
                 raise _missing(ours, raw, PREFERENCE_NEEDS)
     exchange = sft_row(raw)
     if exchange.uses_tools:
@@ -148,10 +150,10 @@ THUMBS = {"true": True, "1": True, "up": True, "false": False, "0": False, "down
 
 
 def _thumb(value: Any, column: str) -> bool:
-    """True, 1 or "true", as CSV cells are texts."""
+    """Accepts true, 1 and "true", because CSV cells are texts."""
     thumb = THUMBS.get(str(value).strip().lower())
     if thumb is None:
-        raise RowError("wrong type", f'"{column}" must be true or false, found {_shown(value)}.')
+        raise RowError("wrong type", f'"{column}" must be true or false, found {_short_repr(value)}.')
     return thumb
 
 
@@ -159,7 +161,7 @@ def prompt_row(raw: Raw) -> PromptRow:
     """The prompt of any row, with its other columns.
 
     Raises:
-        RowError: what is missing or wrong, what was found, what is needed.
+        RowError: the row cannot be used. The text says what is wrong, what was found, and what is needed.
     """
     column = _prompt_column(raw)
     if column is None:
@@ -175,13 +177,13 @@ def prompt_row(raw: Raw) -> PromptRow:
         prompt = _prompt(raw, column)
     while prompt and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
-    row = with_columns(_asking(prompt, column), raw)
+    row = with_columns(_require_user_turn(prompt, column), raw)
     checked_json(row)
     return row
 
 
 def with_columns(prompt: list[Message], raw: Raw) -> PromptRow:
-    """A row of this prompt with all columns of `raw` but the one that the prompt is from."""
+    """A row with this prompt and all columns of `raw`, except the column of the prompt."""
     column = _prompt_column(raw)
     others = {str(name): value for name, value in raw.items() if name != column and value is not None}
     return PromptRow(prompt, columns=others, is_text=column is not None and not isinstance(raw[column], list))
@@ -191,7 +193,7 @@ def checked_json(row: PromptRow) -> str:
     """The row's JSON.
 
     Raises:
-        RowError: a column is no valid Unicode.
+        RowError: a column is not valid Unicode.
     """
     text = row_to_json(row)
     try:
@@ -204,18 +206,18 @@ def checked_json(row: PromptRow) -> str:
 
 
 def _prompt_column(raw: Raw) -> str | None:
-    return _first(raw, (*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"))
+    return _first_column(raw, (*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"))
 
 
 def retention_row(raw: Raw) -> TextRow | QuestionRow:
     """A text or a question that shows what a model still knows.
 
     Raises:
-        RowError: what is missing or wrong, what was found, what is needed.
+        RowError: the row cannot be used. The text says what is wrong, what was found, and what is needed.
     """
     if _has(raw, "text") and not _has(raw, "choices"):
         return TextRow(_text(raw["text"], "text"))
-    if _first(raw, QUESTION_COLUMNS) is None:
+    if _first_column(raw, QUESTION_COLUMNS) is None:
         raise _missing("text", raw, RETENTION_NEEDS)
     return _question(raw)
 
@@ -227,7 +229,7 @@ def _question(raw: Raw) -> QuestionRow:
     question, choices, answer = _text(raw["question"], "question"), raw["choices"], raw["answer"]
     if not isinstance(choices, list) or len(choices) < 2:
         raise RowError(
-            "wrong type", f'"choices" must be a list of at least two texts, found {_shown(choices)}.'
+            "wrong type", f'"choices" must be a list of at least two texts, found {_short_repr(choices)}.'
         )
     texts = [_text(choice, f"choices[{index}]") for index, choice in enumerate(choices)]
     letters = [chr(ord("A") + index) for index in range(len(texts))]
@@ -237,64 +239,75 @@ def _question(raw: Raw) -> QuestionRow:
         raise RowError(
             "wrong answer index",
             f'"answer" must be the index of a choice (0 to {len(texts) - 1}) or its letter, '
-            f"found {_shown(answer)}.",
+            f"found {_short_repr(answer)}.",
         )
     return QuestionRow(question, texts, answer)
 
 
-COUSINS = {
+COLUMN_SYNONYMS = {
     "prompt": (*PROMPT_COLUMNS, "query", "input", "request", "user", "context", "title"),
     "completion": (*ANSWER_COLUMNS, "reply", "target", "assistant", "text", "solution"),
     "chosen": ("chosen", "preferred", "better", "winner", "accepted", "positive", "response_chosen"),
     "rejected": ("rejected", "dispreferred", "worse", "loser", "refused", "negative", "response_rejected"),
     "text": ("text", "content", "sentence", "document"),
 }
-"""What columns that hold the same are often called."""
+"""Our name -> names that other data sets use for this column."""
 
 
-def read_as(raw: Raw, columns: Sequence[str], fields: Mapping[str, str]) -> str:
-    """Which column is taken for what, such as `{prompt: question, completion: answer}`; of a row whose
-    columns `fields` has renamed, by the source's own names.
+def column_mapping(raw: Raw, columns: Sequence[str], fields: Mapping[str, str]) -> str:
+    """Our names -> the source's columns that are read, such as `{prompt: question, completion: answer}`.
 
     Args:
-        columns: our names, as `Role.columns`.
+        raw: a row whose columns `fields` has already renamed.
+        columns: our names, as in `Role.columns`.
+        fields: our names -> the source's columns.
     """
-    conversation = _first(raw, CONVERSATION_COLUMNS)
+    conversation = _first_column(raw, CONVERSATION_COLUMNS)
     if "chosen" not in columns and conversation is not None:
-        return _mapping({"messages": fields.get(conversation, conversation)})
+        return _as_yaml({"messages": fields.get(conversation, conversation)})
     if columns == ("text",) and _has(raw, "choices"):
         columns = QUESTION_COLUMNS
-    if "chosen" in columns and not _has(raw, "chosen") and (thumb := _first(raw, THUMB_COLUMNS)):
+    if "chosen" in columns and not _has(raw, "chosen") and (thumb := _first_column(raw, THUMB_COLUMNS)):
         columns = ("prompt", "completion", thumb)
     has_answer = bool({"completion", "chosen"} & {*columns})
     accepted = {
         "prompt": PROMPT_COLUMNS if has_answer else (*PROMPT_COLUMNS, "chosen", "text"),
         "completion": ANSWER_COLUMNS,
     }
-    read = {ours: _first(raw, accepted.get(ours, (ours,))) for ours in columns}
-    found = {ours: fields.get(theirs, theirs) for ours, theirs in read.items() if theirs is not None}
-    return _mapping(found or {"text": "text"})
+    first_columns = {ours: _first_column(raw, accepted.get(ours, (ours,))) for ours in columns}
+    mapping = {
+        ours: fields.get(theirs, theirs) for ours, theirs in first_columns.items() if theirs is not None
+    }
+    return _as_yaml(mapping or {"text": "text"})
 
 
-def named_alike(raw: Raw, columns: Sequence[str]) -> dict[str, str]:
-    """Our names -> the source's, for those columns that are called the same but for blanks, brackets and
-    capitals, or much the same. What is called much like a text and holds a number is a number."""
-    left = [str(column) for column in raw]
-    found: dict[str, str] = {}
+def similar_columns(raw: Raw, columns: Sequence[str]) -> dict[str, str]:
+    """Our names -> the source's columns with a similar name. Spaces, brackets and capitals do not count. A
+    column that holds a number is not taken for a text."""
+    unused = [str(column) for column in raw]
+    columns_by_name: dict[str, str] = {}
     for ours in columns:
-        named = {_bare(name): name for name in left}
-        alike = [name for name, own in named.items() if ours not in COUSINS or not _is_number(raw.get(own))]
-        for cousin in COUSINS.get(ours, (ours,)):
-            near = [cousin] if cousin in named else get_close_matches(cousin, alike, n=1, cutoff=0.75)
-            near += [name for name in alike if cousin in name.split()]  # `better answer`
-            if near:
-                found[ours] = named[near[0]]
-                left.remove(found[ours])
+        by_plain_name = {_plain_name(name): name for name in unused}
+        candidates = [
+            name
+            for name, own in by_plain_name.items()
+            if ours not in COLUMN_SYNONYMS or not _is_number(raw.get(own))
+        ]
+        for synonym in COLUMN_SYNONYMS.get(ours, (ours,)):
+            matches = (
+                [synonym]
+                if synonym in by_plain_name
+                else get_close_matches(synonym, candidates, n=1, cutoff=0.75)
+            )
+            matches += [name for name in candidates if synonym in name.split()]  # `better answer`
+            if matches:
+                columns_by_name[ours] = by_plain_name[matches[0]]
+                unused.remove(columns_by_name[ours])
                 break
-    return found
+    return columns_by_name
 
 
-def _bare(column: str) -> str:
+def _plain_name(column: str) -> str:
     return " ".join(re.sub(r"\(.*?\)|\[.*?\]", " ", column).lower().split())
 
 
@@ -307,32 +320,32 @@ def _is_number(value: Any) -> bool:
 
 
 def likely_fields(raw: Raw, columns: Sequence[str]) -> str:
-    """`fields` for a row that lacks the columns that its role needs, by the columns' names; COLUMN where none
-    is called so."""
-    found = named_alike(raw, columns)
-    return _mapping({ours: found.get(ours, "COLUMN") for ours in columns})
+    """A `fields` value for a row without the columns that its role needs, guessed from the names of its
+    columns. COLUMN stands for a column without a guess."""
+    similar = similar_columns(raw, columns)
+    return _as_yaml({ours: similar.get(ours, "COLUMN") for ours in columns})
 
 
-def _mapping(columns: Mapping[str, str]) -> str:
+def _as_yaml(columns: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{ours}: {quoted(theirs)}" for ours, theirs in columns.items()) + "}"
 
 
 def quoted(text: str) -> str:
-    """As Hydra and YAML read it: in quotes where it needs them."""
+    """The text for Hydra and YAML, in quotes if it needs them."""
     return text if re.fullmatch(r"[\w./-]+", text) else json.dumps(text, ensure_ascii=False)
 
 
-def _first(raw: Raw, columns: Sequence[str]) -> str | None:
+def _first_column(raw: Raw, columns: Sequence[str]) -> str | None:
     return next((column for column in columns if _has(raw, column)), None)
 
 
 def _has(raw: Raw, column: str) -> bool:
-    """Null is absent: Parquet and the Hub give every row the columns of all the others."""
+    """Whether a row has a value. Null counts as absent: Parquet and the Hub give every row all columns."""
     return raw.get(column) is not None
 
 
 def _prompt(raw: Raw, column: str) -> list[Message]:
-    """A prompt given as text, as messages, as a transcript, or as the root of an OpenAssistant tree."""
+    """A prompt from text, messages, a transcript, or the root of an OpenAssistant tree."""
     value = raw[column]
     if isinstance(value, Mapping) and "text" in value:
         value = value["text"]
@@ -342,19 +355,20 @@ def _prompt(raw: Raw, column: str) -> list[Message]:
         _check_opens_conversation(raw)
     text = _text(value, column, "text or a list of messages")
     if column in ("instruction", "question"):
-        material = [raw[name] for name in MATERIAL_COLUMNS if raw.get(name) not in (None, "")]
-        text = "\n\n".join([text, *(_text(value, "input") for value in material[:1])])
+        context = [raw[name] for name in CONTEXT_COLUMNS if raw.get(name) not in (None, "")]
+        text = "\n\n".join([text, *(_text(value, "input") for value in context[:1])])
     return _with_system(raw, [{"role": "user", "content": text}])
 
 
 def _check_opens_conversation(raw: Raw) -> None:
-    """OpenAssistant lists every message of its trees as a row; only the roots can stand alone."""
+    """Refuse a message that answers another one. OpenAssistant has a row for every message of its trees, but
+    only the roots are prompts."""
     if raw.get("parent_id") or SPEAKERS.get(str(raw.get("role", "user")).lower()) == "assistant":
         raise RowError("not a prompt", "this message answers another one. A prompt opens a conversation.")
 
 
 def _answer(value: Any, column: str) -> tuple[list[Message], str]:
-    """An answer, and the turns before it where the column holds a conversation."""
+    """The turns before an answer, if the column holds a conversation; and the answer."""
     if not isinstance(value, list) and not _is_transcript(value):
         return [], _text(value, column, "text or a list of messages")
     messages = _messages(value, column)
@@ -365,9 +379,10 @@ def _answer(value: Any, column: str) -> tuple[list[Message], str]:
     return messages[:-1], messages[-1]["content"]
 
 
-def _joined(prompt: list[Message], before: list[Message]) -> list[Message]:
-    """The prompt column and the turns before the answers, which often repeat it (UltraFeedback) or its first
-    turn; of two system messages the conversation's own counts."""
+def _join_turns(prompt: list[Message], before: list[Message]) -> list[Message]:
+    """The prompt column followed by the turns before the answers. These turns often repeat the prompt or its
+    first turn (UltraFeedback); then it appears once. Of two system messages, the conversation's own
+    counts."""
     (opening, asked), (own_opening, turns) = _without_system(prompt), _without_system(before)
     if asked in (turns[: len(asked)], turns[len(turns) - len(asked) :]):
         return [*(own_opening or opening), *turns]
@@ -375,7 +390,7 @@ def _joined(prompt: list[Message], before: list[Message]) -> list[Message]:
 
 
 def _without_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The system message at the front, where there is one; and the turns."""
+    """The system message at the front, if there is one; and the turns."""
     num_system = 1 if messages and messages[0]["role"] == "system" else 0
     return messages[:num_system], messages[num_system:]
 
@@ -387,11 +402,13 @@ def _last_exchange(messages: list[Message], column: str) -> SftRow:
             "no answer", f'"{column}" has no assistant turn: a prompt without an answer. {SFT_NEEDS}'
         )
     first_question = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
-    turns = max(1, sum(index > first_question for index in answers))  # what comes before answers nobody
-    return SftRow(_asking(messages[: answers[-1]], column), answer_of(messages[answers[-1]]), turns)
+    turns = max(1, sum(index > first_question for index in answers))  # earlier turns answer no question
+    return SftRow(
+        _require_user_turn(messages[: answers[-1]], column), answer_of(messages[answers[-1]]), turns
+    )
 
 
-def _asking(prompt: list[Message], column: str) -> list[Message]:
+def _require_user_turn(prompt: list[Message], column: str) -> list[Message]:
     if not any(message["role"] == "user" for message in prompt):
         raise RowError("no prompt", f'"{column}" has no user turn before the answer.')
     return prompt
@@ -404,7 +421,7 @@ def _with_system(raw: Raw, messages: list[Message]) -> list[Message]:
 
 
 def _messages(value: Any, column: str, *, tools: bool = False) -> list[Message]:
-    """A list of role/content or from/value, or an HH transcript.
+    """Messages from a list of role/content or from/value, or from an HH transcript.
 
     Args:
         tools: whether the assistant may call tools, and tools may answer.
@@ -412,12 +429,12 @@ def _messages(value: Any, column: str, *, tools: bool = False) -> list[Message]:
     if _is_transcript(value):
         return _transcript(value, column)
     if not isinstance(value, list) or not value:
-        raise RowError("wrong type", f'"{column}" must be a list of messages, found {_shown(value)}.')
+        raise RowError("wrong type", f'"{column}" must be a list of messages, found {_short_repr(value)}.')
     messages: list[Message] = []
     for index, item in enumerate(value):
         where = f"{column}[{index}]"
         if not isinstance(item, Mapping):
-            raise RowError("wrong type", f'"{where}" must have role and content, found {_shown(item)}.')
+            raise RowError("wrong type", f'"{where}" must have role and content, found {_short_repr(item)}.')
         who, what = ("role", "content") if "role" in item else ("from", "value")
         if tools and who == "role" and (item["role"] == "tool" or item.get("tool_calls")):
             messages.append(_tool_message(item, where))
@@ -425,7 +442,7 @@ def _messages(value: Any, column: str, *, tools: bool = False) -> list[Message]:
         if who not in item or what not in item:
             raise RowError(
                 "missing field",
-                f'"{where}" needs role and content (or from and value), found: {_found(item)}.',
+                f'"{where}" needs role and content (or from and value), found: {_column_names(item)}.',
             )
         speaker = SPEAKERS.get(str(item[who]).lower())
         if speaker is None:
@@ -437,7 +454,7 @@ def _messages(value: Any, column: str, *, tools: bool = False) -> list[Message]:
 
 
 def _tool_message(item: Raw, where: str) -> Message:
-    """A turn of the assistant with calls, or what a tool answers, as OpenAI writes them."""
+    """An assistant turn with calls, or the answer of a tool, in OpenAI's format."""
     if item["role"] == "tool":
         answer: Message = {"role": "tool", "content": _text(item.get("content"), f"{where}.content")}
         if item.get("name") is not None:
@@ -447,7 +464,7 @@ def _tool_message(item: Raw, where: str) -> Message:
         return answer
     if SPEAKERS.get(str(item["role"]).lower()) != "assistant":
         raise RowError("wrong type", f'"{where}" has tool_calls, and its role is {item["role"]!r}.')
-    calls = _listed(item["tool_calls"], f"{where}.tool_calls")
+    calls = _as_mappings(item["tool_calls"], f"{where}.tool_calls")
     content = item.get("content")
     return {
         "role": "assistant",
@@ -457,10 +474,10 @@ def _tool_message(item: Raw, where: str) -> Message:
 
 
 def _call(call: Raw, where: str) -> dict[str, Any]:
-    """A call; its arguments as a mapping, which templates expect."""
+    """A call. Its arguments become a mapping, which templates expect."""
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RowError("wrong type", f'"{where}" needs a function with a name, found {_shown(call)}.')
+        raise RowError("wrong type", f'"{where}" needs a function with a name, found {_short_repr(call)}.')
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
@@ -470,10 +487,10 @@ def _call(call: Raw, where: str) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise RowError(
             "wrong type", f'"{where}.arguments" must be a mapping, or JSON of one, found '
-            f"{_shown(function['arguments'])}.",
+            f"{_short_repr(function['arguments'])}.",
         )  # fmt: skip
-    found: dict[str, Any] = {} if call.get("id") is None else {"id": call["id"]}
-    return found | {"type": "function", "function": {"name": function["name"], "arguments": {**arguments}}}
+    call_id: dict[str, Any] = {} if call.get("id") is None else {"id": call["id"]}
+    return call_id | {"type": "function", "function": {"name": function["name"], "arguments": {**arguments}}}
 
 
 def _with_tools(raw: Raw, messages: list[Message]) -> list[Message]:
@@ -485,7 +502,7 @@ def _with_tools(raw: Raw, messages: list[Message]) -> list[Message]:
 
 
 def _tools(raw: Raw) -> list[dict[str, Any]]:
-    """What `tools` offers: JSON schemas of functions, as a list or as its JSON."""
+    """The JSON schemas of functions in the column `tools`, which holds a list or its JSON text."""
     value = raw.get("tools")
     if value in (None, "", "[]", []):
         return []
@@ -493,20 +510,20 @@ def _tools(raw: Raw) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise RowError("wrong type", f'"tools" is no JSON, found {_shown(value)}.') from None
-    found = _listed(value, "tools")
-    for index, tool in enumerate(found):
+            raise RowError("wrong type", f'"tools" is no JSON, found {_short_repr(value)}.') from None
+    tools = _as_mappings(value, "tools")
+    for index, tool in enumerate(tools):
         function = tool.get("function", tool)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError(
-                "wrong type", f'"tools[{index}]" needs a function with a name, found {_shown(tool)}.'
+                "wrong type", f'"tools[{index}]" needs a function with a name, found {_short_repr(tool)}.'
             )
-    return [{**tool} for tool in found]
+    return [{**tool} for tool in tools]
 
 
-def _listed(value: Any, column: str) -> list[Raw]:
+def _as_mappings(value: Any, column: str) -> list[Raw]:
     if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
-        raise RowError("wrong type", f'"{column}" must be a list of mappings, found {_shown(value)}.')
+        raise RowError("wrong type", f'"{column}" must be a list of mappings, found {_short_repr(value)}.')
     return value
 
 
@@ -517,7 +534,7 @@ def _is_transcript(value: Any) -> bool:
 def _transcript(text: str, column: str) -> list[Message]:
     pieces = HH_TURN.split(text)[1:]
     turns = list(zip(pieces[::2], pieces[1::2], strict=True))
-    if turns[-1][0] == "Assistant" and not turns[-1][1].strip():  # a prompt ends by opening the answer
+    if turns[-1][0] == "Assistant" and not turns[-1][1].strip():  # a prompt ends with an empty answer
         turns.pop()
     return [
         {"role": SPEAKERS[speaker.lower()], "content": _text(content, f"{column} turn {number}")}
@@ -526,11 +543,11 @@ def _transcript(text: str, column: str) -> list[Message]:
 
 
 def _text(value: Any, column: str, needed: str = "text") -> str:
-    """A text without the blank space around it."""
+    """A text without the white space around it."""
     if value is None:
         raise RowError("empty", f'"{column}" is null. It must be {needed}.')
     if not isinstance(value, str):
-        raise RowError("wrong type", f'"{column}" must be {needed}, found {_shown(value)}.')
+        raise RowError("wrong type", f'"{column}" must be {needed}, found {_short_repr(value)}.')
     if not value.strip():
         raise RowError("empty", f'"{column}" is empty.')
     try:
@@ -551,19 +568,19 @@ def _gold(raw: Raw, column: str) -> float | None:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise RowError("wrong type", f'"{column}" must be a finite number, found {_shown(value)}.')
+        raise RowError("wrong type", f'"{column}" must be a finite number, found {_short_repr(value)}.')
     return number
 
 
 def _missing(column: str, raw: Raw, needs: str) -> RowError:
-    return RowError("missing field", f'"{column}" is missing (found: {_found(raw)}). {needs}')
+    return RowError("missing field", f'"{column}" is missing (found: {_column_names(raw)}). {needs}')
 
 
-def _found(raw: Raw) -> str:
+def _column_names(raw: Raw) -> str:
     columns = [str(column) if _has(raw, column) else f"{column} (null)" for column in raw]
     return ", ".join(columns) or "nothing"
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     text = repr(value)
     return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"

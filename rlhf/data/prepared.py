@@ -1,4 +1,4 @@
-"""Rows in files: as `prepare` reads them, one role after the other, and as later stages read the result."""
+"""Rows in files: as `prepare` stores them while it reads the roles, and as later stages read the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar, overload
 
 from rlhf.config import ConfigError
-from rlhf.data.arrow import ArrowWriter, mapped, picked, values
+from rlhf.data.arrow import ArrowWriter, column_values, map_table, pick_batches
 from rlhf.data.roles import ROLES, Role, Roles
 from rlhf.data.schema import (
     PairRow,
@@ -44,34 +44,34 @@ REPORT, UNLIKE = "report.json", "unlike.json"
 DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
 FOR_JUDGE = "for the judge"
 NO_PROMPT, SAME_PROMPT = "no prompt", "same prompt"
-"""Of rows whose prompts another role takes."""
+"""Reasons to remove a row when another role uses only the prompts of the rows."""
 LEAK = "leak"
-"""In an evaluation set that was meant to be apart."""
+"""The prompt is also in an evaluation set with sources of its own."""
 BEYOND_LIMIT, TOO_LONG = "beyond limit", "too long"
 NOT_DROPPED = (FOR_JUDGE, IN_EVALUATION, LEFT_FOR_TRAINING, LEAK, BEYOND_LIMIT, NO_PROMPT, SAME_PROMPT)
-"""Reasons of rows that are fine and only belong elsewhere."""
+"""Reasons to remove valid rows that belong to another role or split."""
 FAULTS = NEAR_DUPLICATE, CONTRADICTION, COPIED = "near_duplicate", "contradiction", "copied_answer"
-"""Of rows that other rows, or their own prompts, show to be wrong. Metrics are called after them."""
+"""Reasons to remove rows that other rows, or their own prompts, show to be wrong. Metrics have these
+names."""
 OUTVOTED = "outvoted"
-"""Of rows whose contrary stands there more often, as where several people judged a pair."""
-NUM_EXAMPLES, EXCERPT = 3, 80
-"""Examples that are shown, and characters of a text in them."""
+"""The opposite judgement is more frequent in the data, as when several people judged a pair."""
+NUM_EXAMPLES, EXCERPT_CHARACTERS = 3, 80
+"""Examples per reason, and characters of text in an example."""
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
 class LengthStats(NamedTuple):
-    """Number of rows and of their tokens. Time and memory depend on them."""
+    """Number of rows, and statistics of their tokens. Estimates of time and memory use them."""
 
     rows: int
     mean: float
     deviation: float
     longest: int
     shared_prefix: float = 0.0
-    """Mean number of first tokens that a row shares with the row before it. On CPUs they are computed
-    once."""
+    """Mean number of first tokens that a row shares with the row before it. CPUs compute these once."""
 
     def cut(self, most: int) -> LengthStats:
-        """The lengths if rows with more than `most` tokens are cut or left out."""
+        """The statistics if rows with more than `most` tokens are cut or left out."""
         return self._replace(
             mean=min(self.mean, most),
             longest=min(self.longest, most),
@@ -79,7 +79,7 @@ class LengthStats(NamedTuple):
         )
 
     def first(self, rows: int | None) -> LengthStats:
-        """The lengths of the first `rows` rows."""
+        """The statistics of the first `rows` rows."""
         return self if rows is None else self._replace(rows=min(self.rows, rows))
 
 
@@ -89,13 +89,13 @@ def role_digest(name: str, role: Role, files: Mapping[str, str]) -> str:
 
 
 class Rows(Sequence[AnyRow], Generic[AnyRow]):
-    """Rows in a file. Each is made when it is asked for, so that a million of them need no memory."""
+    """Rows in a file. Each is parsed when it is accessed, so a million of them need no memory."""
 
     def __init__(
-        self, column: pyarrow.ChunkedArray, types: Sequence[type[Row]], picked: Sequence[int]
+        self, column: pyarrow.ChunkedArray, types: Sequence[type[Row]], places: Sequence[int]
     ) -> None:
-        """The rows of `column` at the places `picked`, each of one of the types."""
-        self._column, self._types, self._picked = column, types, picked
+        """The rows of `column` at these places. Each is of one of the `types`."""
+        self._column, self._types, self._picked = column, types, places
 
     def __len__(self) -> int:
         return len(self._picked)
@@ -108,30 +108,30 @@ class Rows(Sequence[AnyRow], Generic[AnyRow]):
     def __getitem__(self, index: int | slice) -> AnyRow | Rows[AnyRow]:
         if isinstance(index, slice):
             return Rows(self._column, self._types, self._picked[index])
-        return self._made(self._column[self._picked[index]].as_py())
+        return self._parsed(self._column[self._picked[index]].as_py())
 
     def __iter__(self) -> Iterator[AnyRow]:
-        yield from map(self._made, values(self._column, self._picked))
+        yield from map(self._parsed, column_values(self._column, self._picked))
 
     def pick(self, places: Sequence[int]) -> Rows[AnyRow]:
-        """Those of these rows."""
+        """The rows at these indices."""
         return Rows(self._column, self._types, array("i", (self._picked[place] for place in places)))
 
-    def _made(self, text: str) -> AnyRow:
+    def _parsed(self, text: str) -> AnyRow:
         row: Any = row_from_json(text, self._types)
         return row  # type: ignore[no-any-return]  # the role says which types it has
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """ROLE.SPLIT.arrow files in one directory. Their column `row` has each row as JSON, since rows of users'
-    roles have fields of any kind."""
+    """ROLE.SPLIT.arrow files in one directory. Their column `row` holds each row as JSON, because rows of a
+    user's own roles may have any fields."""
 
     directory: Path
     elsewhere: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
-    """Role -> the directory that has its rows, and what it is called there; others are in `directory`."""
+    """Role -> the directory of its rows, and its name there. Other roles are in `directory`."""
     roles: Roles = field(default_factory=lambda: ROLES)
-    """Those of the config: its stages may have some of their own."""
+    """The roles of the config. Its stages may add their own."""
 
     @overload
     def rows(self, role: Literal["sft", "replay", "ptx"], split: TrainSplit) -> Rows[SftRow]: ...
@@ -151,9 +151,9 @@ class PreparedData:
     def rows(self, role: str, split: str) -> Rows[Any]: ...
 
     def rows(self, role: str, split: str) -> object:
-        """The rows of one split, in the order of their source; none of a role without a source. A role of a
-        user's stage gives rows of its own type."""
-        column = mapped(self._path(role, split))["row"]
+        """The rows of one split, in the order of their source. A role without a source has none. A role of a
+        user's stage has rows of its own type."""
+        column = map_table(self._path(role, split))["row"]
         return Rows(column, self.roles[role].row_types, range(len(column)))
 
     def digest(self, role: str) -> str:
@@ -161,13 +161,14 @@ class PreparedData:
         paths = [self._path(role, split) for split in self.roles[role].splits]
         return role_digest(role, self.roles[role], {path.name: file_digest(path) for path in paths})
 
-    def content(self, role: str) -> str | None:
-        """Digest of a role's rows that is the same for another role with these rows; None if it has none."""
+    def content_digest(self, role: str) -> str | None:
+        """Digest of a role's rows. It is equal for roles with equal rows; None if the role has no files."""
         paths = [self._path(role, split) for split in self.roles[role].splits]
         return digest_of([file_digest(path) for path in paths]) if all(map(Path.is_file, paths)) else None
 
     def size(self, role: str, split: Split) -> LengthStats:
-        """Number of rows in a split, with the lengths of the role's rows; for pairs, of the longer side."""
+        """Number of rows in a split, and the lengths of all rows of the role. A pair has the length of its
+        longer side."""
         report = self._report(role)
         if report is None:  # it has no source
             return LengthStats(0, 0.0, 0.0, 0)
@@ -177,7 +178,7 @@ class PreparedData:
         )
 
     def mean_answer(self, role: str) -> float | None:
-        """Tokens of a mean answer of the role's training rows; None if there is none."""
+        """Mean tokens of the answers in the role's training rows; None without answers."""
         path = self.tokens_path(role, "train")
         if not path.exists():
             return None
@@ -187,27 +188,27 @@ class PreparedData:
         return float(numpy.diff(spans).mean()) if len(spans) else None
 
     def unlike(self) -> list[str]:
-        """In what texts of roles are unlike those of others, as sentences: rlhf/data/unlike.py."""
+        """Differences between the texts of roles, as sentences: see rlhf/data/unlike.py."""
         path = self.directory / UNLIKE
-        found: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        return found  # none of an artifact from before this was written down
+        sentences: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return sentences  # artifacts of earlier versions have none
 
     def check_not_empty(self, role: str) -> None:
-        """Refuse rows that `prepare` took from others' where none are left; an empty source of the role's own
-        it refuses itself.
+        """Refuse a role without rows that uses the prompts of another role. `prepare` itself refuses an empty
+        source.
 
         Raises:
-            ConfigError: what became of them.
+            ConfigError: a split is empty; the text says why the rows were removed.
         """
         report = self._report(role)
         assert report is not None
         for split, rows in report["kept"].items():
             if not rows:
                 removed = [f"{each['count']} {reason}" for reason, each in report["removed"].items()]
-                why = "; ".join([f"{report['read']} rows", *removed])
+                reasons = "; ".join([f"{report['read']} rows", *removed])
                 advice = f"Give more rows, or set {self.roles[role].key} to a source that no other key uses."
                 raise ConfigError(
-                    f"{self.roles[role].key}={report['source']}: no prompts are left for {split}: {why}. "
+                    f"{self.roles[role].key}={report['source']}: no prompts are left for {split}: {reasons}. "
                     f"{report['made_by_runs'] or advice}"
                 )
 
@@ -218,7 +219,7 @@ class PreparedData:
                 file.add({"row": row_to_json(row)})
 
     def write_batches(self, role: str, split: Split, batches: Iterable[pyarrow.RecordBatch]) -> None:
-        """Write one split. The batches have one column: what `row_to_json` made."""
+        """Write one split. The batches have one column: rows from `row_to_json`."""
         with self._writer(role, split) as file:
             for batch in batches:
                 file.add_batch(batch.rename_columns(["row"]))
@@ -229,27 +230,27 @@ class PreparedData:
         return ArrowWriter(self._path(role, split), pyarrow.schema([("row", pyarrow.string())]))
 
     def tokens_path(self, role: str, split: str) -> Path:
-        """Where the token ids of a split's rows are, by the base model's tokenizer: a file of `TokenIds`."""
-        directory, name = self._place(role)
+        """The `TokenIds` file of a split's rows, encoded with the base model's tokenizer."""
+        directory, name = self._location(role)
         return directory / f"{name}.{split}.tokens.arrow"
 
     def _report(self, role: str) -> dict[str, Any] | None:
-        directory, name = self._place(role)
-        found: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
-        return found.get(name)
+        directory, name = self._location(role)
+        report: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+        return report.get(name)
 
-    def _place(self, role: str) -> tuple[Path, str]:
+    def _location(self, role: str) -> tuple[Path, str]:
         return self.elsewhere.get(role, (self.directory, role))
 
     def _path(self, role: str, split: str) -> Path:
         assert split in self.roles[role].splits, f"{role} has no split {split}"
-        directory, name = self._place(role)
+        directory, name = self._location(role)
         return directory / f"{name}.{split}.arrow"
 
 
 @dataclass
 class RowStore(RowNumbers):
-    """Rows of one role as they were read, with those that are not kept. Numbers are in memory; texts and ids
+    """All rows of one role that were read, also those removed later. Numbers are in memory; texts and ids are
     in two files."""
 
     directory: Path = field(kw_only=True)
@@ -258,7 +259,7 @@ class RowStore(RowNumbers):
     """`tokenizer_digest`."""
     row_types: Sequence[type[Row]] = field(kw_only=True)
     fingerprint: list[str] = field(default_factory=list)
-    """Of each row's source."""
+    """Fingerprint of each row's source."""
 
     def __enter__(self) -> Self:
         self._rows = ArrowWriter(self._path("rows"), text_schema())
@@ -275,7 +276,7 @@ class RowStore(RowNumbers):
         """Append rows with their sequences.
 
         Returns:
-            The first one's number.
+            The number of the first row.
         """
         first = len(self)
         self._rows.add_batch(piece.texts)
@@ -287,7 +288,7 @@ class RowStore(RowNumbers):
     @cached_property
     def table(self) -> pyarrow.Table:
         """Columns row, prompt and where."""
-        return mapped(self._path("rows"))
+        return map_table(self._path("rows"))
 
     @cached_property
     def ids(self) -> TokenIds:
@@ -295,11 +296,11 @@ class RowStore(RowNumbers):
         return TokenIds(self._path("ids"))
 
     def where(self, number: int) -> str:
-        """Where a row was found."""
+        """The place of a row in its source."""
         return str(self.table["where"][number].as_py())
 
     def row(self, number: int) -> Row:
-        """A row that was read."""
+        """The row of this number."""
         return row_from_json(self.table["row"][number].as_py(), self.row_types)
 
     def _path(self, what: str) -> Path:
@@ -308,130 +309,138 @@ class RowStore(RowNumbers):
 
 @dataclass
 class Removed:
-    """How many rows went for one reason, and where the first of them stand."""
+    """Number of rows that were removed for one reason, and the places of the first ones."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, where: str) -> None:
-        """Count one more."""
+        """Count one more row."""
         self.count += 1
         if len(self.examples) < NUM_EXAMPLES:
             self.examples.append(where)
 
     def extend(self, other: Removed) -> None:
-        """Count others too."""
+        """Add the rows of another count."""
         self.count += other.count
         self.examples = [*self.examples, *other.examples][:NUM_EXAMPLES]
 
     def places(self) -> str:
-        """Such as `train.jsonl line 4, train.jsonl line 9, ...`."""
+        """The examples as text, such as `train.jsonl line 4, train.jsonl line 9, ...`."""
         return ", ".join([*self.examples, *(["..."] if self.count > len(self.examples) else [])])
 
 
 @dataclass
 class RoleData:
-    """One role's rows and what became of them. A row is known by its number in the store."""
+    """The rows of one role: which are kept, removed, or in a split. A row is given by its number in the
+    store."""
 
     role: str
     """Its name."""
-    about: Role
+    definition: Role
     store: RowStore
     prompts_only: bool = False
-    """Whether it takes the prompts of the store's rows, which another role reads."""
+    """Whether the role uses only the prompts of rows that another role reads."""
     num_read: int = 0
     rows: array[int] = field(default_factory=lambda: array("i"))
-    """Those that are kept, in the order of their source."""
+    """The kept rows, in the order of their source."""
     shared_prefix: array[float] = field(default_factory=lambda: array("d"))
-    """Of each row of the store: tokens with which its sequences begin like the ones before."""
+    """Per row of the store: mean number of first tokens that its sequences share with the ones before."""
     removed: dict[str, Removed] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
-    """Of each source that is the user's: what it has, and what is read."""
+    """User's source -> its columns, and how they are read."""
     cut: Removed = field(default_factory=Removed)
-    """Rows that are kept, though their end is beyond the model's context: training cuts them."""
+    """Kept rows that are longer than the model's context: training cuts them."""
     splits: dict[Split, array[int]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """What the user calls the role's source."""
-        return self.about.key
+        """The config key of the role's source."""
+        return self.definition.key
 
     def remove(self, reason: str, where: str) -> None:
-        """Count a row that is not kept."""
+        """Count a removed row."""
         self.removed.setdefault(reason, Removed()).add(where)
 
-    def remove_row(self, reason: str, number: int, shown: Callable[[int], str] | None = None) -> None:
-        """Count a row of the store that is not kept. `shown` makes an example of it."""
+    def remove_row(self, reason: str, number: int, describe: Callable[[int], str] | None = None) -> None:
+        """Count a removed row of the store. `describe` gives the text of an example."""
         removed = self.removed.setdefault(reason, Removed())
-        removed.add((shown or self.store.where)(number) if len(removed.examples) < NUM_EXAMPLES else "")
+        removed.add((describe or self.store.where)(number) if len(removed.examples) < NUM_EXAMPLES else "")
 
     def keep(
-        self, wanted: Callable[[int], bool], reason: str, shown: Callable[[int], str] | None = None
+        self, wanted: Callable[[int], bool], reason: str, describe: Callable[[int], str] | None = None
     ) -> None:
-        """Remove the rows that are not wanted."""
+        """Keep the wanted rows, and remove the others for `reason`."""
         kept = array("i")
         for number in self.rows:
             if wanted(number):
                 kept.append(number)
             else:
-                self.remove_row(reason, number, shown)
+                self.remove_row(reason, number, describe)
         self.rows = kept
         self.splits = {split: array("i", filter(wanted, rows)) for split, rows in self.splits.items()}
 
-    def leave_out(self, reason: str, found: Mapping[int, tuple[RoleData, int] | None]) -> None:
-        """Remove rows, each with the one that shows it to be wrong, if another one does."""
+    def leave_out(self, reason: str, faulty: Mapping[int, tuple[RoleData, int] | None]) -> None:
+        """Remove rows for `reason`.
 
-        def shown(number: int) -> str:
-            other = found[number]
+        Args:
+            faulty: number of a row to remove -> the row that shows it to be wrong, or None.
+        """
+
+        def describe(number: int) -> str:
+            other = faulty[number]
             rows = [(self, number), other] if other else [(self, number)]
             return " and ".join(role.example(place, reason) for role, place in rows)
 
-        if found:
-            self.keep(lambda number: number not in found, reason, shown)
+        if faulty:
+            self.keep(lambda number: number not in faulty, reason, describe)
 
     def example(self, number: int, reason: str) -> str:
-        """Where a row stands, and what it asks or answers."""
+        """The place of a row, with excerpts of its prompt and answers."""
         row = self.store.row(number)
         answers = [text_of(answer or "") for _, answer in row.exchanges()]
         if isinstance(row, ThumbRow):
             answers.append("thumb up" if row.thumb else "thumb down")
-        shown = {NEAR_DUPLICATE: [row.asked()], COPIED: [copied_answer(row) or answers[0]]}
-        texts = [" ".join(printable(text).split()) for text in shown.get(reason, [row.asked(), *answers])]
-        cut = EXCERPT // len(texts)
-        said = [f'"{text[:cut]}{"..." * (len(text) > cut)}"' for text in texts]
-        return f"{self.store.where(number)}: {' > '.join(said)}"
+        texts_by_reason = {NEAR_DUPLICATE: [row.asked()], COPIED: [copied_answer(row) or answers[0]]}
+        texts = [
+            " ".join(printable(text).split()) for text in texts_by_reason.get(reason, [row.asked(), *answers])
+        ]
+        max_characters = EXCERPT_CHARACTERS // len(texts)
+        excerpts = [f'"{text[:max_characters]}{"..." * (len(text) > max_characters)}"' for text in texts]
+        return f"{self.store.where(number)}: {' > '.join(excerpts)}"
 
     def identity(self, number: int) -> str:
         """`prompt_identity` of a row."""
         return self.store.identity[number].hex()
 
     def asks_none_of(self, prompts: AbstractSet[bytes], number: int) -> bool:
-        """Whether a row teaches no answer to these prompts; a conversation may teach several answers."""
+        """Whether a row teaches no answer to any of these prompts. A conversation may teach several
+        answers."""
         alone = (self.store.identity[number],)
         asks = alone if self.prompts_only else self.store.asks.get(number, alone)
         return prompts.isdisjoint(asks)
 
     def fingerprints(self) -> set[str]:
-        """Of the sources of its rows."""
+        """Fingerprints of the sources of its rows."""
         return {self.store.fingerprint[number] for number in self.rows}
 
     def num_of(self, row_type: type[Row]) -> int:
-        """How many of its rows are of this type."""
+        """Number of its rows of this type."""
         if self.prompts_only:
             return len(self.rows) if row_type is PromptRow else 0
-        types = self.about.row_types
+        types = self.definition.row_types
         return sum(issubclass(types[self.store.kind[number]], row_type) for number in self.rows)
 
     def num_exchanges(self, number: int) -> int:
-        """How many of its sequences are of exchanges; the others are turns apart."""
+        """Number of a row's sequences that are exchanges. The others are separate earlier turns."""
         return 1 if self.prompts_only else self.store.num_exchanges[number]
 
     def tokens(self, number: int) -> int:
-        """Of the longest sequence made from a row."""
+        """Tokens of the longest sequence of a row."""
         return (self.store.prompt_tokens if self.prompts_only else self.store.tokens)[number]
 
     def measure_shared_prefix(self) -> None:
-        """Set `shared_prefix` of the rows that are kept."""
+        """Set `shared_prefix` for the kept rows."""
         import numpy
 
         self.shared_prefix = array("d", bytes(8 * len(self.store)))
@@ -440,12 +449,14 @@ class RoleData:
         store, rows = self.store, numpy.array(self.rows, numpy.int64)
         counts = numpy.array([self.num_exchanges(number) for number in self.rows])
         places = ranges(numpy.array(store.sequences)[rows], counts)
-        most = numpy.array(store.prompt_tokens)[rows] if self.prompts_only else store.ids.lengths[places]
-        shared = numpy.add.reduceat(store.ids.shared_prefix(places, most), counts.cumsum() - counts)
+        max_tokens = (
+            numpy.array(store.prompt_tokens)[rows] if self.prompts_only else store.ids.lengths[places]
+        )
+        shared = numpy.add.reduceat(store.ids.shared_prefix(places, max_tokens), counts.cumsum() - counts)
         numpy.frombuffer(self.shared_prefix)[rows] = shared / counts
 
     def write(self, prepared: PreparedData) -> None:
-        """The rows of each split, and their token ids."""
+        """Write the rows of each split, and their token ids."""
         import numpy
 
         store, sequences = self.store, numpy.array(self.store.sequences)
@@ -453,7 +464,7 @@ class RoleData:
         items = numpy.array(store.prompt_characters if self.prompts_only else store.characters)
         for split, numbers in self.splits.items():
             rows = numpy.array(numbers, numpy.int64)
-            prepared.write_batches(self.role, split, picked(texts, rows, items[rows]))
+            prepared.write_batches(self.role, split, pick_batches(texts, rows, items[rows]))
             first, prompts = sequences[rows], None
             counts = sequences[rows + 1] - first
             if self.prompts_only:
@@ -464,26 +475,27 @@ class RoleData:
                 tokens.copy(store.ids, ranges(first, counts), row, prompts)
 
     def count(self, reason: str) -> int:
-        """Rows removed for this reason."""
+        """Number of rows removed for this reason."""
         return self.removed[reason].count if reason in self.removed else 0
 
     @property
     def num_dropped(self) -> int:
-        """Rows that no role gets: duplicates and bad ones."""
+        """Number of rows that no role gets: duplicates and bad rows."""
         return sum(removed.count for reason, removed in self.removed.items() if reason not in NOT_DROPPED)
 
     @property
     def bad_share(self) -> float:
-        """Of the rows that were read, those that the role could not use, whatever the others are."""
+        """Share of the rows read that the role could not use at all. Duplicates, outvoted rows and faults do
+        not count."""
         others = sum(map(self.count, (DUPLICATE, OUTVOTED, *FAULTS)))
         return (self.num_dropped - others) / max(1, self.num_read)
 
     def share(self, reason: str) -> float:
-        """Of the rows that it would have without a fault, those with this one."""
+        """Share of rows with this fault, among the rows that the role would have without faults."""
         return self.count(reason) / max(1, len(self.rows) + sum(map(self.count, FAULTS)))
 
-    def why(self) -> list[str]:
-        """What was removed, such as `2 tie (train.jsonl line 4, train.jsonl line 9)`."""
+    def reasons(self) -> list[str]:
+        """The removed rows per reason, such as `2 tie (train.jsonl line 4, train.jsonl line 9)`."""
         return [f"{removed.count} {reason} ({removed.places()})" for reason, removed in self.removed.items()]
 
     def report(self) -> dict[str, Any]:
@@ -505,13 +517,13 @@ class RoleData:
 
 
 def ranges(begins: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
-    """The numbers from each begin on, so many as its count says, one range behind the other."""
+    """Joined ranges: per begin, `count` consecutive numbers from it on."""
     import numpy
 
     return numpy.repeat(begins - (counts.cumsum() - counts), counts) + numpy.arange(counts.sum())
 
 
 def quantiles(lengths: Iterable[int]) -> dict[str, int]:
-    """The lengths at 5, 50, 95 and 100 percent of the rows."""
+    """The lengths at the 5th, 50th, 95th and 100th percentile."""
     ordered = sorted(lengths) or [0]
     return {name: ordered[round(share * (len(ordered) - 1))] for name, share in QUANTILES.items()}

@@ -1,4 +1,4 @@
-"""What data sets are for: tables of roles, from which all that depends on roles follows."""
+"""Roles: what each data set is for. The tables here decide everything that depends on a role."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ EVALUATION: tuple[Split, ...] = ("evaluation",)
 
 @dataclass(frozen=True)
 class Role:
-    """What a data set is for: which key names it, what its rows become, and where they go."""
+    """What a data set is for: the key that names it, the types of its rows, and its splits."""
 
     key: str
-    """The config key of its source; every complaint starts with it."""
+    """The config key of its source. Every error about its rows starts with it."""
     row_types: tuple[type[Row], ...]
-    """What its rows become."""
+    """The types that `parse` returns."""
     parse: Callable[[Raw], Row]
-    """Makes a row of what stands in a source; raises RowError where it cannot."""
+    """Makes a row from the columns in a source. Raises RowError if it cannot."""
     columns: tuple[str, ...]
-    """What a row needs, by our names: `fields` maps them to the source's."""
+    """Columns that a row needs, by our names. `fields` maps them to the source's columns."""
     splits: tuple[Split, ...] = TRAINING
-    """TRAINING: `prepare.held_out_fraction` of its prompts are held out, and none is evaluated on.
-    EVALUATION: no stage trains on what it asks."""
+    """TRAINING: `prepare.held_out_fraction` of its prompts are held out, and none is used for evaluation.
+    EVALUATION: no stage trains on its prompts."""
     metrics: tuple[str, ...] = ()
-    """What `prepare` calls the number of its rows: a name for each of `row_types`, or none at all."""
+    """Names of the metrics in which `prepare` counts its rows: one for each of `row_types`, or none."""
     lends_prompts: bool = False
-    """Whether `ppo.prompts` and `evaluate.prompts` may name its key, and then take its rows' prompts."""
+    """Whether `ppo.prompts` and `evaluate.prompts` may name its key, to use the prompts of its rows."""
     advice: str = ""
-    """How to do without its data."""
+    """How to run without its data."""
 
 
 Roles = Mapping[str, Role]
-"""Name -> role, in the order in which `prepare` tells of them."""
+"""Name -> role, in the order in which `prepare` reports them."""
 ROLES: Roles = {
     "sft": Role(
         "sft.data", (SftRow,), sft_row, ("prompt", "completion"), metrics=("sft_rows",), lends_prompts=True
@@ -70,9 +70,9 @@ ROLES: Roles = {
         ("retention_texts", "retention_questions"),
     ),
 }
-"""Those of this package's stages. A config may have more: see `rlhf.data.mount.Mount.roles`."""
+"""The roles of this package's stages. A config may have more: see `rlhf.data.mount.Mount.roles`."""
 JUDGE = "pairs@judge"
-"""The role of `reward@judge`: pairs whose prompts no other preferences have."""
+"""The role of `reward@judge`: pairs whose prompts appear in no other preferences."""
 
 
 def training_roles(roles: Roles = ROLES) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The rows that stages read, what they ask, and what makes a row bad."""
+"""The rows that stages read: their types, their prompts, and the errors of bad rows."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _OPEN, _CLOSE = "[\"'\u2018-\u201e\u2039«¿¡「『]", "[!.,?;:\"'\u2019\u201d\
 SENTENCE_MARKS = re.compile(
     rf"(?<!\S){_OPEN}+(?=\w)|(?<=\S)(?:(?<!\d)|(?!!)|(?=!*\s*$)){_CLOSE}+(?=\s|$)|\s+[!.?؟।]+\s*$"
 )
-"""Marks before and behind words, that do not change what is asked. Inside of code or a number they do, and
-alone between blanks; 5! is not 5 where more follows."""
-FRAME = re.compile(
+"""Punctuation before and after words that does not change the meaning. Marks inside code or a number, and
+marks alone between spaces, do change it; 5! is not 5 if more text follows."""
+FRAME_MARKS = re.compile(
     r"^(?:(?:[-*•#>]+|\d+[.)])\s+(?=[^\W\d])|(?:q|question)\s*[:.]\s+)+|^\*\*(?=.*\*\*$)|\*\*$"
 )
-"""That a text is a point of a list, a question, or bold as a whole."""
-POLITE = re.compile(
+"""Marks of a list item, a question, or a fully bold text."""
+POLITE_WORDS = re.compile(
     r"^(?:please |kindly |bitte )+|(?: please| bitte| thanks| thank you| thanks in advance| \(please\))+$"
 )
-LONG_WORDS = 30
-"""A text with fewer words is a near duplicate of one with the same words alone."""
-SHORTEST_COPY = 40
-"""Characters of an answer that is taken for a copy; "yes" stands in many prompts."""
+MIN_LONG_WORDS = 30
+"""Fewest words of a long text. A shorter text is a near duplicate only of a text with the same words."""
+MIN_COPY_CHARACTERS = 40
+"""Fewest characters of an answer that can count as a copy: many prompts contain "yes"."""
 Split = Literal["train", "held_out", "evaluation"]
 Item = TypeVar("Item")
 
@@ -46,29 +46,29 @@ class Message(TypedDict):
     name: NotRequired[str]
     """The tool that answers."""
     tools: NotRequired[list[dict[str, Any]]]
-    """Only of a conversation's first message: the tools that the assistant may call, as JSON schemas."""
+    """Only in the first message of a conversation: the tools that the assistant may call, as JSON schemas."""
 
 
 Answer = str | Message
-"""Of the assistant: text; or a whole message, where it calls tools."""
+"""An answer of the assistant: text, or a full message if it calls tools."""
 
 
-def without(message: Message, name: Literal["tools", "tool_calls"]) -> Message:
-    """A copy that lacks this."""
+def message_without(message: Message, name: Literal["tools", "tool_calls"]) -> Message:
+    """A copy of the message without this key."""
     copy = message.copy()
     copy.pop(name, None)
     return copy
 
 
 def message_with(message: Message, content: str) -> Message:
-    """A copy that says something else."""
+    """A copy of the message with other content."""
     copy = message.copy()
     copy["content"] = content
     return copy
 
 
 def calls_tools(messages: Sequence[Message]) -> bool:
-    """Whether tools are offered, called, or answer."""
+    """Whether the messages offer tools, call them, or contain their answers."""
     return any({"tools", "tool_calls"} & each.keys() or each["role"] == "tool" for each in messages)
 
 
@@ -79,10 +79,11 @@ class Row(ABC):
 
     @abstractmethod
     def exchanges(self) -> Sequence[tuple[list[Message], Answer | None]]:
-        """The conversations that are made from it, each with its answer; None where one is to be sampled."""
+        """The conversations made from the row, each with its answer, or None if the answer is to be
+        sampled."""
 
     def asked(self) -> str:
-        """What it asks, as text; of plain text, the text itself."""
+        """The prompt as text. For plain text, the text itself."""
         prompt, answer = self.exchanges()[0]
         if prompt:
             return "\n".join(message["content"] for message in prompt)
@@ -91,16 +92,16 @@ class Row(ABC):
 
 @dataclass(frozen=True)
 class SftRow(Row):
-    """A conversation and the answer to learn; plain text has an empty conversation."""
+    """A conversation and the answer to learn. Plain text has an empty conversation."""
 
     prompt: list[Message]
     completion: Answer
     turns: int = 1
-    """How many of the assistant's turns are answers to learn: the completion, and the last ones before it."""
+    """Number of assistant turns to learn: the completion, and the last ones before it."""
 
     @property
     def uses_tools(self) -> bool:
-        """Whether tools are offered, called, or answer."""
+        """Whether the conversation offers tools, calls them, or contains their answers."""
         return calls_tools(self.prompt) or not isinstance(self.completion, str)
 
     @property
@@ -111,7 +112,7 @@ class SftRow(Row):
         return [*self.prompt, self.completion]
 
     def exchanges(self) -> Sequence[tuple[list[Message], Answer | None]]:
-        """The whole conversation."""
+        """The full conversation."""
         return [(self.prompt, self.completion)]
 
 
@@ -123,7 +124,7 @@ class PairRow(Row):
     chosen: str
     rejected: str
     chosen_gold: float | None = None
-    """What the true reward says of the answer, where it is known; never trained on."""
+    """The true reward of the answer, if it is known. It is never trained on."""
     rejected_gold: float | None = None
 
     def exchanges(self) -> list[tuple[list[Message], str | None]]:
@@ -133,7 +134,7 @@ class PairRow(Row):
 
 @dataclass(frozen=True)
 class ThumbRow(Row):
-    """An answer to a conversation, and whether somebody liked it."""
+    """An answer to a conversation, with a thumb up or down."""
 
     prompt: list[Message]
     completion: str
@@ -141,19 +142,20 @@ class ThumbRow(Row):
     """True is up."""
 
     def exchanges(self) -> list[tuple[list[Message], str | None]]:
-        """The whole conversation."""
+        """The full conversation."""
         return [(self.prompt, self.completion)]
 
 
 @dataclass(frozen=True)
 class PromptRow(Row):
-    """A conversation that waits for an answer, with what else its file says of it."""
+    """A conversation without an answer, with the other columns of its file."""
 
     prompt: list[Message]
     columns: dict[str, Any] = field(default_factory=dict, kw_only=True)
-    """The other columns of its file, such as `answer`, without those that are null. Rewards read them."""
+    """The other columns of its file, such as `answer`, without null values. Rewards read them."""
     is_text: bool = field(default=False, kw_only=True)
-    """Whether the file gives the prompt as text, not as messages. Functions in TRL's form then get texts."""
+    """Whether the file has the prompt as text, not as messages. Reward functions in TRL's form then get
+    texts."""
 
     def exchanges(self) -> list[tuple[list[Message], str | None]]:
         """The prompt."""
@@ -166,10 +168,10 @@ class TextRow(Row):
 
     text: str
     source: str = ""
-    """Name of the set that it is from."""
+    """Name of its data set."""
 
     def exchanges(self) -> list[tuple[list[Message], str | None]]:
-        """The text, behind no prompt."""
+        """The text, without a prompt."""
         return [([], self.text)]
 
 
@@ -191,7 +193,7 @@ class QuestionRow(Row):
 
 
 def text_of(answer: Answer) -> str:
-    """What it says, without its calls."""
+    """The text of an answer, without its calls."""
     return answer if isinstance(answer, str) else answer["content"]
 
 
@@ -208,29 +210,29 @@ class RowError(ValueError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
-        return RowError, (self.reason, str(self))  # another process may have found it
+        return RowError, (self.reason, str(self))  # so that it can be sent from another process
 
 
 def row_to_json(row: Row) -> str:
-    """As it stands in a prepared file."""
+    """The row as a prepared file has it."""
     return json.dumps(vars(row), ensure_ascii=False, default=_as_json)
 
 
 def _as_json(value: Any) -> Any:
-    """A value that Parquet or the Hub knows and JSON does not: a date, a time or a decimal number as text;
-    others, such as images, as null."""
+    """A JSON value for a type that only Parquet or the Hub has. Dates, times and decimal numbers become text;
+    others, such as images, become null."""
     return str(value) if isinstance(value, date | time | timedelta | Decimal) else None
 
 
 def row_from_json(text: str, row_types: Sequence[type[Row]]) -> Row:
-    """The row that `row_to_json` wrote: of the type that has its fields."""
+    """The row that `row_to_json` wrote. Its type is the one with the same fields."""
     values = json.loads(text)
-    (found,) = (each for each in row_types if each.__dataclass_fields__.keys() == values.keys())
-    return found(**values)
+    (row_type,) = (each for each in row_types if each.__dataclass_fields__.keys() == values.keys())
+    return row_type(**values)
 
 
 def each_turn(row: SftRow) -> Iterator[SftRow]:
-    """Each answer that a conversation teaches, behind the turns before it."""
+    """Per answer to learn in a conversation: a row of the answer and the turns before it."""
     answers = [index for index, message in enumerate(row.prompt) if message["role"] == "assistant"]
     for index in answers[len(answers) - row.turns + 1 :]:
         yield SftRow(row.prompt[:index], answer_of(row.prompt[index]))
@@ -238,53 +240,54 @@ def each_turn(row: SftRow) -> Iterator[SftRow]:
 
 
 def prompt_identity(row: Row) -> str:
-    """sha256 of what the row asks: equal for prompts that differ only in case, spacing or Unicode form.
+    """sha256 of the prompt: equal for prompts that differ only in case, spacing or Unicode form.
 
-    Roles share it, so that a prompt is recognised wherever it turns up.
+    It does not depend on the role, so the same prompt is recognised in every data set.
     """
     plain = " ".join(unicodedata.normalize("NFKC", row.asked()).casefold().split())
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def plain_words(text: str) -> str:
-    """In small letters, without marks of sentences and politeness: two prompts that are then equal ask the
+    """The text in lower case, without punctuation and polite words. Two prompts with equal results ask the
     same. Numbers, operators and brackets stay."""
     folded = unicodedata.normalize("NFKC", text).casefold().strip()
-    words = SENTENCE_MARKS.sub("", FRAME.sub("", folded)).split()
-    return POLITE.sub("", " ".join(words)) or folded
+    words = SENTENCE_MARKS.sub("", FRAME_MARKS.sub("", folded)).split()
+    return POLITE_WORDS.sub("", " ".join(words)) or folded
 
 
-def number_of(*texts: str) -> int:
-    """63 bits of their hash; never 0."""
+def text_hash(*texts: str) -> int:
+    """A 63-bit hash of the texts; never 0."""
     digest = hashlib.sha256("\0".join(texts).encode()).digest()
     return int.from_bytes(digest[:8]) >> 1 or 1
 
 
 def judgement(row: Row) -> int:
-    """A number of prompt and answers: of the contrary judgement its negative, 0 where nothing is judged."""
+    """A hash of prompt, answers and judgement. The opposite judgement has the negative number; a row without
+    a judgement has 0."""
     if not isinstance(row, PairRow | ThumbRow):
         return 0
     answers = [" ".join(text_of(answer or "").split()) for _, answer in row.exchanges()]
     is_positive = row.thumb if isinstance(row, ThumbRow) else answers[0] < answers[1]
-    return number_of(plain_words(row.asked()), *sorted(answers)) * (1 if is_positive else -1)
+    return text_hash(plain_words(row.asked()), *sorted(answers)) * (1 if is_positive else -1)
 
 
 def copied_answer(row: Row) -> str | None:
-    """An answer that stands in its own prompt. To repeat what a tool or the assistant said before, or a whole
-    message of the user, is no sign that the prompt holds its answer."""
+    """An answer that its own prompt contains, or None. To repeat an earlier tool answer, an earlier answer,
+    or a full message of the user is no fault, so these do not count."""
     for prompt, answer in row.exchanges():
-        said = text_of(answer or "").strip()
-        if len(said) >= SHORTEST_COPY and any(
-            said in each["content"] and said != each["content"].strip()
+        text = text_of(answer or "").strip()
+        if len(text) >= MIN_COPY_CHARACTERS and any(
+            text in each["content"] and text != each["content"].strip()
             for each in prompt
             if each["role"] not in ("tool", "assistant")
         ):
-            return said
+            return text
     return None
 
 
 def hash_fraction(identity: str, purpose: Literal["evaluation", "held_out", "limit", "judge"]) -> float:
-    """A prompt's number in [0, 1), from the hash of purpose and identity."""
+    """A number in [0, 1) from the hash of purpose and prompt identity."""
     digest = hashlib.sha256(f"{purpose}:{identity}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
@@ -292,24 +295,24 @@ def hash_fraction(identity: str, purpose: Literal["evaluation", "held_out", "lim
 def drawn(identity: str, fraction: float, purpose: Literal["evaluation", "held_out", "judge"]) -> bool:
     """Whether a prompt belongs to the `fraction` set aside for this purpose.
 
-    The hash of purpose and identity, read as a number in [0, 1), decides. So the draw depends neither on the
-    prompt's role nor on the rows around it, and the draws are independent: held-out rows are as large a
-    share of what the evaluation left as they would be of everything.
+    `hash_fraction` decides. So the draw does not depend on the role or on other rows. Draws for different
+    purposes are independent: the held-out share is the same with and without the evaluation prompts.
     """
     return hash_fraction(identity, purpose) < fraction
 
 
-def limited(
+def draw_at_most(
     items: Sequence[Item],
     limit: int | None,
     identity: Callable[[Item], str],
     kind: Callable[[Item], str] = lambda item: "",
 ) -> list[Item]:
-    """At most `limit` items in their order, drawn by their prompts' hash, one of each kind at least.
+    """At most `limit` items in their order, drawn by the hash of their prompts. Each kind keeps one if it
+    can.
 
     Args:
-        identity: an item's `prompt_identity`.
-        kind: such as the split that it belongs to.
+        identity: gives the `prompt_identity` of an item.
+        kind: gives the kind of an item, such as its split.
     """
     if limit is None or len(items) <= limit:
         return list(items)
@@ -317,5 +320,5 @@ def limited(
     firsts: dict[str, int] = {}
     for index in order:
         firsts.setdefault(kind(items[index]), index)
-    chosen = set(list(dict.fromkeys([*firsts.values(), *order]))[:limit])
-    return [item for index, item in enumerate(items) if index in chosen]
+    drawn_indices = set(list(dict.fromkeys([*firsts.values(), *order]))[:limit])
+    return [item for index, item in enumerate(items) if index in drawn_indices]

@@ -37,17 +37,17 @@ from rlhf.disk import content_of
 
 SAMPLES_PACKAGE = "rlhf.samples"
 ROW_COLUMNS = {*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"}
-"""Of which every row has one, unless `fields` names others."""
-LONGEST_ROW, LARGEST_JSON = 4 << 20, 1 << 30
-"""Bytes (of other encodings characters) of a row: a million tokens; and of a .json file, which is read at
-once."""
-BETWEEN = re.compile(r"[\s,]*")
-"""What stands between the rows of an array."""
+"""Every row has at least one of these columns, unless `fields` names others."""
+MAX_ROW_BYTES, MAX_JSON_BYTES = 4 << 20, 1 << 30
+"""Largest row, about a million tokens; and largest .json file, which is read at once. Both count bytes, or
+characters in other encodings than UTF-8."""
+SEPARATORS = re.compile(r"[\s,]*")
+"""Characters between the rows of an array."""
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
 
 class Located(NamedTuple):
-    """A row as it was found, or the reason why the line has none."""
+    """A row with its place, or the reason why there is no row."""
 
     where: str
     """Such as `train.jsonl line 412`."""
@@ -55,11 +55,11 @@ class Located(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """A row that `SourceConfig.read` is still to make."""
+    """The content from which `SourceConfig.read` makes a row."""
 
     where: str
     content: bytes | dict[str, Any] | RowError
-    """A line of JSON, or what a reader that takes several rows at once made of it."""
+    """A line of JSON; or a parsed row or its error, from readers that parse several rows at once."""
 
 
 class SourceConfig(Strict):
@@ -70,25 +70,27 @@ class SourceConfig(Strict):
     samples: str | None = None
     """A sample set that comes with this package."""
     stage: str | None = None
-    """A stage of this run that makes such rows, such as generate: docs/data.md says which of its files."""
+    """A stage of this run that makes the rows, such as generate. docs/data.md says which of its files is
+    read."""
     hub: str | None = None
     """A data set on the Hugging Face Hub, such as HuggingFaceH4/ultrafeedback_binarized."""
     subset: str | None = None
-    """hub: the data set's configuration, where it has several."""
+    """hub: the data set's configuration, if it has several."""
     split: str | None = None
-    """hub: which split to read; `train` if null."""
+    """hub: the split to read; `train` if null."""
     revision: str | None = None
-    """hub: a commit. Without one a data set that changes there is not noticed."""
+    """hub: a commit. Without one, later changes of the data set are not noticed."""
     limit: PositiveInt | None = None
-    """Take only this many rows, drawn by the hash of their prompts, so that every split keeps some."""
+    """Use only this many rows, drawn by the hash of their prompts. Every split keeps some."""
     encoding: str | None = None
-    """path: the text's encoding where it is not UTF-8, such as cp1252; UTF-16 with its mark is recognised."""
+    """path: the file's encoding if it is not UTF-8, such as cp1252. UTF-16 with a byte order mark is
+    detected."""
     fields: dict[str, str] = Field(default_factory=dict)
     """Our name -> the source's column, such as {completion: best_answer}."""
 
     @model_validator(mode="before")
     @classmethod
-    def _from_text(cls, value: Any) -> Any:
+    def _parse_text(cls, value: Any) -> Any:
         if isinstance(value, (SourceConfig, dict)):
             return value
         if not isinstance(value, str):
@@ -101,11 +103,11 @@ class SourceConfig(Strict):
         return {"path": value}
 
     @model_validator(mode="after")
-    def _is_one_place(self) -> SourceConfig:
+    def _check_one_place(self) -> SourceConfig:
         named = [kind for kind in ("path", "samples", "hub", "stage") if getattr(self, kind)]
         if len(named) != 1:
-            found = ", ".join(named) or "none"
-            raise ValueError(f"name exactly one of path, samples, hub, stage (found: {found})")
+            names = ", ".join(named) or "none"
+            raise ValueError(f"name exactly one of path, samples, hub, stage (found: {names})")
         if self.encoding is not None:
             if self.path is None:
                 raise ValueError("encoding has a meaning for path only")
@@ -114,9 +116,9 @@ class SourceConfig(Strict):
             except LookupError:
                 raise ValueError(f"encoding={self.encoding}: there is none of this name") from None
         if self.hub is None:
-            useless = [name for name in ("subset", "split", "revision") if getattr(self, name)]
-            if useless:
-                raise ValueError(f"{useless[0]} has a meaning for hub only, not for {named[0]}")
+            unused = [name for name in ("subset", "split", "revision") if getattr(self, name)]
+            if unused:
+                raise ValueError(f"{unused[0]} has a meaning for hub only, not for {named[0]}")
         return self
 
     def __str__(self) -> str:
@@ -127,16 +129,16 @@ class SourceConfig(Strict):
 
     @property
     def name(self) -> str:
-        """What figures of it are called: a file's name up to its first dot, or the data set's."""
+        """The name used in metrics: a file's name up to its first dot, or the data set's name."""
         return Path(str(self).removeprefix("samples:")).name.partition(".")[0]
 
     @property
     def written_by(self) -> str | None:
-        """The stage that wrote it, if it is a file of an artifact."""
+        """The stage that wrote the source, if it is a file of an artifact."""
         try:
             manifest = Path(self.path or "").resolve().with_name(MANIFEST)
             return str(json.loads(content_of(manifest))["stage"])
-        except (OSError, ValueError, KeyError, TypeError):  # any other file may be called so
+        except (OSError, ValueError, KeyError, TypeError):  # other files may have the name of a manifest
             return None
 
     def fingerprint(self, key: str) -> str:
@@ -148,18 +150,19 @@ class SourceConfig(Strict):
         try:
             return digest_of(["file", _suffixes(path), file_digest(path)])
         except OSError as error:
-            raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}). {MAY_READ}") from None
+            raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}). {READ_ADVICE}") from None
 
     def reading_digest(self, key: str) -> str:
-        """Digest of the rows that this source gives: its content, and which part of it is read."""
+        """Digest of the rows that this source gives: of its content and of the keys that choose and rename
+        rows."""
         return digest_of([self.fingerprint(key), self.limit, self.fields, self.encoding])
 
     def with_fields(self, key: str, columns: Sequence[str], raw: Mapping[str, Any]) -> str:
-        """`sft.data='{path: FILE, fields: {prompt: question, ...}}'`, ready to be corrected and typed.
+        """An argument with guessed `fields`: `sft.data='{path: FILE, fields: {prompt: question, ...}}'`.
 
         Args:
-            columns: what a row needs.
-            raw: a row that lacks some.
+            columns: columns that a row needs, by our names.
+            raw: a row without some of them.
         """
         place = {"path": self.path} if self.path is not None else {"hub": self.hub}
         kind, name = next(iter(place.items()))
@@ -167,30 +170,33 @@ class SourceConfig(Strict):
         return f"{key}={shlex.quote(mapping)}"
 
     def rows(self, key: str) -> Iterator[Located]:
-        """Every row with its place. `limit` is not applied. `key` is the user's key of this source.
+        """Every row with its place. `limit` is not applied.
+
+        Args:
+            key: the config key that names this source, for errors.
 
         Raises:
-            ConfigError: the source as a whole cannot be read, or is empty.
+            ConfigError: the source cannot be read at all, or is empty.
         """
         for where, content in self.unread(key):
             yield Located(where, self.read(content))
 
     def unread(self, key: str) -> Iterator[Unread]:
-        """Like `rows`, but each row is still to be `read`. Another process can do so."""
+        """Like `rows`, but unparsed: `read` makes the row, also in another process."""
         if self.hub is not None:
-            found = _hub_rows(self, key)
+            contents = _hub_rows(self, key)
         else:
             path = self._file(key)
-            found = READERS[_suffixes(path)[0]](path, key, self.encoding)
+            contents = READERS[_suffixes(path)[0]](path, key, self.encoding)
         is_empty = True
-        for each in found:
+        for each in contents:
             is_empty = False
             yield each
         if is_empty:
             raise ConfigError(f"{key}={self}: it holds no rows. Add rows, or name another source.")
 
     def read(self, content: bytes | dict[str, Any] | RowError) -> dict[str, Any] | RowError:
-        """The row that stands in a place of this source."""
+        """The row that a content of this source holds, with the columns that `fields` names."""
         row = _json_row(content) if isinstance(content, bytes) else content
         if isinstance(row, RowError) or not self.fields:
             return row
@@ -200,10 +206,10 @@ class SourceConfig(Strict):
                     "missing field",
                     f'"{theirs}" is missing; `fields` reads "{ours}" from it (found: {", ".join(row)}).',
                 )
-        # Naming columns says that a conversation beside them is not what is meant.
-        taken = {*self.fields.values(), *CONVERSATION_COLUMNS}
-        rest = {column: value for column, value in row.items() if column not in taken}
-        return rest | {ours: row[theirs] for ours, theirs in self.fields.items()}
+        # If `fields` names columns, a conversation column next to them is not meant.
+        used_columns = {*self.fields.values(), *CONVERSATION_COLUMNS}
+        other_columns = {column: value for column, value in row.items() if column not in used_columns}
+        return other_columns | {ours: row[theirs] for ours, theirs in self.fields.items()}
 
     def _file(self, key: str) -> Path:
         if self.samples is not None:
@@ -243,14 +249,14 @@ def _prompts(value: Any, _: ValidatorFunctionWrapHandler, info: ValidationInfo) 
 
 
 PromptSource = Annotated[SourceConfig | str, WrapValidator(_prompts)]
-"""A source of prompts, or the key whose rows they are the prompts of."""
+"""A source of prompts, or the key of the rows whose prompts are used."""
 
 
 def _sample_file(name: str, key: str) -> Path:
     folder = Path(str(resources.files(SAMPLES_PACKAGE)))
     path = folder / f"{name}.jsonl"
     if not path.is_file():
-        names = sorted(found.stem for found in folder.glob("*.jsonl"))
+        names = sorted(file.stem for file in folder.glob("*.jsonl"))
         raise ConfigError(
             f"{key}=samples:{name}: there is no such sample set.{did_you_mean(name, names)} "
             f"There are: {', '.join(names)}."
@@ -270,25 +276,29 @@ def _is_readable(path: Path) -> bool:
 
 
 def _lines(
-    path: Path, key: str, encoding: str | None, longest: int = LONGEST_ROW
+    path: Path, key: str, encoding: str | None, max_length: int = MAX_ROW_BYTES
 ) -> Iterator[tuple[int, bytes | RowError]]:
-    """Numbered lines of text, uncompressed. A longer one is not kept: a small compressed file may hold
-    gigabytes. A damaged file is a ConfigError."""
+    """Numbered lines of a file, uncompressed, as UTF-8. A line longer than `max_length` gives a RowError and
+    is not held in memory: a small compressed file may hold gigabytes.
+
+    Raises:
+        ConfigError: the file is damaged or cannot be read.
+    """
     number = 0
     try:
-        with _opened(path) as file:
+        with _open_file(path) as file:
             begin = file.read(BEGIN_BYTES)
-        encoding = encoding or _recognised(begin, f"{key}: {path.name}")
-        with _opened(path) as file:
+        encoding = encoding or _detect_encoding(begin, f"{key}: {path.name}")
+        with _open_file(path) as file:
             if encoding is None:
-                lines: Iterator[bytes | None] = _bounded(file.readline, longest)
+                lines: Iterator[bytes | None] = _bounded_lines(file.readline, max_length)
             else:
                 text = io.TextIOWrapper(file, encoding=encoding, newline="\n")
-                rows = _bounded(text.readline, longest)
+                rows = _bounded_lines(text.readline, max_length)
                 lines = (None if row is None else row.encode() for row in rows)
             for number, line in enumerate(lines, 1):
                 if line is None:
-                    yield number, RowError("too long", f"a row of more than {longest >> 20} MiB.")
+                    yield number, RowError("too long", f"a row of more than {max_length >> 20} MiB.")
                 else:
                     yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except UnicodeDecodeError as error:
@@ -302,35 +312,35 @@ def _lines(
             "The file was cut off, or is not a gzip file; fetch it again."
         ) from None
     except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}). {MAY_READ}") from None
+        raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}). {READ_ADVICE}") from None
 
 
-def _bounded(readline: Callable[[int], AnyStr], longest: int) -> Iterator[AnyStr | None]:
-    """Lines; None for each that is longer."""
-    while line := readline(longest + 1):
-        is_long = len(line) > longest and line[-1:] not in (b"\n", "\n")
+def _bounded_lines(readline: Callable[[int], AnyStr], max_length: int) -> Iterator[AnyStr | None]:
+    """Lines; None for each line longer than `max_length`."""
+    while line := readline(max_length + 1):
+        is_long = len(line) > max_length and line[-1:] not in (b"\n", "\n")
         yield None if is_long else line
         while is_long:
-            line = readline(longest + 1)
-            is_long = len(line) > longest and line[-1:] not in (b"\n", "\n")
+            line = readline(max_length + 1)
+            is_long = len(line) > max_length and line[-1:] not in (b"\n", "\n")
 
 
-MAY_READ = "Check that you may read it, and that its disk is sound."
+READ_ADVICE = "Check that you may read it, and that its disk is sound."
 
 
 BEGIN_BYTES = 200
-"""Of a file, which show its encoding."""
+"""First bytes of a file, from which its encoding is detected."""
 
 
-def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
+def _open_file(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _recognised(begin: bytes, where: str) -> str | None:
+def _detect_encoding(begin: bytes, where: str) -> str | None:
     """The encoding that a file's byte order mark shows; None for UTF-8.
 
     Raises:
-        ConfigError: it is UTF-16 or UTF-32 without a mark.
+        ConfigError: the file is UTF-16 or UTF-32 without a mark.
     """
     if begin.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
@@ -360,11 +370,11 @@ def _json_row(line: bytes) -> dict[str, Any] | RowError:
         cut = "" if line.endswith(b"\n") else " The file seems to be cut off here."
         return RowError("broken JSON", f"not valid JSON ({error.msg}, column {error.colno}).{cut}")
     except (RecursionError, ValueError) as error:
-        return _not_read(error)
+        return _unreadable_json(error)
 
 
-def _not_read(error: Exception) -> RowError:
-    """Of JSON without a mistake."""
+def _unreadable_json(error: Exception) -> RowError:
+    """The error for valid JSON that Python cannot read."""
     what = "nested too deeply" if isinstance(error, RecursionError) else "it has a number of too many digits"
     return RowError("broken JSON", f"{what} to be a row.")
 
@@ -390,14 +400,14 @@ def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     """The rows of a JSON array. Other .json files are read as JSON lines, which many of them are.
 
     Raises:
-        ConfigError: it is one object with the rows in it, or spread over lines.
+        ConfigError: the file is one object that contains the rows or spans several lines.
     """
     content = bytearray()
-    for _, line in _lines(path, key, encoding, LARGEST_JSON):
-        if isinstance(line, RowError) or len(content) + len(line) > LARGEST_JSON:
+    for _, line in _lines(path, key, encoding, MAX_JSON_BYTES):
+        if isinstance(line, RowError) or len(content) + len(line) > MAX_JSON_BYTES:
             raise ConfigError(
-                f"{key}: {path.name}: more than {LARGEST_JSON >> 20} MiB, which are read at once. Save it as "
-                "JSON lines (.jsonl), which are read row by row."
+                f"{key}: {path.name}: more than {MAX_JSON_BYTES >> 20} MiB, which are read at once. Save it "
+                "as JSON lines (.jsonl), which are read row by row."
             )
         content += line
     if not content.lstrip().startswith(b"["):
@@ -417,42 +427,41 @@ def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
         ) from None
     except (RecursionError, ValueError) as error:
         raise ConfigError(
-            f"{key}: {path.name} {_first_unread(text)}: {_not_read(error)} Fix it, or save the file as JSON "
-            "lines (.jsonl), of which such rows can be left out."
+            f"{key}: {path.name} {_first_unreadable(text)}: {_unreadable_json(error)} Fix it, or save the "
+            "file as JSON lines (.jsonl), of which such rows can be left out."
         ) from None
     for number, value in enumerate(values, 1):
         yield Unread(f"{path.name} row {number}", _as_row(value))
 
 
-def _first_unread(text: str) -> str:
-    """Row and line of the first value of an array that cannot be read."""
+def _first_unreadable(text: str) -> str:
+    """Row and line of the first value of an array that Python cannot read, in words."""
     decoder, number, end = json.JSONDecoder(), 0, text.index("[") + 1
     with suppress(RecursionError, ValueError):
         while True:
             number += 1
-            begin = BETWEEN.search(text, end).end()  # type: ignore[union-attr]  # finds the empty text too
+            begin = SEPARATORS.search(text, end).end()  # type: ignore[union-attr]  # finds the empty text too
             _, end = decoder.raw_decode(text, begin)
     line = text.count("\n", 0, begin) + 1
     return f"row {number} (line {line})"
 
 
 def _check_is_no_object(content: bytes | bytearray, key: str, path: Path) -> None:
-    """One object on one line may be a row. An object over several lines, or one that contains the rows, is
-    refused."""
+    """Refuse an object that spans several lines or contains the rows. One object on one line may be a row."""
     try:
-        whole = json.loads(content)
-    except (ValueError, RecursionError):  # several objects, as JSON lines are; or told with its line
+        document = json.loads(content)
+    except (ValueError, RecursionError):  # several objects (JSON lines), or reported later with its line
         return
-    if not isinstance(whole, dict):
+    if not isinstance(document, dict):
         return
-    lists = [name for name, value in whole.items() if _holds_objects(value)]
-    if b"\n" not in content.strip() and (not lists or ROW_COLUMNS & {*whole}):
+    lists = [name for name, value in document.items() if _holds_objects(value)]
+    if b"\n" not in content.strip() and (not lists or ROW_COLUMNS & {*document}):
         return
-    alone = "; ".join(f"jq '.\"{name}\"' {path.name} > {name}.json" for name in lists)
+    commands = "; ".join(f"jq '.\"{name}\"' {path.name} > {name}.json" for name in lists)
     raise ConfigError(
-        f"{key}: {path.name} is one object (with {', '.join(whole)}). Wanted is a list of objects, "
+        f"{key}: {path.name} is one object (with {', '.join(document)}). Wanted is a list of objects, "
         "[{...}, {...}], or one object a line."
-        + (f" If its rows are in a list, write out that alone: {alone}." if alone else "")
+        + (f" If its rows are in a list, write out that alone: {commands}." if commands else "")
     )
 
 
@@ -471,14 +480,14 @@ def _decoded(path: Path, key: str, encoding: str | None) -> Iterator[str]:
 
 
 def _delimiter(header: str) -> str:
-    """The character between columns: a comma; without commas, another one (; from Excel in much of
-    Europe)."""
+    """The character between columns: a comma, or another one if the header has no comma (in much of Europe,
+    Excel writes ;)."""
     counts = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in (",", ";", "\t", "|")}
     return max(counts, key=counts.__getitem__) if counts[","] == 1 else ","
 
 
 def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
-    csv.field_size_limit(LONGEST_ROW)  # the default refuses cells over 128 KiB
+    csv.field_size_limit(MAX_ROW_BYTES)  # the default refuses cells over 128 KiB
     lines = _decoded(path, key, encoding)
     header = next(lines, "")
     reader = csv.DictReader(chain([header], lines), strict=True, delimiter=_delimiter(header))
@@ -490,7 +499,7 @@ def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
             else:
                 yield Unread(where, {column: cell for column, cell in row.items() if cell is not None})
     except csv.Error as error:
-        line = reader.line_num + 1  # where the row begins; an open quote swallows the lines after it
+        line = reader.line_num + 1  # where the row begins: an open quote takes in the lines after it
         raise ConfigError(
             f"{key}: {path.name} line {line}: not valid CSV ({error}). Fix the line, or save the file again."
         ) from None
@@ -542,13 +551,13 @@ def _check_inside(builder: Any, where: str) -> None:
     """Refuse a data set whose card names files outside the set: it could name any file of this machine.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: the card names such a file.
     """
     base = str(builder.base_path)
     repository = base.partition("@")[0] + "@" if base.startswith("hf://") else None
     for files in (builder.config.data_files or {}).values():
         for file in files:
-            if repository is None:  # a directory of this machine, read as the Hub's are
+            if repository is None:  # a local directory, read like a data set of the Hub
                 is_own = Path(file).resolve().is_relative_to(Path(base).resolve())
             else:
                 is_own = file.startswith(repository) and ".." not in file.split("/")

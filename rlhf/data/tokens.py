@@ -1,6 +1,6 @@
-"""Token ids of rows: made once, on all cores, and kept in an Arrow file that every rank maps.
+"""Token ids of rows: encoded once, on all cores, and stored in an Arrow file that every rank maps.
 
-`Examiner` makes them of a source's rows, with all else that `prepare` wants to know of each.
+`Examiner` encodes the rows of a source and collects everything else that `prepare` needs of each row.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf.data.arrow import ArrowWriter, mapped, picked
+from rlhf.data.arrow import ArrowWriter, map_table, pick_batches
 from rlhf.data.chat_template import Encoded, encode, tokenizer_digest
 from rlhf.data.cores import on_all_cores
 from rlhf.data.formats import checked_json, with_columns
 from rlhf.data.schema import (
-    LONG_WORDS,
+    MIN_LONG_WORDS,
     PromptRow,
     Row,
     RowError,
@@ -29,10 +29,10 @@ from rlhf.data.schema import (
     copied_answer,
     each_turn,
     judgement,
-    number_of,
     plain_words,
     prompt_identity,
     row_to_json,
+    text_hash,
 )
 
 if TYPE_CHECKING:
@@ -45,20 +45,20 @@ if TYPE_CHECKING:
     from rlhf.data.sources import SourceConfig, Unread
 
 COLUMNS = ("row", "ids", "spans")
-"""Of a file: which row a sequence is of, its ids, and (begin, end) of each answer in it."""
-COMPARED = 64
+"""Columns of a file: the row of a sequence, its ids, and the (begin, end) of each answer in it."""
+COMPARED_TOKENS = 64
 """Tokens of two sequences that are compared at once."""
 ROWS_AT_ONCE = 500
-"""Rows that a process encodes before it hands them over."""
+"""Rows that a process encodes before it returns them."""
 
 
 class TokenIds:
-    """The sequences of all rows of a file. In memory are numbers; ids are read when they are asked for."""
+    """The sequences of all rows of a file. Ids are read from the file when they are accessed."""
 
     def __init__(self, path: Path) -> None:
-        table = mapped(path)
+        table = map_table(path)
         self.tokenizer = table.schema.metadata[b"tokenizer"].decode()
-        """`tokenizer_digest` of the tokenizer that made them."""
+        """`tokenizer_digest` of the tokenizer that made the ids."""
         self.table = table
         """Columns row, ids and spans."""
 
@@ -76,15 +76,18 @@ class TokenIds:
             self[index], self.spans[self.span_ends[index - 1] if index else 0 : self.span_ends[index]]
         )
 
-    def shared_prefix(self, places: NDArray[numpy.int64], most: NDArray[numpy.int32]) -> NDArray[numpy.int64]:
-        """How many first tokens each sequence at these places, which ascend, shares with the one before it.
+    def shared_prefix(
+        self, places: NDArray[numpy.int64], max_tokens: NDArray[numpy.int32]
+    ) -> NDArray[numpy.int64]:
+        """Number of first tokens that each sequence shares with the one before it.
 
         Args:
-            most: so many tokens of each sequence count.
+            places: indices of the sequences, ascending.
+            max_tokens: per sequence, the number of first tokens to compare.
         """
         import numpy
 
-        found = numpy.zeros(len(places), numpy.int64)
+        shared = numpy.zeros(len(places), numpy.int64)
         chunks = self.table["ids"].chunks
         starts = numpy.cumsum([0, *map(len, chunks)])
         bounds = numpy.searchsorted(places, starts)
@@ -92,17 +95,19 @@ class TokenIds:
             if low == high:
                 continue
             ids, ends = chunk.values.to_numpy(zero_copy_only=True), chunk.offsets.to_numpy()
-            begins, lengths = ends[places[low:high] - start], most[low:high]
-            found[low + 1 : high] = _equal(ids, begins, lengths)
-            if low:  # with the last one of another chunk
-                pair = [self[places[n]][: most[n]] for n in (low - 1, low)]
+            begins, lengths = ends[places[low:high] - start], max_tokens[low:high]
+            shared[low + 1 : high] = _shared_prefixes(ids, begins, lengths)
+            if low:  # compare with the last one of an earlier chunk
+                pair = [self[places[n]][: max_tokens[n]] for n in (low - 1, low)]
                 joined = numpy.concatenate(pair)
-                (found[low],) = _equal(joined, numpy.array([0, len(pair[0])]), most[low - 1 : low + 1])
-        return found
+                (shared[low],) = _shared_prefixes(
+                    joined, numpy.array([0, len(pair[0])]), max_tokens[low - 1 : low + 1]
+                )
+        return shared
 
     @cached_property
     def row(self) -> NDArray[numpy.int32]:
-        """The row that each sequence is of."""
+        """The row number of each sequence."""
         return self._numbers(self.table["row"])
 
     @cached_property
@@ -114,61 +119,67 @@ class TokenIds:
 
     @cached_property
     def span_ends(self) -> NDArray[numpy.int64]:
-        """How many spans the sequences up to and with each one have."""
+        """Number of spans in all sequences up to each one, including it."""
         from pyarrow import compute
 
-        found: NDArray[numpy.int64] = (
+        ends: NDArray[numpy.int64] = (
             self._numbers(compute.list_value_length(self.table["spans"])).cumsum() // 2
         )
-        return found
+        return ends
 
     @cached_property
     def spans(self) -> NDArray[numpy.int32]:
-        """(begin, end) of the answers of all sequences, one after the other: [spans, 2]."""
+        """(begin, end) of the answers of all sequences in order: [spans, 2]."""
         from pyarrow import compute
 
         return self._numbers(compute.list_flatten(self.table["spans"])).reshape(-1, 2)
 
     def _numbers(self, column: Any) -> NDArray[numpy.int32]:
-        found: NDArray[numpy.int32] = column.to_numpy()
-        return found
+        numbers: NDArray[numpy.int32] = column.to_numpy()
+        return numbers
 
 
-def _equal(
+def _shared_prefixes(
     ids: NDArray[numpy.int32], begins: NDArray[numpy.integer[Any]], lengths: NDArray[numpy.int32]
 ) -> NDArray[numpy.int64]:
-    """How many first tokens each of the sequences but the first shares with the one before it."""
+    """Number of first tokens that each sequence, from the second on, shares with the one before it.
+
+    Args:
+        begins: where each sequence begins in `ids`.
+        lengths: tokens of each sequence to compare.
+    """
     import numpy
 
-    found = numpy.zeros(len(begins) - 1, numpy.int64)
-    most = numpy.minimum(lengths[1:], lengths[:-1])
-    left, columns = numpy.flatnonzero(most), numpy.arange(COMPARED)
-    while len(left):
-        places = found[left, None] + columns
-        inside = places < most[left, None]
+    num_shared = numpy.zeros(len(begins) - 1, numpy.int64)
+    max_shared = numpy.minimum(lengths[1:], lengths[:-1])
+    open_pairs, columns = numpy.flatnonzero(max_shared), numpy.arange(COMPARED_TOKENS)
+    while len(open_pairs):
+        places = num_shared[open_pairs, None] + columns
+        is_inside = places < max_shared[open_pairs, None]
         one, other = (
-            ids[numpy.where(inside, begin[left, None] + places, 0)] for begin in (begins[:-1], begins[1:])
+            ids[numpy.where(is_inside, begin[open_pairs, None] + places, 0)]
+            for begin in (begins[:-1], begins[1:])
         )
-        same = inside & (one == other)
-        equal = numpy.where(same.all(1), COMPARED, same.argmin(1))
-        found[left] += equal
-        left = left[equal == COMPARED]
-    return found
+        is_equal = is_inside & (one == other)
+        num_equal = numpy.where(is_equal.all(1), COMPARED_TOKENS, is_equal.argmin(1))
+        num_shared[open_pairs] += num_equal
+        open_pairs = open_pairs[num_equal == COMPARED_TOKENS]
+    return num_shared
 
 
 def batch_of(rows: Iterable[Sequence[Encoded]]) -> pyarrow.RecordBatch:
-    """The sequences of rows as columns, which another process and Arrow take much faster than lists."""
+    """The sequences of rows as columns: faster to send to another process and to write than lists."""
     import pyarrow
 
     numbered = [(number, *each) for number, sequences in enumerate(rows) for each in sequences]
     numbers, ids, spans = zip(*numbered, strict=True) if numbered else ((), (), ())
-    flat = [[place for span in some for place in span] for some in spans]
+    flat = [[place for span in row_spans for place in span] for row_spans in spans]
     columns = [pyarrow.array(numbers, pyarrow.int32()), list_column(ids), list_column(flat)]
     return pyarrow.RecordBatch.from_arrays(columns, names=COLUMNS)
 
 
 def list_column(lists: Sequence[Any]) -> pyarrow.ListArray:
-    """Lists or arrays of int32 numbers."""
+    """A column of lists of int32 numbers."""
     import numpy
     import pyarrow
 
@@ -179,11 +190,11 @@ def list_column(lists: Sequence[Any]) -> pyarrow.ListArray:
 
 
 class TokenWriter:
-    """Writes the sequences of rows, some rows at a time."""
+    """Writes the sequences of rows in batches."""
 
     def __init__(self, path: Path, tokenizer: str) -> None:
         """Args:
-        tokenizer: `tokenizer_digest` of the one that makes the ids.
+        tokenizer: `tokenizer_digest` of the tokenizer that makes the ids.
         """
         import pyarrow
 
@@ -194,7 +205,7 @@ class TokenWriter:
         self._num_rows = 0
 
     def add(self, batch: pyarrow.RecordBatch, num_rows: int) -> None:
-        """Append the sequences of the next rows, which are numbered from 0 in the batch."""
+        """Append the sequences of the next `num_rows` rows. The batch numbers these from 0."""
         from pyarrow import compute
 
         numbers = compute.add(batch["row"], compute.cast(self._num_rows, batch["row"].type))
@@ -211,9 +222,10 @@ class TokenWriter:
         """Append sequences of another file.
 
         Args:
-            places: where they are there, ascending.
-            rows: which row each of them is of.
-            prompts: take only so many tokens of each sequence, as a prompt without an answer; None for all.
+            places: their indices in that file, ascending.
+            rows: the row number of each sequence.
+            prompts: per sequence, the number of first tokens to copy, as a prompt without an answer. None
+                copies full sequences.
         """
         import numpy
         import pyarrow
@@ -221,18 +233,18 @@ class TokenWriter:
         num_spans = numpy.diff(ids.span_ends, prepend=0)[places] if prompts is None else 0
         items = 1 + (ids.lengths[places] if prompts is None else prompts) + 2 * num_spans
         begin = 0
-        for batch in picked(ids.table, places, items):
-            some = slice(begin, begin + len(batch))
-            columns = [pyarrow.array(rows[some], pyarrow.int32()), *batch.columns[1:]]
+        for batch in pick_batches(ids.table, places, items):
+            part = slice(begin, begin + len(batch))
+            columns = [pyarrow.array(rows[part], pyarrow.int32()), *batch.columns[1:]]
             if prompts is not None:
-                found, ends = columns[1].values.to_numpy(), columns[1].offsets.to_numpy()
-                cut = zip(ends[:-1], prompts[some], strict=True)
+                batch_ids, ends = columns[1].values.to_numpy(), columns[1].offsets.to_numpy()
+                cut = zip(ends[:-1], prompts[part], strict=True)
                 columns[1:] = (
-                    list_column([found[start : start + most] for start, most in cut]),
+                    list_column([batch_ids[start : start + length] for start, length in cut]),
                     list_column([[]] * len(batch)),
                 )
             self.file.add_batch(pyarrow.RecordBatch.from_arrays(columns, schema=self.schema))
-            begin = some.stop
+            begin = part.stop
 
 
 def write_tokens(
@@ -244,20 +256,20 @@ def write_tokens(
     """Encode rows on all cores, and write their ids.
 
     Args:
-        on_rows: called with the number of rows that are newly written.
+        on_rows: called after each batch with the number of its rows.
     """
     writer = TokenWriter(path, tokenizer_digest(tokenizer))
     with writer.file:
-        for some in on_all_cores(partial(_encode_all, tokenizer), in_pieces(rows)):
-            writer.add(*some)
-            on_rows(some[1])
+        for piece in on_all_cores(partial(_encode_all, tokenizer), in_pieces(rows)):
+            writer.add(*piece)
+            on_rows(piece[1])
 
 
 def in_pieces(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    """Lists of so many rows as a process takes at once."""
+    """Lists of at most `ROWS_AT_ONCE` rows."""
     rows = iter(rows)
-    while some := list(islice(rows, ROWS_AT_ONCE)):
-        yield some
+    while piece := list(islice(rows, ROWS_AT_ONCE)):
+        yield piece
 
 
 def _encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> tuple[pyarrow.RecordBatch, int]:
@@ -265,14 +277,14 @@ def _encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> tupl
 
 
 def compact(sequences: Sequence[Encoded]) -> list[Encoded]:
-    """With arrays for ids, which take an eighth of the memory of lists."""
+    """The sequences with arrays for ids, which take an eighth of the memory of lists."""
     import numpy
 
     return [Encoded(numpy.array(each.ids, numpy.int32), each.spans) for each in sequences]
 
 
 TEMPLATE_WITHOUT_TOOLS = "template without tools"
-"""Why a row is refused that is fine itself."""
+"""Reason to refuse a valid row: the template cannot show its tools."""
 
 
 class Fault(NamedTuple):
@@ -282,30 +294,30 @@ class Fault(NamedTuple):
     text: str
 
 
-class Examined(NamedTuple):
-    """A row that can be used, if its template agrees."""
+class ExaminedRow(NamedTuple):
+    """A valid row with everything that `prepare` needs of it. The chat template may still refuse it."""
 
     text: str
     """Its JSON."""
     prompt: str | None
-    """JSON of the `PromptRow` that other roles take; None where it has no prompt, or no role takes it."""
+    """JSON of the `PromptRow` for roles that use its prompt; None if it has no prompt or no role uses it."""
     digest: bytes
-    """Of the row, without its source's name: equal for duplicates."""
+    """Digest of the row without the name of its source: equal for duplicates."""
     identity: bytes
     """`prompt_identity`."""
     asks: tuple[bytes, ...]
-    """`prompt_identity` of all that it teaches an answer to, of a conversation with several answers."""
+    """`prompt_identity` of each turn to learn, for a conversation with several answers."""
     kind: int
-    """Which of the role's types it is of."""
+    """Index of its type in the role's `row_types`."""
     num_exchanges: int
     can_be_cut: bool
     """Whether training may cut off the end of its answer."""
     sequences: list[Encoded] | Fault | None
-    """None where nobody asked for them."""
+    """Its sequences, or why the template refuses it; None if the row is not encoded."""
     words: int
-    """`number_of` its `plain_words`: equal for near duplicates."""
+    """`text_hash` of its `plain_words`: equal for near duplicates."""
     is_long: bool
-    """Whether it asks in `LONG_WORDS`."""
+    """Whether its prompt has at least `MIN_LONG_WORDS` words."""
     judgement: int
     is_copy: bool
     """Whether it has a `copied_answer`."""
@@ -313,29 +325,29 @@ class Examined(NamedTuple):
 
 @dataclass
 class RowNumbers:
-    """What is kept in memory of each row that was read."""
+    """What stays in memory of each row that was read."""
 
     identity: list[bytes] = field(default_factory=list)
     asks: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
-    """Of conversations with several answers."""
+    """Row number -> `ExaminedRow.asks`, for conversations with several answers."""
     kind: bytearray = field(default_factory=bytearray)
     can_be_cut: bytearray = field(default_factory=bytearray)
     has_prompt: bytearray = field(default_factory=bytearray)
-    waits: bytearray = field(default_factory=bytearray)
-    """Whether it has an answer that is to be sampled."""
+    awaits_answer: bytearray = field(default_factory=bytearray)
+    """Whether an answer to the row is to be sampled."""
     characters: array[int] = field(default_factory=lambda: array("i"))
-    """Of its JSON."""
+    """Characters of the row's JSON."""
     prompt_characters: array[int] = field(default_factory=lambda: array("i"))
-    """Of its prompt's JSON."""
+    """Characters of the prompt's JSON."""
     tokens: array[int] = field(default_factory=lambda: array("i"))
-    """Of the longest sequence of its exchanges."""
+    """Tokens of the longest sequence of its exchanges."""
     prompt_tokens: array[int] = field(default_factory=lambda: array("i"))
-    """Of its first exchange."""
+    """Prompt tokens of its first exchange."""
     num_exchanges: array[int] = field(default_factory=lambda: array("i"))
     sequences: array[int] = field(default_factory=lambda: array("q", [0]))
-    """Number of sequences before each row, and of all."""
+    """Number of sequences before each row, and in total."""
     refused: dict[int, Fault] = field(default_factory=dict)
-    """By the chat template."""
+    """Row number -> why the chat template refuses it."""
     words: array[int] = field(default_factory=lambda: array("q"))
     is_long: bytearray = field(default_factory=bytearray)
     judgement: array[int] = field(default_factory=lambda: array("q"))
@@ -344,38 +356,38 @@ class RowNumbers:
     def __len__(self) -> int:
         return len(self.identity)
 
-    def add(self, row: Examined) -> Sequence[Encoded]:
+    def add(self, row: ExaminedRow) -> Sequence[Encoded]:
         """Append a row.
 
         Returns:
             Its sequences.
         """
-        number, found = len(self), row.sequences or []
-        if isinstance(found, Fault):
-            self.refused[number] = found
-            found = []
+        number, sequences = len(self), row.sequences or []
+        if isinstance(sequences, Fault):
+            self.refused[number] = sequences
+            sequences = []
         if row.asks:
             self.asks[number] = row.asks
-        own = found[: row.num_exchanges]
+        exchanges = sequences[: row.num_exchanges]
         self.identity.append(row.identity)
         self.kind.append(row.kind)
         self.can_be_cut.append(row.can_be_cut)
         self.has_prompt.append(row.prompt is not None)
-        self.waits.append(any(not each.spans for each in own))
+        self.awaits_answer.append(any(not each.spans for each in exchanges))
         self.characters.append(len(row.text))
         self.prompt_characters.append(len(row.prompt or ""))
-        self.tokens.append(max((len(each.ids) for each in own), default=0))
-        self.prompt_tokens.append(own[0].num_prompt if own else 0)
+        self.tokens.append(max((len(each.ids) for each in exchanges), default=0))
+        self.prompt_tokens.append(exchanges[0].num_prompt if exchanges else 0)
         self.num_exchanges.append(row.num_exchanges)
-        self.sequences.append(self.sequences[-1] + len(found))
+        self.sequences.append(self.sequences[-1] + len(sequences))
         self.words.append(row.words)
         self.is_long.append(row.is_long)
         self.judgement.append(row.judgement)
         self.is_copy.append(row.is_copy)
-        return found
+        return sequences
 
     def extend(self, other: RowNumbers) -> None:
-        """Append others."""
+        """Append the rows of another."""
         before, sequences = len(self), self.sequences[-1]
         self.asks.update((before + number, asks) for number, asks in other.asks.items())
         self.refused.update((before + number, refused) for number, refused in other.refused.items())
@@ -384,7 +396,7 @@ class RowNumbers:
         self.kind += other.kind
         self.can_be_cut += other.can_be_cut
         self.has_prompt += other.has_prompt
-        self.waits += other.waits
+        self.awaits_answer += other.awaits_answer
         self.characters += other.characters
         self.prompt_characters += other.prompt_characters
         self.tokens += other.tokens
@@ -396,35 +408,35 @@ class RowNumbers:
         self.is_copy += other.is_copy
 
 
-class Bad(NamedTuple):
+class BadRow(NamedTuple):
     """A row that cannot be used."""
 
     where: str
     complaint: Fault
     raw: dict[str, Any] | None
-    """As it stood in its source, if it was a row at all."""
+    """Its columns in the source; None if it could not be parsed."""
 
 
 class ExaminedPiece(NamedTuple):
-    """Some rows of a source, as they travel between processes: in columns."""
+    """A piece of a source's rows, in columns that are sent between processes."""
 
-    found: list[bytes | Bad]
-    """In their order: the digest of each row that can be used, or what is wrong with it."""
+    results: list[bytes | BadRow]
+    """Per row, in order: the digest of a usable row, or what is wrong with it."""
     first: dict[str, Any] | None
-    """The first of those that can be used, as it stood in the source."""
+    """The columns in the source of the first usable row."""
     numbers: RowNumbers
-    """Of those that can be used, as the next two."""
+    """Numbers of the usable rows; `texts` and `sequences` hold the same rows."""
     texts: pyarrow.RecordBatch
-    """Row, prompt and where. Row and prompt are null where nobody asked for the row's sequences."""
+    """Columns row, prompt and where. Row and prompt are null for a row that is not encoded."""
     sequences: pyarrow.RecordBatch
 
     def where(self, number: int) -> str:
-        """Where a row that can be used was found."""
+        """The place of a usable row in its source."""
         return str(self.texts["where"][number].as_py())
 
 
 def text_schema() -> pyarrow.Schema:
-    """Of a store's file of texts: each row's JSON, its prompt's, and where it was found."""
+    """Schema of a store's text file: the JSON of each row and of its prompt, and its place in the source."""
     import pyarrow
 
     return pyarrow.schema([(name, pyarrow.string()) for name in ("row", "prompt", "where")])
@@ -438,62 +450,62 @@ class Examiner:
     source: SourceConfig
     tokenizer: PreTrainedTokenizerBase
     is_lent: bool
-    """Whether another role takes the rows' prompts."""
+    """Whether another role uses the prompts of these rows."""
     chosen: Collection[bytes] | None = None
-    """Digests of the rows that are encoded; None for all."""
+    """Digests of the rows to encode; None encodes all."""
 
     def all(self) -> Iterator[ExaminedPiece]:
-        """What every row of the source was found to be.
+        """All rows of the source, examined.
 
         Raises:
-            ConfigError: the source as a whole cannot be read.
+            ConfigError: the source cannot be read at all.
         """
-        yield from on_all_cores(self._some, in_pieces(self.source.unread(self.role.key)))
+        yield from on_all_cores(self._examine_piece, in_pieces(self.source.unread(self.role.key)))
 
-    def _some(self, piece: Sequence[Unread]) -> ExaminedPiece:
+    def _examine_piece(self, piece: Sequence[Unread]) -> ExaminedPiece:
         import pyarrow
 
-        found: list[bytes | Bad] = []
+        results: list[bytes | BadRow] = []
         numbers, texts, sequences, first = RowNumbers(), [], [], None
         for where, content in piece:
             raw = self.source.read(content)
             try:
                 if isinstance(raw, RowError):
                     raise raw
-                row = self._one(raw)
+                row = self._examine_row(raw)
             except RowError as error:
                 complaint = Fault(error.reason, str(error))
-                found.append(Bad(where, complaint, raw if isinstance(raw, dict) else None))
+                results.append(BadRow(where, complaint, raw if isinstance(raw, dict) else None))
                 continue
             first = first or raw
-            found.append(row.digest)
+            results.append(row.digest)
             texts.append((*((row.text, row.prompt) if row.sequences is not None else (None, None)), where))
             sequences.append(numbers.add(row))
         empty = [pyarrow.array([], pyarrow.string())] * 3
         columns = [pyarrow.array(column, pyarrow.string()) for column in zip(*texts, strict=True)] or empty
         return ExaminedPiece(
-            found,
+            results,
             first,
             numbers,
             pyarrow.RecordBatch.from_arrays(columns, schema=text_schema()),
             batch_of(sequences),
         )
 
-    def _one(self, raw: dict[str, Any]) -> Examined:
+    def _examine_row(self, raw: dict[str, Any]) -> ExaminedRow:
         row = self.role.parse(raw)
         text, prompt = row_to_json(row), row.exchanges()[0][0]
-        is_asked = bool(prompt) and not calls_tools(prompt)  # nothing samples behind tools
-        lent = checked_json(with_columns(prompt, raw)) if self.is_lent and is_asked else None
-        # one prompt is one row, whatever its other columns hold
-        alone = row_to_json(PromptRow(prompt)) if isinstance(row, PromptRow) else text
-        digest = hashlib.sha256(alone.encode()).digest()[:16]
+        has_prompt = bool(prompt) and not calls_tools(prompt)  # no stage samples after tools
+        lent_prompt = checked_json(with_columns(prompt, raw)) if self.is_lent and has_prompt else None
+        # rows with the same prompt are duplicates, whatever their other columns hold
+        digest_text = row_to_json(PromptRow(prompt)) if isinstance(row, PromptRow) else text
+        digest = hashlib.sha256(digest_text.encode()).digest()[:16]
         if isinstance(row, TextRow):
             text = row_to_json(replace(row, source=self.source.name))
         words = plain_words(row.asked())
         turns = each_turn(row) if isinstance(row, SftRow) and row.turns > 1 else ()
-        return Examined(
+        return ExaminedRow(
             text,
-            lent,
+            lent_prompt,
             digest,
             bytes.fromhex(prompt_identity(row)),
             tuple(bytes.fromhex(prompt_identity(turn)) for turn in turns),
@@ -501,8 +513,8 @@ class Examiner:
             len(row.exchanges()),
             isinstance(row, SftRow),
             self._sequences(row) if self.chosen is None or digest in self.chosen else None,
-            number_of(words),
-            len(words.split()) >= LONG_WORDS,
+            text_hash(words),
+            len(words.split()) >= MIN_LONG_WORDS,
             judgement(row),
             copied_answer(row) is not None,
         )
@@ -512,7 +524,7 @@ class Examiner:
 
         try:
             return compact(encode(self.tokenizer, row))
-        except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
+        except TemplateError as error:  # some refuse a system turn, or two turns of one role in a row
             text = f"the chat template refuses the conversation: {error}."
             is_fine = isinstance(row, SftRow) and row.uses_tools
             return Fault(TEMPLATE_WITHOUT_TOOLS if is_fine else "refused by template", text)

@@ -23,7 +23,7 @@ from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import ResponseModel, answer_logprobs, check_policy
 from rlhf.models.weight_sharing import Placement, load_frozen
 from rlhf.rl.rollout import Responses, Rollout
-from rlhf.training.engine import WHOLE, Access
+from rlhf.training.engine import FULL_MODEL, Access
 
 Result = TypeVar("Result")
 
@@ -36,7 +36,7 @@ class PolicyModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         compute: Compute,
-        access: Access = WHOLE,
+        access: Access = FULL_MODEL,
         vllm: Vllm | None = None,
         local_sampling: Literal["whole", "layers"] = "whole",
     ) -> None:

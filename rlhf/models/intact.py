@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from rlhf.config import ConfigError, in_user_keys
-from rlhf.data.chat_template import PLAIN, end_of_turn_id, exchange_ids, prompt_ids, unopened
+from rlhf.data.chat_template import PLAIN, end_of_turn_id, exchange_ids, missing_opening, prompt_ids
 from rlhf.data.schema import Message
 from rlhf.models.base import BaseModelFiles, load_tokenizer
 from rlhf.models.on_disk import INDEX
@@ -88,7 +88,7 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
             ids, _ = exchange_ids(tokenizer, [QUESTION], ANSWER)
             is_shown = ids != exchange_ids(tokenizer, [OTHER_QUESTION], ANSWER)[0]
             end_of_turn_id(tokenizer)
-            header = unopened(tokenizer)
+            header = missing_opening(tokenizer)
     except ConfigError:
         raise
     except Exception as error:  # a template may raise anything, and so may a tokenizer's file

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.distributed.compute import Compute
-from rlhf.training.engine import WHOLE, Access
+from rlhf.training.engine import FULL_MODEL, Access
 from rlhf.training.make_engine import shard_frozen
 
 Placement = Literal["replicated", "sharded", "offloaded"]
@@ -105,4 +105,4 @@ def load_frozen(
     check(model)
     if placement == "sharded":
         return model, shard_frozen(model, compute)
-    return model, Access(offload(model, compute.device)) if placement == "offloaded" else WHOLE
+    return model, Access(offload(model, compute.device)) if placement == "offloaded" else FULL_MODEL

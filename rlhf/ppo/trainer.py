@@ -402,7 +402,7 @@ class PolicyTrainer:
         self.job.log({f"held_out_{name}": value for name, value in measured.items()}, done)
         for answer in answers[:8]:
             self.job.sample(step=done, prompt=answer["prompt"], response=answer["response"])
-        self.job.checkpoints.keep(answers_file(done), partial(write_answers, step=done, answers=answers))
+        self.job.checkpoints.save_file(answers_file(done), partial(write_answers, step=done, answers=answers))
         return result
 
     def summary(self) -> dict[str, float]:
@@ -472,7 +472,7 @@ class PolicyTrainer:
     def publish_answers(self) -> None:
         """Write the answers of all evaluations into the artifact."""
         steps = sorted({*range(0, self.config.steps, self.config.evaluate_every), self.config.steps})
-        kept = {step: self.job.checkpoints.kept(answers_file(step)) for step in steps}
+        kept = {step: self.job.checkpoints.saved_file(answers_file(step)) for step in steps}
         if lost := [step for step, path in kept.items() if path is None]:
             self.learner.warn(
                 f"the answers to held-out prompts of steps {lost} were kept, and are damaged or gone."

@@ -194,8 +194,10 @@ def shares_pairs(run: Run, reward: str, roles: Collection[str]) -> bool:
     prepared = PreparedData(run.directory / "artifacts" / "prepare", roles=roles_of(run.chain))
     own = [*preference_roles(run.chain[reward])]
     sources = [named_source(run.chain, role) for role in roles]
-    copies = {prepared.content(role) for role in roles} - {None}
-    return any(named_source(run.chain, role) in sources or prepared.content(role) in copies for role in own)
+    copies = {prepared.content_digest(role) for role in roles} - {None}
+    return any(
+        named_source(run.chain, role) in sources or prepared.content_digest(role) in copies for role in own
+    )
 
 
 def identity(run: Run, part: RewardPart) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.judge import Judge
 from rlhf.rewards.kinds import RewardMix, RewardPart, parts_of, reward_directory, reward_kind
 from rlhf.rewards.reward import Prompts, Reward, RewardError, as_scores
-from rlhf.training.engine import WHOLE, Access
+from rlhf.training.engine import FULL_MODEL, Access
 
 CUT_TOKENS = 8
 """Most tokens that are cut before the end token. A response that fills the limit may get longer when its
@@ -44,7 +44,7 @@ class LearnedReward:
         tokenizer: PreTrainedTokenizerBase,
         micro_batch_tokens: int,
         compute: Compute,
-        access: Access = WHOLE,
+        access: Access = FULL_MODEL,
     ) -> None:
         """Args:
         access: how the model runs with its published weights.

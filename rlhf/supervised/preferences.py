@@ -431,8 +431,8 @@ def read_reference(path: Path, rows: Preferences) -> Preferences:
     """A copy of the rows with the log-probabilities of the file."""
     import numpy
 
-    from rlhf.data.arrow import mapped
+    from rlhf.data.arrow import map_table
 
-    table = mapped(path)
+    table = map_table(path)
     columns = [table[name].fill_null(0.0).to_numpy() for name in COLUMNS]
     return rows.with_reference(numpy.stack(columns[:2], -1), numpy.stack(columns[2:], -1))

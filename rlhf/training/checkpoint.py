@@ -1,18 +1,18 @@
 """Save and resume inside a stage. Checkpoints are atomic and verified, and one always stays.
 
-Layout: STORE/STAGE/.KEY.checkpoints/step-00000012/manifest.json beside the engine's and the loop's files. The
-artifact's key decides the place. So any run that needs the artifact continues from the last checkpoint,
-whatever the name of the run. A checkpoint is written under another name, flushed, hashed and renamed. Only
-then are older ones removed.
+Layout: STORE/STAGE/.KEY.checkpoints/step-00000012/ has manifest.json and the files of the engine and the
+loop. The artifact's key decides the place. So any run that needs the artifact continues from the last
+checkpoint, whatever the name of the run. A checkpoint is written under another name, flushed, hashed and
+renamed. Only then are older ones removed.
 
-In the background, training goes on as soon as the state is copied. A thread of each rank writes, flushes and
-hashes the rank's own files, and asks no other rank anything. `after_step` finishes the checkpoint once the
-threads of all ranks are done, which all ranks learn at the same moment.
+In the background, training continues as soon as the state is copied. A thread of each rank writes, flushes
+and hashes the rank's own files, without communication. `after_step` finishes the checkpoint once the threads
+of all ranks are done. All ranks learn this in the same call.
 
-`best/` beside them has the best weights so far, if a stage keeps such. Each checkpoint has hard links to
-those files, and its manifest vouches for them. A run that goes on takes them from its checkpoint.
+`best/` next to the checkpoints has the best weights so far, if a stage keeps them. Each checkpoint has hard
+links to those files, and its manifest has their digests. A resumed run takes them from its checkpoint.
 
-`kept-INPUTS-DIGEST-NAME` beside them is a file that a stage makes once, before it trains.
+`kept-INPUTS-DIGEST-NAME` next to them is a file that a stage makes once, before it trains.
 """
 
 from __future__ import annotations
@@ -50,31 +50,31 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FORMAT = 6
 LOOP, BEST = "loop.pt", "best"
-NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
-"""Errors of `link` on file systems without hard links, or without another one to this file."""
-NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write|iostream error", re.I)
-"""What torch.save says if it cannot write to the disk. Any other error means that another rank was lost."""
+NO_LINK_ERRORS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
+"""Errors of `link` if the file system has no hard links, or allows no more of them to this file."""
+WRITE_ERROR = re.compile("unexpected pos|PytorchStreamWriter|write|iostream error", re.I)
+"""Messages of torch.save if it cannot write to the disk. Any other error means that another rank was lost."""
 
 
 class CheckpointConfig(Strict):
     """`checkpoint.*`: how often a training stage saves its state."""
 
     every_steps: PositiveInt | None
-    """Steps between two checkpoints (in PPO: rollouts); null goes by minutes only."""
+    """Steps between two checkpoints (in PPO: rollouts); null uses minutes only."""
     every_minutes: PositiveFloat | None
-    """Minutes between two checkpoints; null goes by steps only. If both are null, only a signal writes
-    one."""
+    """Minutes between two checkpoints; null uses steps only. If both are null, only a signal to stop writes a
+    checkpoint."""
     background: Literal["auto", True, False]
-    """Whether training goes on while a checkpoint is written, from a copy of the state in the host's memory.
-    auto does so on GPUs, if the copy fits. Under DeepSpeed training always waits."""
+    """Whether training continues while a checkpoint is written from a copy of the state in the host's memory.
+    auto does so on GPUs, if the copy fits. Under DeepSpeed, training always waits."""
     keep: PositiveInt
-    """How many of the newest checkpoints stay until the stage is done."""
+    """Number of newest checkpoints that stay until the stage is done."""
     resume: bool
     """Whether to continue from the newest checkpoint; false starts the stage again."""
 
 
-def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
-    """The manifest of a checkpoint whose files are unchanged; otherwise None, and what is wrong."""
+def verify_checkpoint(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
+    """The manifest of a checkpoint, and an empty text; or None, and what is wrong with its files."""
     try:
         manifest: dict[str, Any] = json.loads(content_of(checkpoint / MANIFEST))
         if manifest["format"] != CHECKPOINT_FORMAT:
@@ -90,8 +90,8 @@ def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
         if outside is not None:
             return None, f"{outside} leads out of its directory, or to itself"
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing lets other threads run
-            found = pool.map(lambda name: file_digest(checkpoint / name), manifest["files"])
-            for name, digest in zip(manifest["files"], found, strict=True):
+            digests = pool.map(lambda name: file_digest(checkpoint / name), manifest["files"])
+            for name, digest in zip(manifest["files"], digests, strict=True):
                 if manifest["files"][name] != digest:
                     return None, f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -99,8 +99,8 @@ def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
     return manifest, ""
 
 
-class Saved(Protocol):
-    """Whose state a checkpoint holds: an engine's, or that of another library's trainer."""
+class Saveable(Protocol):
+    """An object whose state a checkpoint holds: an engine, or another library's trainer."""
 
     def state(self) -> dict[str, Any] | None:
         """See `Engine.state`."""
@@ -113,13 +113,13 @@ class Saved(Protocol):
 
 
 @dataclass
-class Writing:
+class BackgroundWrite:
     """A checkpoint that this rank's thread writes."""
 
     step: int
     part: Path
     spent: float
-    """Seconds of this and all earlier attempts when the state was copied."""
+    """Seconds of this and all earlier attempts up to the copy of the state."""
     paused: float
     """Seconds that training waited for the copy."""
     best_files: Mapping[str, str]
@@ -128,7 +128,7 @@ class Writing:
     """Digest and size of the files that this rank wrote."""
     error: Exception | None = None
     seconds: float = 0.0
-    """What the copy and the writing took."""
+    """Seconds for the copy and the writing together."""
 
 
 @dataclass
@@ -143,28 +143,28 @@ class Checkpointer:
     log: Callable[[str], None]
     stage: str
     recipe: Recipe = field(default_factory=dict)
-    """The recipe of the artifact that is being made."""
+    """The recipe of the artifact that the stage makes."""
     input_digests: Mapping[str, str] = field(default_factory=dict)
-    """Digests of the stage's inputs. A checkpoint that was made from other inputs is not used."""
+    """Digests of the stage's inputs. A checkpoint made from other inputs is not used."""
     seconds: float = 0.0
     """Seconds of earlier attempts, up to the checkpoint that this one continues from."""
     written: list[tuple[float, int]] = field(default_factory=list)
     """(seconds, bytes) of each checkpoint that this attempt wrote."""
     newest: dict[str, Any] | None = None
-    """The manifest of the newest checkpoint that is intact."""
+    """The manifest of the newest intact checkpoint."""
 
     def __post_init__(self) -> None:
         self._start = self._last = self._step_start = time.monotonic()
         self._longest_step = 0.0
         self._steps: int | None = None
-        self.newest = self.compute.main_only(self._begin)
-        there = {} if self.newest is None else self.newest["files"]
-        self._best_files = {name: there[name] for name in there if name.startswith(f"{BEST}/")}
+        self.newest = self.compute.main_only(self._restore_newest)
+        files = {} if self.newest is None else self.newest["files"]
+        self._best_files = {name: files[name] for name in files if name.startswith(f"{BEST}/")}
         self.seconds = self.newest["seconds"] if self.newest else 0.0
         self._save_seconds = self.newest.get("save_seconds") if self.newest else None
-        self._writing_now: Writing | None = None
+        self._background: BackgroundWrite | None = None
 
-    def restore(self, engine: Saved) -> dict[str, Any] | None:
+    def restore(self, engine: Saveable) -> dict[str, Any] | None:
         """Load the newest checkpoint and return the loop's state; None if there is no checkpoint.
 
         The state's tensors are mapped from the checkpoint's file and take no memory before they are read.
@@ -187,7 +187,7 @@ class Checkpointer:
                 "stage again with checkpoint.resume=false."
             ) from None
         torch.set_rng_state(state.pop("torch_random"))
-        cuda_random = state.pop("cuda_random", None)  # not there if a CPU has come so far
+        cuda_random = state.pop("cuda_random", None)  # missing in a checkpoint from a CPU
         if cuda_random is not None and self.compute.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_random)
         self.tracker.restore(directory)
@@ -199,7 +199,7 @@ class Checkpointer:
         """While open, a signal to stop waits for the next `after_step`, which saves and then stops.
 
         Args:
-            steps: so many there will be, those of earlier attempts too; None: nobody knows.
+            steps: total number of steps, with those of earlier attempts; None if unknown.
         """
         self._last = self._step_start = time.monotonic()
         self._steps = steps
@@ -207,32 +207,32 @@ class Checkpointer:
             yield
             self._complete()
 
-    def after_step(self, step: int, engine: Saved, state: Mapping[str, Any]) -> None:
+    def after_step(self, step: int, engine: Saveable, state: Mapping[str, Any]) -> None:
         """Save if a checkpoint is due. If any rank got a signal, save and stop.
 
         Args:
             state: the loop's state after `step`: tensors, numbers, strings and containers of them.
 
         Raises:
-            ConfigError: a checkpoint could not be written, this one or the one that was written meanwhile.
-            Stopped: a signal came; the checkpoint is written.
+            ConfigError: this checkpoint, or the one in the background, could not be written.
+            Stopped: a signal came. The checkpoint is written.
         """
         self.compute.position["step"] = step
         self._longest_step = max(self._longest_step, time.monotonic() - self._step_start)
         self.signals.longest_step = max(self.signals.longest_step, self._longest_step)
-        signum, due, is_written = self._agreed(step)
+        signum, due, is_written = self._agree(step)
         if signum:
             self.log(f"{self.stage}: saving step {step}, then stopping")
         if is_written:
             self._complete()
-        if due and not signum and self._goes_on(engine):
+        if due and not signum and self._continues_while_saving(engine):
             self._save_in_background(step, engine, state)
         elif signum or due:
             self.save(step, engine, state)
         if signum:
             raise Stopped(signum)
         if self.compute.is_main and self._save_seconds is not None:
-            saves = 1 if self._writing_now is None else 2  # it would wait for this one first
+            saves = 1 if self._background is None else 2  # it would first wait for the one in the background
             leave_stop_seconds(self._longest_step + saves * self._save_seconds)
         self._step_start = time.monotonic()
 
@@ -243,8 +243,8 @@ class Checkpointer:
         return self.directory / BEST
 
     def keep_best(self, engine: Engine, module: nn.Module) -> None:
-        """Write the trained weights of a part of the engine's model, in the place of those before. They are
-        in every checkpoint from now on.
+        """Write the trained weights of a part of the engine's model, in place of the earlier ones. Every
+        later checkpoint has them.
 
         Raises:
             ConfigError: they could not be written.
@@ -257,24 +257,24 @@ class Checkpointer:
             self.compute.main_only(lambda: self._replace_best(part))
         self._best_files = {f"{BEST}/{name}": digest for name, digest in files.items()}
 
-    def kept(self, name: str) -> Path | None:
-        """The file of this name that `keep` wrote for the same inputs, in this attempt or an earlier one;
-        None if there is none, or if it is damaged."""
+    def saved_file(self, name: str) -> Path | None:
+        """The file of this name that `save_file` wrote for the same inputs, in this attempt or an earlier
+        one; None if it is missing or damaged."""
 
         def find() -> Path | None:
-            for path in self.directory.glob(self._kept_as(name, "?" * 12)):
-                if path.name == self._kept_as(name, file_digest(path)):
+            for path in self.directory.glob(self._saved_name(name, "?" * 12)):
+                if path.name == self._saved_name(name, file_digest(path)):
                     return path
             return None
 
         return self.compute.main_only(find)
 
-    def keep(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Let rank 0 write a file that all attempts use: `kept` finds it, whatever interrupts the stage. Its
-        name tells its content, so it needs no manifest.
+    def save_file(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Let rank 0 write a file that later attempts find with `saved_file`, even if the stage is
+        interrupted. Its name contains its digest, so it needs no manifest.
 
         Raises:
-            ConfigError: it could not be written.
+            ConfigError: the file could not be written.
         """
         part = self.directory / f".{name}.part"
 
@@ -282,9 +282,9 @@ class Checkpointer:
             self.directory.mkdir(parents=True, exist_ok=True)
             write(part)
             flush(part)
-            final = self.directory / self._kept_as(name, file_digest(part))
-            for other in self.directory.glob(self._kept_as(name, "?" * 12)):
-                other.unlink()  # of an attempt that went on from an earlier step, with other roundings
+            final = self.directory / self._saved_name(name, file_digest(part))
+            for other in self.directory.glob(self._saved_name(name, "?" * 12)):
+                other.unlink()  # from an attempt that resumed at an earlier step, with other rounding
             part.rename(final)
             flush(self.directory)
             return final
@@ -293,13 +293,13 @@ class Checkpointer:
             return self.compute.main_only(work)
 
     @property
-    def _of_inputs(self) -> str:
+    def _inputs_digest(self) -> str:
         return digest_of(dict(self.input_digests))[:12]
 
-    def _kept_as(self, name: str, digest: str) -> str:
-        return f"kept-{self._of_inputs}-{digest[:12]}-{name}"
+    def _saved_name(self, name: str, digest: str) -> str:
+        return f"kept-{self._inputs_digest}-{digest[:12]}-{name}"
 
-    def save(self, step: int, engine: Saved, state: Mapping[str, Any]) -> None:
+    def save(self, step: int, engine: Saveable, state: Mapping[str, Any]) -> None:
         """Write one checkpoint. Then remove the oldest ones, so that `keep` stay.
 
         Raises:
@@ -322,8 +322,8 @@ class Checkpointer:
             if self.compute.is_main and self._best_files:
                 _link_files(self.directory / BEST, part / BEST)
                 size += _bytes_in(part / BEST)
-            files |= self._best_files  # hashed when they were written: a link changes nothing
-            # all wait: launchers end the other ranks as soon as one has ended, which would tear this one up
+            files |= self._best_files  # hashed when they were written; a link does not change them
+            # all ranks wait: when one rank ends, launchers end the others, in the middle of this checkpoint
             self._save_seconds, spent = time.monotonic() - start, self.spent()
             self.compute.main_only(lambda: self._finish(part, step, files, spent))
         self._last = time.monotonic()
@@ -340,22 +340,26 @@ class Checkpointer:
             random["cuda_random"] = torch.cuda.get_rng_state()
         return random
 
-    def _goes_on(self, engine: Saved) -> bool:
-        """Whether training goes on while this engine's state is written; the same on all ranks."""
+    def _continues_while_saving(self, engine: Saveable) -> bool:
+        """Whether training continues while this engine's state is written; the same on all ranks."""
         import torch
         from torch.utils._pytree import tree_leaves
 
-        state, wanted = engine.state(), self.config.background
-        if state is None or wanted is False or (wanted == "auto" and self.compute.device.type != "cuda"):
+        state, background = engine.state(), self.config.background
+        if (
+            state is None
+            or background is False
+            or (background == "auto" and self.compute.device.type != "cuda")
+        ):
             return False
-        if wanted is True:
+        if background is True:
             return True
-        self._complete()  # whose copy is in memory still
+        self._complete()  # its copy is still in memory
         size = sum(each.nbytes for each in tree_leaves(state) if isinstance(each, torch.Tensor))
-        lacks = size > host_memory() / self.compute.node_ranks
-        return not int(self.compute.global_max(torch.tensor([int(lacks)])))
+        is_short = size > host_memory() / self.compute.node_ranks
+        return not int(self.compute.global_max(torch.tensor([int(is_short)])))
 
-    def _save_in_background(self, step: int, engine: Saved, state: Mapping[str, Any]) -> None:
+    def _save_in_background(self, step: int, engine: Saveable, state: Mapping[str, Any]) -> None:
         """Copy the state, and let a thread write it."""
         import torch
         from torch.utils._pytree import tree_map_only
@@ -374,7 +378,7 @@ class Checkpointer:
 
         with self._writing(f"the checkpoint of step {step}", part):
             self.compute.main_only(begin)
-            there = [path.name for path in part.iterdir()] if self.compute.is_main else []
+            names = [path.name for path in part.iterdir()] if self.compute.is_main else []
             if self.compute.is_main and self._best_files:
                 _link_files(self.directory / BEST, part / BEST)
 
@@ -382,8 +386,8 @@ class Checkpointer:
             try:
                 for name in [*contents]:
                     torch.save(contents.pop(name), part / name)
-                    there.append(name)
-                for name in there:
+                    names.append(name)
+                for name in names:
                     flush(part / name)
                     writing.files[name] = (file_digest(part / name), (part / name).stat().st_size)
             except Exception as error:  # raised by the next `after_step`, on all ranks
@@ -391,37 +395,39 @@ class Checkpointer:
             writing.seconds = time.monotonic() - start
 
         self._last = time.monotonic()
-        writing = Writing(
+        writing = BackgroundWrite(
             step, part, self.spent(), self._last - start, self._best_files,
             threading.Thread(target=write, daemon=True),
         )  # fmt: skip
-        self._writing_now = writing
+        self._background = writing
         writing.thread.start()
 
     def _complete(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one, and finish it.
+        """Wait for the checkpoint in the background, if there is one, and finish it.
 
         Raises:
             ConfigError: it could not be written. The earlier ones are unchanged.
         """
-        writing, self._writing_now = self._writing_now, None
+        writing, self._background = self._background, None
         if writing is None:
             return
         start = time.monotonic()
         with self.compute.busy():
             writing.thread.join()
-        mine = (writing.files, writing.error)
-        ranks = self.compute.collect_taken({self.compute.rank: mine}, self.compute.world_size)
+        own = (writing.files, writing.error)
+        ranks = self.compute.collect_taken({self.compute.rank: own}, self.compute.world_size)
         with self._writing(f"the checkpoint of step {writing.step}", writing.part):
             for _, error in ranks:
                 if error is not None:
                     raise error
-            found = {name: entry for files, _ in ranks for name, entry in files.items()}
-            size = sum(size for _, size in found.values())
+            entries = {name: entry for files, _ in ranks for name, entry in files.items()}
+            size = sum(size for _, size in entries.values())
             if self.compute.is_main and writing.best_files:
                 size += _bytes_in(writing.part / BEST)
             self._save_seconds = writing.seconds
-            digests = {name: digest for name, (digest, _) in sorted(found.items())} | dict(writing.best_files)
+            digests = {name: digest for name, (digest, _) in sorted(entries.items())} | dict(
+                writing.best_files
+            )
             self.compute.main_only(lambda: self._finish(writing.part, writing.step, digests, writing.spent))
         paused = writing.paused + time.monotonic() - start
         self.written.append((paused, size))
@@ -431,7 +437,7 @@ class Checkpointer:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def cost(self) -> str:
-        """The time that saving took, in words; empty if nothing was saved."""
+        """The time that training waited for checkpoints, in words; empty if there were none."""
         if not self.written:
             return ""
         seconds, size = sum(each for each, _ in self.written), self.written[-1][1]
@@ -446,7 +452,7 @@ class Checkpointer:
 
     @contextmanager
     def _writing(self, what: str, part: Path) -> Iterator[None]:
-        """While open, what the disk refuses ends the run, and `part` is removed.
+        """While open, an error of the disk removes `part` and becomes a ConfigError.
 
         Raises:
             ConfigError: `what` could not be written.
@@ -454,47 +460,46 @@ class Checkpointer:
         try:
             yield
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not NOT_WRITTEN.search(str(error)):
+            if isinstance(error, RuntimeError) and not WRITE_ERROR.search(str(error)):
                 raise
             if self.compute.is_main:
                 shutil.rmtree(part, ignore_errors=True)
             free = shutil.disk_usage(self.directory.parent).free
-            said = error.strerror if isinstance(error, OSError) else "the disk took only a part of it"
+            reason = error.strerror if isinstance(error, OSError) else "the disk took only a part of it"
             raise ConfigError(
-                f"{self.directory}: {what} could not be written ({said}); "
+                f"{self.directory}: {what} could not be written ({reason}); "
                 f"{free / 1e6:.0f} MB are free there. Earlier checkpoints and finished stages are intact. "
                 "Fix it, or move store_dir; then the same command continues."
             ) from error
 
-    def _agreed(self, step: int) -> tuple[int, bool, bool]:
-        """The signal that any rank got, or 0; whether rank 0 wants a checkpoint; whether the threads of all
-        ranks have written theirs."""
+    def _agree(self, step: int) -> tuple[int, bool, bool]:
+        """What all ranks agree on: the signal that any rank got, or 0; whether a checkpoint is due on rank 0;
+        and whether the threads of all ranks have finished."""
         import torch
 
         every_steps, every_minutes = self.config.every_steps, self.config.every_minutes
         due = every_steps is not None and step % every_steps == 0
         if every_minutes is not None:
             due = due or time.monotonic() - self._last >= 60 * every_minutes
-        writing = self._writing_now
+        writing = self._background
         flags = [
             self.signals.received or 0,
             int(due and self.compute.is_main),
             int(writing is None or writing.thread.is_alive()),
         ]
-        signum, is_due, is_written_not = self.compute.global_max(torch.tensor(flags)).tolist()
-        return int(signum), bool(is_due), not is_written_not
+        signum, is_due, is_unfinished = self.compute.global_max(torch.tensor(flags)).tolist()
+        return int(signum), bool(is_due), not is_unfinished
 
     def _digests(self, part: Path) -> tuple[dict[str, str], int]:
-        """Flush and hash all files, divided over the ranks. Returns their digests and the sum of their
-        bytes."""
+        """Flush and hash all files, divided over the ranks. Returns their digests and total bytes."""
         self.compute.barrier()
         names = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
         sizes = [(part / name).stat().st_size for name in names]
-        mine = [names[index] for index in self.compute.shard_indices(sizes)]
-        for name in mine:
+        own_names = [names[index] for index in self.compute.shard_indices(sizes)]
+        for name in own_names:
             with self.compute.busy():
                 flush(part / name)
-        digests = self.compute.collect([file_digest(part / name) for name in mine], sizes)
+        digests = self.compute.collect([file_digest(part / name) for name in own_names], sizes)
         return dict(zip(names, digests, strict=True)), sum(sizes)
 
     def _finish(self, part: Path, step: int, files: Mapping[str, str], spent: float) -> None:
@@ -525,24 +530,24 @@ class Checkpointer:
         part.rename(self.directory / BEST)
         flush(self.directory)
 
-    def _begin(self) -> dict[str, Any] | None:
-        """Find the newest intact checkpoint. `best/` becomes what that one has: what lies there may be of a
+    def _restore_newest(self) -> dict[str, Any] | None:
+        """Find the newest intact checkpoint, and restore `best/` from it: the present files may be from a
         later step."""
-        newest = self._find()
+        newest = self._newest_intact()
         shutil.rmtree(self.directory / BEST, ignore_errors=True)
         shutil.rmtree(self.directory / f".{BEST}.part", ignore_errors=True)
         if newest is not None and (self.directory / newest["name"] / BEST).exists():
             _link_files(self.directory / newest["name"] / BEST, self.directory / BEST)
         return newest
 
-    def _find(self) -> dict[str, Any] | None:
+    def _newest_intact(self) -> dict[str, Any] | None:
         if not self.config.resume:
             self.discard()
             return None
         for stale in self.directory.glob(".step-*.part-*"):
             shutil.rmtree(stale)
         for path in self._all():
-            manifest, complaint = verified(path)
+            manifest, complaint = verify_checkpoint(path)
             if manifest is not None:
                 if manifest["input_digests"] == self.input_digests:
                     return manifest
@@ -570,13 +575,13 @@ def _empty(directory: Path) -> None:
 
 
 def _link_files(source: Path, target: Path) -> None:
-    """A second directory of the same files: hard links, or copies on a file system without them."""
+    """Make a second directory of the same files: with hard links, or with copies if there are no links."""
     target.mkdir()
     for file in source.iterdir():
         try:
             os.link(file, target / file.name)
         except OSError as error:
-            if error.errno not in NO_LINKS:
+            if error.errno not in NO_LINK_ERRORS:
                 raise
             shutil.copyfile(file, target / file.name)
             flush(target / file.name)

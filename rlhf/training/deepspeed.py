@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO behind the engine's interface. The only importer of deepspeed.
+"""DeepSpeed ZeRO behind the engine's interface. Only this module imports deepspeed.
 
 Stage 1 shards optimizer states and masters over ranks, 2 also gradients, 3 also the weights (Rajbhandari et
-al. 2020, arXiv:1910.02054); zero3_offload keeps all three in the host's memory.
+al. 2020, arXiv:1910.02054). zero3_offload keeps all three in the host's memory.
 """
 
 from __future__ import annotations
@@ -25,30 +25,29 @@ from rlhf.training.engine import Access, Engine, Groups
 from rlhf.training.optimizer import ClippedAdamW, parameter_group
 
 TAG, UNIVERSAL = "zero", "zero_universal"
-BUCKET_ELEMENTS, LIVE_ELEMENTS, PREFETCH_ELEMENTS, WHOLE_ELEMENTS = 5 * 10**8, 10**9, 5 * 10**7, 10**5
-"""Gradients that are sent together, from a buffer of this size; weights that stage 3 keeps gathered, and that
-it gathers in advance; and the largest weight that it does not shard. These are DeepSpeed's defaults, and
-upper limits here: they would hold all of a small model on each rank."""
+BUCKET_ELEMENTS, LIVE_ELEMENTS, PREFETCH_ELEMENTS, UNSHARDED_ELEMENTS = 5 * 10**8, 10**9, 5 * 10**7, 10**5
+"""Upper limits, in elements: the gradients in one send buffer, the weights that stage 3 keeps gathered, the
+weights that it gathers in advance, and the largest weight that it does not shard. They are DeepSpeed's
+defaults, which would hold all of a small model on each rank."""
 
 
 def bucket_elements(trained: int) -> int:
-    """How many gradients are sent together, of so many in all: a 16th, or the upper limit."""
+    """Gradients in one send buffer: a 16th of the `trained` parameters, or the upper limit."""
     return max(1, min(BUCKET_ELEMENTS, trained // 16))
 
 
 def live_elements(total: int) -> int:
-    """How many gathered weights of a model with `total` parameters stage 3 keeps: a 16th, or the upper
-    limit."""
+    """Weights that stage 3 keeps gathered: a 16th of the `total` parameters, or the upper limit."""
     return min(LIVE_ELEMENTS, total // 16)
 
 
-def gathering(total: int) -> dict[str, int]:
-    """DeepSpeed's settings of what it gathers of a model with `total` parameters."""
+def gather_settings(total: int) -> dict[str, int]:
+    """DeepSpeed's settings for gathering the weights of a model with `total` parameters."""
     return {
         "stage3_max_live_parameters": live_elements(total),
         "stage3_max_reuse_distance": live_elements(total),
         "stage3_prefetch_bucket_size": min(PREFETCH_ELEMENTS, total // 32),
-        "stage3_param_persistence_threshold": min(WHOLE_ELEMENTS, max(1000, total // 10_000)),
+        "stage3_param_persistence_threshold": min(UNSHARDED_ELEMENTS, max(1000, total // 10_000)),
     }
 
 
@@ -72,7 +71,7 @@ class ZeroEngine(Engine):
         trained = sum(weight.numel() for group in self._client.param_groups for weight in group["params"])
         total = sum(weight.numel() for weight in model.parameters())
         config = zero_config(compute, trained, total) | {"checkpoint": {"load_universal": universal}}
-        if in_turns:  # it would gather what the last pass used, and throw it away
+        if in_turns:  # it would gather the weights that the last pass used, and discard them
             config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
         self._universal = universal
         self._waiting: list[Tensor] = []
@@ -83,20 +82,20 @@ class ZeroEngine(Engine):
             model=model, optimizer=self._client, config=config, dist_init_required=False
         )
         self._sharded = self._engine.zero_optimization_partition_weights()
-        self._client.leading = [
-            self._leading(*group) for group in zip(matrices, others, self._client.param_groups, strict=True)
+        self._client.num_matrix_elements = [
+            self._num_matrix_elements(*group)
+            for group in zip(matrices, others, self._client.param_groups, strict=True)
         ]
-        _let_go(model)
-        # its gradient hooks hold it, and no garbage collector sees that
+        _forget_running(model)
+        # its gradient hooks hold it, and the garbage collector does not see that
         weakref.finalize(self, _destroy, self._engine).atexit = False
         self._engine.optimizer.check_grad_overflow = True  # fp32 would take a step with NaN
         self.model = self._engine
 
-    def _leading(
+    def _num_matrix_elements(
         self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], group: Mapping[str, Any]
     ) -> int:
-        """Number of elements in this rank's shard of a group that belong to matrices. The matrices come
-        first.
+        """Number of elements of matrices in this rank's shard of a group. The matrices come first.
 
         Stages 1 and 2 join a group's weights and cut the result into equal parts. Stage 3 cuts each weight.
         """
@@ -113,8 +112,8 @@ class ZeroEngine(Engine):
         return groups
 
     def backward_part(self, loss: Tensor) -> None:
-        """Keep the loss for `backward`. DeepSpeed needs all gradients at once: stage 3 would add late ones to
-        the next step, and offloading would lose early ones."""
+        """Hold the loss until `backward`. DeepSpeed needs all gradients at once: stage 3 would add late ones
+        to the next step, and offloading would lose early ones."""
         self._waiting.append(loss)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -127,8 +126,8 @@ class ZeroEngine(Engine):
             self._engine.step()  # counts the micro-batch
 
     def step(self) -> None:
-        """Update this rank's partition, and get what it needs of the others."""
-        self._client.grad_norms = []  # DeepSpeed calls the optimizer once a group
+        """Update this rank's partition, and fetch the updates that it needs from the others."""
+        self._client.grad_norms = []  # DeepSpeed calls the optimizer once per group
         self._engine.step()
         if self._engine.optimizer.overflow:
             self.skipped_steps += 1
@@ -139,118 +138,121 @@ class ZeroEngine(Engine):
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
         """Gather the module's weights."""
-        self._settle()
+        self._free_prefetched()
         with _gathered(self._engine.optimizer.parameter_offload, module) if self._sharded else nullcontext():
             yield
 
     def by_layers(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Let DeepSpeed's hooks gather. They drop the order of modules that they recorded while it learned:
-        it is another one."""
+        """Let DeepSpeed's hooks gather. The hooks forget the order of modules from training, because the
+        order of this pass is different."""
         if (
             self._sharded
-            and not (order := self._engine.optimizer.parameter_offload.param_coordinator).is_invalid_trace()
+            and not (
+                coordinator := self._engine.optimizer.parameter_offload.param_coordinator
+            ).is_invalid_trace()
         ):
-            order._invalidate_trace()
+            coordinator._invalidate_trace()
         return nullcontext()
 
     def gathered_weights(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """Gather the weights on every rank."""
-        self._settle()
+        self._free_prefetched()
         return _gathered_weights(modules) if self._sharded else nullcontext()
 
-    def _settle(self) -> None:
-        """Free what the last pass gathered in advance: nobody else can gather it while it is under way."""
+    def _free_prefetched(self) -> None:
+        """Free the weights that the last pass gathered in advance: until then, no other code can gather
+        them."""
         if not self._sharded:
             return
         parameters = self._engine.module.parameters()
         if any(each.ds_status.name != "NOT_AVAILABLE" for each in parameters if not each.ds_persist):
             self._engine.empty_partition_cache()
 
-    def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
+    def _full_weight(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
         if not self._sharded:
             return parameter.detach()
         import deepspeed
 
-        self._settle()
-        with deepspeed.zero.GatheredParameters([parameter]):  # and then it is freed
+        self._free_prefetched()
+        with deepspeed.zero.GatheredParameters([parameter]):  # frees it at the end
             return parameter.detach().to("cpu", copy=True) if is_owner else parameter.detach()
 
     def save(self, directory: Path) -> None:
-        """Each rank's partition, into DeepSpeed's own files."""
+        """Write each rank's partition into DeepSpeed's own files."""
         self._engine.save_checkpoint(
             str(directory), tag=TAG, client_state={"skipped": self.skipped_steps}, save_latest=True,
             exclude_frozen_parameters=True,
         )  # fmt: skip
 
     def load(self, directory: Path) -> None:
-        """Restore this rank's partition. From another number of ranks this needs a universal checkpoint.
+        """Restore this rank's partition. A checkpoint of another number of ranks is first made universal.
 
-        Rank 0 makes it. It copies one weight of one old rank at a time, and the disk holds twice the
-        optimizer's state more. Then each rank reads its slice of each file.
+        Rank 0 does this. It copies one weight of one old rank at a time, and needs disk space for two more
+        optimizer states. Then each rank reads its slice of each file.
         """
         tag = TAG
-        settings: Any = serialization.config  # torch's type does not know how it is used
-        mapped = settings.patch({"load.mmap": self._universal})  # else every rank reads every file whole
-        with only_tensors_and_numbers(), mapped:
+        settings: Any = serialization.config  # untyped in torch
+        mmap_files = settings.patch({"load.mmap": self._universal})  # otherwise ranks read every file in full
+        with only_tensors_and_numbers(), mmap_files:
             if self._universal:
                 self.compute.main_only(lambda: to_universal(directory))
                 tag = UNIVERSAL
             path, state = self._engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
         assert path is not None, f"{directory}: DeepSpeed found nothing to load"
         if self._universal:
-            self._mend()
+            self._repair_optimizer()
         self.skipped_steps = state["skipped"]
 
-    def _mend(self) -> None:
-        """Repair what DeepSpeed's universal loading for stage 3 does wrong: it gives all groups the settings
-        of the first one, and one shared step counter, which each group would advance."""
+    def _repair_optimizer(self) -> None:
+        """Repair the optimizer after DeepSpeed's universal loading for stage 3. It gives all groups the
+        settings of the first one, and one shared step counter, which each group would advance."""
         for place, (group, config) in enumerate(zip(self._client.param_groups, self._configs, strict=True)):
             settings = parameter_group((), config) | {"place": place}
             group.update({name: value for name, value in settings.items() if name != "params"})
         for state in self._client.state.values():
-            # fused AdamW counts where the moments are
-            there = state["exp_avg"].device
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=there).clone()
+            # fused AdamW needs the counter on the device of the moments
+            device = state["exp_avg"].device
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device).clone()
 
 
 def zero_config(compute: Compute, trained: int, total: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `zero=`, of a model with `total` parameters, of which `trained` train."""
+    """DeepSpeed's configuration for `zero=` and a model with `total` parameters, of which `trained` train."""
     stage = int(compute.zero.removeprefix("zero")[0])
     zero: dict[str, Any] = {
         "stage": stage,
-        "sub_group_size": 10**12,  # one group of parameters is one group to clip
+        "sub_group_size": 10**12,  # no smaller groups: each parameter group is clipped as one
         "reduce_bucket_size": bucket_elements(trained),
-        **gathering(total),
+        **gather_settings(total),
     }
     if compute.zero == "zero3_offload":
-        zero |= {"offload_optimizer": on_host(compute), "offload_param": on_host(compute)}
+        zero |= {"offload_optimizer": host_offload(compute), "offload_param": host_offload(compute)}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # our loops count their own micro-batches
         "gradient_accumulation_steps": 1,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the host without being compiled first
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the host without compilation
         "gradient_clipping": 0.0,  # ClippedAdamW does it; the default here is 1
         "steps_per_print": 10**9,
     }
     if compute.dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        config["communication_data_type"] = "fp32"  # else gradients are added up over ranks in bf16
-        if stage > 1:  # for stage 1 this would choose another optimizer, which refuses a gradient of 0
+        config["communication_data_type"] = "fp32"  # otherwise gradients are added up over ranks in bf16
+        if stage > 1:  # in stage 1 it selects another optimizer, which refuses a gradient of 0
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
 
-def on_host(compute: Compute) -> dict[str, Any]:
-    """DeepSpeed's words for the host's memory; pinned where a GPU reads it, which copies several times as
-    fast."""
+def host_offload(compute: Compute) -> dict[str, Any]:
+    """DeepSpeed's settings for offloading to the host. Memory is pinned for GPUs, because this makes copies
+    several times faster."""
     return {"device": "cpu", "pin_memory": compute.device.type == "cuda"}
 
 
 @contextmanager
 def _gathered(offload: Any, module: nn.Module) -> Iterator[None]:
-    """While open, a module's weights are whole. DeepSpeed's hooks are removed meanwhile, because they would
-    shard it again.
+    """While open, a module's weights are gathered. DeepSpeed's hooks are removed meanwhile, because they
+    would shard it again.
 
     Args:
         offload: the `DeepSpeedZeRoOffload` of the model that the module is a part of.
@@ -270,7 +272,7 @@ def _gathered(offload: Any, module: nn.Module) -> Iterator[None]:
 
 
 def _gathered_weights(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """While open, the weights of these modules, without those below, are whole on every rank."""
+    """While open, the own weights of these modules, without submodules, are gathered on every rank."""
     import deepspeed
 
     weights = [weight for each in modules for weight in each.parameters(recurse=False)]
@@ -279,8 +281,9 @@ def _gathered_weights(modules: Sequence[nn.Module]) -> AbstractContextManager[No
 
 
 def _destroy(engine: Any) -> None:
-    """Let the garbage collector have an engine: no hook and no cache of DeepSpeed's holds it. One may outlive
-    its group, as where the error of a stop holds it; then the process ends."""
+    """Remove all references to an engine from DeepSpeed's hooks and caches, so that it can be freed. The
+    error of a stop may hold an engine longer than its process group: then the process ends, and nothing is
+    done."""
     from deepspeed import comm
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Order
 
@@ -288,14 +291,13 @@ def _destroy(engine: Any) -> None:
         return
     engine.destroy()
     cached: Any = vars(Order)["_PartitionedParameterCoordinator__params_to_release"]
-    for each in (cached, *(cell.cell_contents for cell in cached.__closure__ or ())):  # under a decorator
+    for each in (cached, *(cell.cell_contents for cell in cached.__closure__ or ())):  # may be decorated
         if hasattr(each, "cache_clear"):
             each.cache_clear()
 
 
-def _let_go(model: nn.Module) -> None:
-    """Remove a model from DeepSpeed's list of running modules, which would hold it for the life of the
-    process."""
+def _forget_running(model: nn.Module) -> None:
+    """Remove a model from DeepSpeed's list of running modules, which would hold it until the process ends."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     FWD_MODULE_STACK[:] = [each for each in FWD_MODULE_STACK if each is not model]
@@ -304,9 +306,9 @@ def _let_go(model: nn.Module) -> None:
 def shard_frozen(model: nn.Module, compute: Compute) -> Access:
     """Shard a model that does not train (ZeRO-3 inference)."""
     total = sum(weight.numel() for weight in model.parameters())
-    stage3: dict[str, Any] = {"stage": 3, **gathering(total)}
+    stage3: dict[str, Any] = {"stage": 3, **gather_settings(total)}
     if "offload" in compute.zero:
-        stage3["offload_param"] = on_host(compute)
+        stage3["offload_param"] = host_offload(compute)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3, "steps_per_print": 10**9}
     if compute.dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
@@ -314,7 +316,7 @@ def shard_frozen(model: nn.Module, compute: Compute) -> Access:
     _read_slices(deepspeed, model, config, compute)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     engine.eval()
-    _let_go(model)
+    _forget_running(model)
     offload = engine.optimizer
     # it records the order of modules, which changes from pass to pass, and keeps weights for the next pass
     offload.fwd_pre_hook.remove()
@@ -322,17 +324,17 @@ def shard_frozen(model: nn.Module, compute: Compute) -> Access:
 
 
 def _read_slices(deepspeed: Any, model: nn.Module, config: Mapping[str, Any], compute: Compute) -> None:
-    """Shard weights as DeepSpeed would, but each rank copies its slice of each to its device: of weights that
-    lie in a mapped file, it reads no others. By itself DeepSpeed has rank 0 send every weight whole."""
+    """Shard weights as DeepSpeed does, but each rank copies its slices to its device. From a mapped file it
+    reads only these slices. DeepSpeed's own way is that rank 0 sends every full weight."""
 
     class FromThisRank(deepspeed.zero.Init):  # type: ignore[misc]  # untyped
         def _convert_to_zero_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
             for each in parameters:
-                if compute.dtype == torch.bfloat16:  # a critic's head too, as DeepSpeed would
+                if compute.dtype == torch.bfloat16:  # also a critic's head, as DeepSpeed does
                     each.data = each.data.bfloat16()
                 self._convert_to_deepspeed_param(each)
                 each.partition()  # type: ignore[attr-defined]  # DeepSpeed's
-                each.data = each.data.to(compute.device)  # nothing: where it will be gathered
+                each.data = each.data.to(compute.device)  # empty, but gathered on this device
 
     FromThisRank(module=model, config_dict_or_path=dict(config))
     for buffer in model.buffers():
@@ -365,7 +367,7 @@ def to_universal(directory: Path) -> None:
 
     from deepspeed.checkpoint.ds_to_universal import main
 
-    shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)  # no manifest vouches for what lies there
+    shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)  # the manifest does not cover its files
     main(
         argparse.Namespace(
             input_folder=str(directory / TAG), output_folder=str(directory / UNIVERSAL),
@@ -378,12 +380,12 @@ def to_universal(directory: Path) -> None:
 def _deepspeed(compute: Compute) -> Any:
     if compute.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where there is one rank, started by nobody
+    os.environ.setdefault("LOCAL_RANK", "0")  # needed even for one rank without a launcher
     try:
         import deepspeed
     except ImportError:
         raise ConfigError(f"zero={compute.zero} needs DeepSpeed: pip install -e '.[deepspeed]'.") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that ClippedAdamW is not its own
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at the first use
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise first use compiles it
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed

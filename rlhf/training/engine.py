@@ -20,39 +20,40 @@ from rlhf.training.trained import TrainedFiles, owners
 
 Part = TypeVar("Part")
 Loss = Callable[[Part], tuple[Tensor, Mapping[str, Tensor]]]
-"""A micro-batch -> its part of the loss, and its part of sums for metrics. Losses are divided by global
-counts: the parts of all micro-batches and ranks add up to the loss of the batch."""
+"""A micro-batch -> its part of the loss, and its part of the sums for metrics. Losses are divided by global
+counts, so the parts of all micro-batches and ranks add up to the loss of the batch."""
 Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
 Gather = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
-"""Opens a context in which the weights of modules, without those below, are whole on each rank."""
+"""Opens a context in which the own weights of modules, without submodules, are gathered on each rank."""
 
 
 class Access(NamedTuple):
-    """How a model is run. Each field opens a context for it."""
+    """How to run a model. Each field opens a context in which the model can run."""
 
     alone: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Each rank runs the model by itself, as often as it likes."""
+    """Each rank runs the model independently, any number of times."""
     together: Callable[[], AbstractContextManager[None]] | None = None
     """Ranks that share the weights run the model equally often and gather layer by layer. None: each rank has
-    the whole model."""
+    the full model."""
     weights: Gather = lambda modules: nullcontext()
-    """The weights of some modules, without those below, are whole on each rank, to be copied elsewhere."""
+    """The own weights of some modules, without submodules, are gathered on each rank, to be copied."""
 
     @property
     def reading(self) -> Callable[[], AbstractContextManager[None]]:
-        """The context for passes that all ranks make equally often. No more than a layer is gathered."""
+        """The context for passes that all ranks make equally often. If it can, it gathers only one layer at a
+        time."""
         return self.together or self.alone
 
 
-WHOLE = Access()
-"""Each rank has the whole model, where it runs."""
+FULL_MODEL = Access()
+"""The access to a model that is complete on each rank, on the device where it runs."""
 
 
 class Engine(ABC):
-    """One optimizer step is any number of calls of `backward` and one of `step`. All ranks make the same
-    calls.
+    """A model with its optimizer. One optimizer step is any number of calls of `backward` and one of `step`.
 
-    Losses are divided by global counts, so gradients are *summed* over ranks and micro-batches.
+    All ranks make the same calls. Losses are divided by global counts, so gradients are *summed* over ranks
+    and micro-batches.
     """
 
     model: nn.Module
@@ -78,7 +79,7 @@ class Engine(ABC):
 
         Args:
             first_steps: group -> its first step, if that is later than 0. Its schedule covers the steps from
-                there on. Before them its rate is 0, and its optimizer state as new.
+                there on. Before, its rate is 0, and its optimizer state stays new.
         """
         rates, waits = [], []
         for index, config in enumerate(self._configs):
@@ -100,7 +101,7 @@ class Engine(ABC):
     def backward_part(self, loss: Tensor) -> None:
         """Add the gradients of a loss that uses only a part of the model. `backward` of the rest must follow.
 
-        So the graphs of both parts need not be in memory at the same time.
+        So the graphs of the two parts are not in memory at the same time.
         """
         self.backward(loss, last=False)
 
@@ -114,11 +115,11 @@ class Engine(ABC):
         """Add up the gradients of a batch. `step` follows.
 
         Args:
-            passes: this rank's micro-batches, as of `Compute.micro_batches`.
-            part_of: makes a micro-batch of the indices of its rows.
-            losses: each goes backwards before the next one is computed, so that two graphs are never in
-                memory together. Each uses a part of the model of its own.
-            count: gets the weight of each micro-batch and its sums. The weight is 0 where a rank repeats a
+            passes: this rank's micro-batches, from `Compute.micro_batches`.
+            part_of: makes a micro-batch from the indices of its rows.
+            losses: the backward pass of each is done before the next one is computed, so two graphs are
+                never in memory together. Each uses its own part of the model.
+            count: gets the weight of each micro-batch and its sums. The weight is 0 if a rank repeats a
                 row.
         """
         *first, final = losses
@@ -143,12 +144,12 @@ class Engine(ABC):
 
         Args:
             lengths: tokens of each row of the batch.
-            part_of: makes a micro-batch of the indices of its rows.
-            loss: its sums are numbers, and are the same ones for each micro-batch.
+            part_of: makes a micro-batch from the indices of its rows.
+            loss: its sums are scalars, with the same names for each micro-batch.
             micro_batch_tokens: tokens per forward pass.
 
         Returns:
-            The loss's sums, added up over micro-batches and ranks; and `grad_norm`, before clipping.
+            The sums of the loss over all micro-batches and ranks; and `grad_norm`, before clipping.
         """
         totals: dict[str, Tensor] = {}
 
@@ -159,8 +160,8 @@ class Engine(ABC):
         self.accumulate(self.compute.micro_batches(lengths, micro_batch_tokens), part_of, loss, count=count)
         self.step()
         sums = torch.stack([value.float() for value in totals.values()])
-        found = self.compute.global_sum(sums).tolist()
-        return {**dict(zip(totals, found, strict=True)), "grad_norm": self.grad_norm}
+        global_sums = self.compute.global_sum(sums).tolist()
+        return {**dict(zip(totals, global_sums, strict=True)), "grad_norm": self.grad_norm}
 
     @abstractmethod
     def step(self) -> None:
@@ -171,20 +172,19 @@ class Engine(ABC):
         """A context in which every rank can run a part of the model alone, for generation."""
 
     def by_layers(self, module: nn.Module) -> AbstractContextManager[None]:
-        """A context in which all ranks run a part of the model equally often, though not through the engine.
-        Each layer is gathered for the time that it runs."""
+        """A context in which all ranks run a part of the model equally often, outside the engine's own
+        passes. Each layer is gathered while it runs."""
         return nullcontext()
 
     def gathered_weights(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-        """A context in which every rank sees the whole weights of a few modules, without their children's."""
+        """A context in which every rank sees the full own weights of a few modules, without submodules."""
         return nullcontext()
 
     def save_trained(self, module: nn.Module, directory: Path) -> None:
-        """Write the trained weights of a part of the model, for `load_trained`: each weight whole, under its
-        name in the part, and tied weights once. Every rank calls it with the same directory.
+        """Write the trained weights of a part of the model, for `load_trained`: each full weight, under its
+        name in the part; tied weights once. Every rank calls it with the same directory.
 
-        Each weight is gathered alone and written by one rank. So a rank holds at most what goes into one
-        file.
+        One weight at a time is gathered, and one rank writes it. So a rank holds at most one file's weights.
         """
         trained = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
         sizes = [_elements(each) * each.element_size() for _, each in trained]
@@ -196,7 +196,7 @@ class Engine(ABC):
             if is_owner:
                 with self.compute.busy():
                     files.make_room(size)
-            weight = self._whole(parameter, is_owner=is_owner)
+            weight = self._full_weight(parameter, is_owner=is_owner)
             if is_owner:
                 files.add(name, weight)
             del weight
@@ -206,12 +206,12 @@ class Engine(ABC):
         self.compute.barrier()
 
     @abstractmethod
-    def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
-        """One weight, gathered. On ranks that are not its owner the result is not used."""
+    def _full_weight(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
+        """One weight, gathered. Only the owner uses the result."""
 
     def state(self) -> dict[str, Any] | None:
-        """What this rank saves: file -> content, which is the live state, not a copy. None if the engine has
-        its own way of saving."""
+        """The state that this rank saves: file -> content. It is the live state, not a copy. None if the
+        engine saves in its own way."""
         return None
 
     def save(self, directory: Path) -> None:
@@ -225,12 +225,12 @@ class Engine(ABC):
 
 
 def _elements(parameter: nn.Parameter) -> int:
-    """Of the whole weight; one that DeepSpeed shards has none of its own."""
+    """Elements of the full weight. A weight that DeepSpeed shards is empty itself."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 class PlainEngine(Engine):
-    """The whole model on every rank. Gradients are added up over ranks in fp32."""
+    """The full model on every rank. Gradients are added up over ranks in fp32."""
 
     STATE = "optimizer.pt"
 
@@ -256,18 +256,18 @@ class PlainEngine(Engine):
         self.skipped_steps = self.optimizer.skipped_steps
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Nothing to do: every rank has the whole model."""
+        """An empty context: every rank has the full model."""
         return nullcontext()
 
-    def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
+    def _full_weight(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
         return parameter.detach()
 
     def state(self) -> dict[str, Any]:
-        """Masters and moments on rank 0. The other ranks have the same."""
+        """Masters and moments, on rank 0 only: the other ranks have the same."""
         return {self.STATE: self.optimizer.state_dict()} if self.compute.is_main else {}
 
     def load(self, directory: Path) -> None:
-        """Every rank reads rank 0's file."""
+        """Read the file of rank 0 on every rank."""
         state = torch.load(directory / self.STATE, weights_only=True, mmap=True, map_location="cpu")
         self.optimizer.load_state_dict(state)
         self.skipped_steps = self.optimizer.skipped_steps

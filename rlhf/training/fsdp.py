@@ -1,7 +1,7 @@
 """torch's FSDP2 behind the engine's interface: weights, gradients and optimizer states sharded over ranks.
 
 Zhao et al. 2023 (arXiv:2304.11277). `fully_shard` splits each parameter by its first dimension. A layer is a
-unit: its weights are gathered when it runs, and freed after it.
+unit: its weights are gathered before it runs, and freed after it.
 
 With `zero=hsdp` the ranks of a node shard (`Compute.shard` of `num_shards`), and each node has a replica.
 Gradients are averaged over the ranks that shard, then over the replicas. Replicas stay equal, bit for bit.
@@ -34,9 +34,9 @@ class FsdpEngine(Engine):
     def __init__(self, model: nn.Module, groups: Groups, compute: Compute) -> None:
         super().__init__(compute, [config for _, config in groups])
         self.model = model
-        names = _names(model, groups)
+        names = _trained_names(model, groups)
         self._units = _shard_for_training(model, compute)
-        sharded = dict(model.named_parameters())  # new ones, by the old names
+        sharded = dict(model.named_parameters())  # new parameters under the old names
         self._parameters = [sharded[name] for group in names for name in group]
         self._shards = [_local(parameter.detach()) for parameter in self._parameters]
         self._masters = [nn.Parameter(shard.float().clone()) for shard in self._shards]
@@ -88,9 +88,9 @@ class FsdpEngine(Engine):
 
     @contextmanager
     def by_layers(self, module: nn.Module) -> Iterator[None]:
-        """Gather everything outside the layers. The layers' own hooks gather these."""
+        """Gather everything outside the layers. The layers' own hooks gather the layers."""
         assert isinstance(self.model, FSDPModule)
-        self.model._get_fsdp_state()._lazy_init()  # else the first layer to run takes itself for the root
+        self.model._get_fsdp_state()._lazy_init()  # otherwise the first layer to run becomes the root
         self.model.unshard()
         try:
             yield
@@ -98,15 +98,15 @@ class FsdpEngine(Engine):
             self.model.reshard()
 
     def gathered_weights(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
-        """Put whole copies of the weights in the places of the shards."""
+        """Replace the shards by full copies of the weights."""
         return _gathered_weights(self._units, modules)
 
     def save_trained(self, module: nn.Module, directory: Path) -> None:
-        """The shards are what is gathered, not what a forward pass has left."""
+        """Drop the weights that a forward pass left gathered, then write from the shards."""
         self._reshard()
         super().save_trained(module, directory)
 
-    def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
+    def _full_weight(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
         assert isinstance(parameter, DTensor)
         return parameter.full_tensor().detach()
 
@@ -121,8 +121,8 @@ class FsdpEngine(Engine):
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Read this rank's rows of each state from the files, which are mapped. Any number of ranks may have
-        written them."""
+        """Read this rank's rows of each state from the mapped files. Any number of ranks may have written
+        them."""
         saved = [
             torch.load(file, weights_only=True, mmap=True, map_location="cpu")
             for file in sorted(directory.glob("fsdp-*.pt"))
@@ -148,36 +148,36 @@ class FsdpEngine(Engine):
             round_into(shard, master, start * (parameter.numel() // len(parameter)))
 
     def _reshard(self) -> None:
-        """Free gathered copies. A root keeps its own after a forward pass without gradients."""
+        """Free gathered weights. The root unit keeps its own after a forward pass without gradients."""
         for unit in self._units:
             unit.reshard()
 
 
-def _names(model: nn.Module, groups: Groups) -> list[list[str]]:
-    """Names of the parameters that train in each group. No parameter is kept, so sharding can free them one
+def _trained_names(model: nn.Module, groups: Groups) -> list[list[str]]:
+    """Names of the trained parameters in each group. Names hold no parameters, so sharding can free these one
     by one."""
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     return [[name_of[each] for each in parameters if each.requires_grad] for parameters, _ in groups]
 
 
 def _shard_for_training(model: nn.Module, compute: Compute) -> list[FSDPModule]:
-    """Each layer is a unit, an fp32 head is another, and the rest is one. All parameters of a unit have one
-    dtype."""
+    """Shard the model into units: each layer, the modules of another dtype (an fp32 head), and the rest. All
+    parameters of a unit must have one dtype."""
     mesh = _mesh(compute)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = _layers(model)
-    within = {module for layer in layers for module in layer.modules()}
-    odd = [
+    in_layers = {module for layer in layers for module in layer.modules()}
+    other_dtype = [
         module
         for module in model.modules()
-        if module not in within
+        if module not in in_layers
         and any(each.dtype != compute.dtype for each in module.parameters(recurse=False))
     ]
-    with _slices_read(model, compute):
+    with _loading_slices(model, compute):
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        if odd:
-            fully_shard(odd, mesh=mesh, mp_policy=policy)  # together, because some share a parameter
+        if other_dtype:
+            fully_shard(other_dtype, mesh=mesh, mp_policy=policy)  # one unit, because some share a parameter
         fully_shard(model, mesh=mesh, mp_policy=policy)
     return _units(model)
 
@@ -188,7 +188,7 @@ def _units(module: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def _unsharded(units: Sequence[FSDPModule]) -> Iterator[None]:
-    """While open, the weights of these units are whole on each rank, whatever runs."""
+    """While open, the weights of these units stay gathered on each rank, whichever modules run."""
     try:
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
@@ -202,11 +202,10 @@ def _unsharded(units: Sequence[FSDPModule]) -> Iterator[None]:
 
 @contextmanager
 def _gathered_weights(units: Sequence[FSDPModule], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """While open, whole copies of the weights of these modules, without those below, are in the places of
-    the shards.
+    """While open, full copies of the modules' own weights, without submodules, replace the shards.
 
     Args:
-        units: of the whole model. A pass may have left them gathered.
+        units: the units of the full model. A pass may have left them gathered.
     """
     for unit in units:
         unit.reshard()
@@ -224,25 +223,25 @@ def _gathered_weights(units: Sequence[FSDPModule], modules: Sequence[nn.Module])
 def shard_frozen(model: nn.Module, compute: Compute) -> Access:
     """Shard a model that does not train: each layer, embedding and output layer is a unit."""
     mesh = _mesh(compute)
-    for unit in (*_layers(model), *_tables(model)):
-        with _slices_read(unit, compute):
+    for unit in (*_layers(model), *_separate_tables(model)):
+        with _loading_slices(unit, compute):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    for tensor in (*model.parameters(), *model.buffers()):  # norms and a scalar head stay whole
+    for tensor in (*model.parameters(), *model.buffers()):  # norms and a scalar head are not sharded
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(compute.device)
     units = _units(model)
     return Access(lambda: _unsharded(units), nullcontext, lambda modules: _gathered_weights(units, modules))
 
 
-def _tables(model: nn.Module) -> list[nn.Module]:
-    """Embeddings and linear layers outside the layers, each with a weight of its own. One that is tied gets a
-    parameter of its own, because a unit that is run by itself cannot share one."""
-    within = {part for layer in _layers(model) for part in layer.modules()}
-    outside = [part for part in model.modules() if part not in within]
+def _separate_tables(model: nn.Module) -> list[nn.Module]:
+    """Embeddings and linear modules outside the layers. A tied weight becomes two parameters, because a unit
+    that runs separately cannot share one."""
+    in_layers = {part for layer in _layers(model) for part in layer.modules()}
+    outside = [part for part in model.modules() if part not in in_layers]
     tables: list[nn.Module] = [part for part in outside if isinstance(part, nn.Embedding | nn.Linear)]
     others = {
         weight for part in outside if part not in tables for weight in part.parameters(recurse=False)
-    }  # a scalar head's weight is also that of a linear layer that does not run
+    }  # a scalar head shares its weight with a linear module that does not run
     tables = [part for part in tables if others.isdisjoint(part.parameters())]
     seen: set[nn.Parameter] = set()
     for part in tables:
@@ -254,10 +253,10 @@ def _tables(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _slices_read(module: nn.Module, compute: Compute) -> Iterator[None]:
-    """While open, a module's weights have shapes alone, so that sharding reads none of them. Then each rank
-    copies its rows of each weight to its device: of weights that lie in a mapped file, it reads no others."""
-    whole = {name: parameter.detach() for name, parameter in module.named_parameters()}
+def _loading_slices(module: nn.Module, compute: Compute) -> Iterator[None]:
+    """While open, a module's weights are on the meta device, so that sharding reads none of them. At the end,
+    each rank copies its rows of each weight to its device. From a mapped file it reads only these rows."""
+    full_weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
     shapes = {
         parameter: nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
         for parameter in module.parameters()
@@ -269,13 +268,13 @@ def _slices_read(module: nn.Module, compute: Compute) -> Iterator[None]:
     yield
     module._apply(lambda each: torch.empty_like(each, device=compute.device) if each.is_meta else each)
     for name, parameter in module.named_parameters():
-        shard, source = _local(parameter.detach()), whole.pop(name)
+        shard, source = _local(parameter.detach()), full_weights.pop(name)
         start, rows = _rows(len(source), compute)
         shard.copy_(source[start:][:rows])
 
 
 def _mesh(compute: Compute) -> DeviceMesh:
-    """The ranks that shard; with several replicas the second of two dimensions."""
+    """The mesh of the ranks: one dimension that shards; with several replicas, replicas come first."""
     if compute.num_replicas == 1:
         return init_device_mesh(compute.device.type, (compute.world_size,))
     shape, names = (compute.num_replicas, compute.num_shards), ("replicate", "shard")
@@ -283,15 +282,14 @@ def _mesh(compute: Compute) -> DeviceMesh:
 
 
 def _rows(length: int, compute: Compute) -> tuple[int, int]:
-    """Where this rank's rows of a weight begin, and how many they are at most: as torch.chunk, which FSDP2
-    follows."""
+    """The first row of a weight on this rank, and the most rows that it has. FSDP2 splits like
+    torch.chunk."""
     rows = math.ceil(length / compute.num_shards)
     return compute.shard * rows, rows
 
 
 def copy_rows(target: Tensor, pieces: Sequence[Tensor], start: int) -> None:
-    """Fill a tensor with the rows from `start` on of what the pieces are end to end. No other rows are
-    read."""
+    """Fill a tensor with the rows from `start` on of the concatenated pieces. Only these rows are read."""
     offset, copied = 0, 0
     for piece in pieces:
         first, last = max(start, offset), min(start + len(target), offset + len(piece))
@@ -308,10 +306,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The modules of every model inside that transformers says must not be split."""
-    found = []
+    """The modules that transformers declares as not to be split, of every transformers model inside."""
+    layers = []
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             names = set(part._no_split_modules or ())
-            found += [each for each in part.modules() if type(each).__name__ in names]
-    return list(dict.fromkeys(found))
+            layers += [each for each in part.modules() if type(each).__name__ in names]
+    return list(dict.fromkeys(layers))

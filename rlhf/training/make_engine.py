@@ -1,4 +1,4 @@
-"""The engine that `zero=` asks for; and models that do not train, sharded by the same library."""
+"""Makes the engine that `zero=` selects, and shards frozen models with the same library."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def make_engine(
     *,
     in_turns: bool = False,
 ) -> Engine:
-    """The engine that `zero=` asks for.
+    """The engine that `zero=` selects.
 
     Args:
-        groups: parameters (those that do not require gradients are left out) and how each group is trained.
-        resume: the manifest of the checkpoint that will be loaded. DeepSpeed must know its number of ranks.
-        in_turns: passes run different parts of the model in turns, so weights are not fetched in advance.
+        groups: parameters and the config of each group. Parameters that require no gradients are left out.
+        resume: the manifest of the checkpoint to be loaded. DeepSpeed must know its number of ranks.
+        in_turns: passes run different parts of the model in turn, so weights are not gathered in advance.
 
     Raises:
         ConfigError: the checkpoint belongs to another engine.
@@ -38,9 +38,9 @@ def make_engine(
             "with checkpoint.resume=false."
         )
     universal = resume is not None and resume["world_size"] != compute.world_size
-    made = _engine(model, groups, compute, universal=universal, in_turns=in_turns)
-    return_freed_memory()  # of what was held while it was built: its holes fit no larger block
-    return made
+    engine = _engine(model, groups, compute, universal=universal, in_turns=in_turns)
+    return_freed_memory()  # construction left gaps that no larger block fits
+    return engine
 
 
 def _engine(model: nn.Module, groups: Groups, compute: Compute, *, universal: bool, in_turns: bool) -> Engine:
@@ -56,8 +56,8 @@ def _engine(model: nn.Module, groups: Groups, compute: Compute, *, universal: bo
 
 
 def shard_frozen(model: nn.Module, compute: Compute) -> Access:
-    """Spread a model that does not train over the ranks. Each copies its slices to its device: of weights in
-    mapped files, it reads no others."""
+    """Shard a model that does not train over the ranks. Each rank copies its slices to its device. From
+    mapped files it reads only these slices."""
     if compute.uses_fsdp:
         from rlhf.training.fsdp import shard_frozen as shard
     else:

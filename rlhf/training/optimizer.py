@@ -14,39 +14,39 @@ from torch.optim import AdamW
 
 from rlhf.training.config import OptimConfig, Schedule
 
-COPIED = ("lr", "eps")
-"""Settings that a schedule changes in the outer parameter groups and AdamW reads in the inner ones."""
+COPIED_SETTINGS = ("lr", "eps")
+"""Settings copied from the outer parameter groups, where a schedule sets them, to the groups of AdamW."""
 
-THRESHOLDS, GOLDEN = 1 << 16, 40503
-"""THRESHOLDS: number of thresholds for rounding to bf16; a step of bf16 has so many steps of fp32. GOLDEN is
-odd and near THRESHOLDS / golden ratio. So every threshold is used once, and neighbours have distant
-thresholds."""
+NUM_THRESHOLDS, GOLDEN_STRIDE = 1 << 16, 40503
+"""NUM_THRESHOLDS: number of thresholds for rounding to bf16, which is the number of fp32 steps in a bf16
+step. GOLDEN_STRIDE: odd and near NUM_THRESHOLDS / golden ratio. So every threshold is used once, and
+neighbours have distant thresholds."""
 
 QUIET_NAN = 0x7FC00000
-"""Larger bits are set to this before rounding: CUDA's NaN, 0x7FFFFFFF, would become -0."""
+"""Larger bit patterns are set to this before rounding: CUDA's NaN, 0x7FFFFFFF, would become -0."""
 
 UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 BUCKET_ELEMENTS = 25_000_000
-"""Gradients are added up (over ranks, or for a norm) in groups of about this size: few messages, small
-copies."""
+"""Elements of gradients that are added up over ranks at once. It limits both the messages and the copies."""
 
 SQUARED_ELEMENTS = 1 << 22
-"""Gradients that are squared together, in double precision: 64 MiB beside them."""
+"""Elements of gradients that are squared at once, in double precision. This takes 64 MiB."""
 
 
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW with fp32 state and fp32 master weights. The model computes in its own dtype.
 
     Gradients of several micro-batches are added up in fp32, as soon as autograd has finished with a
-    parameter. So nothing is lost in bf16. The gradients of a single micro-batch stay in bf16 until `step`,
-    which takes half the memory. `step` clips each group by its own norm, because a critic's large gradients
-    must not shrink the policy's. If a norm is not finite, the step is skipped and counted: one NaN would
-    spoil every parameter.
+    parameter. So no precision is lost to bf16. The gradients of a single micro-batch stay in bf16 until
+    `step`, which takes half the memory. `step` clips each group by its own norm, because a critic's large
+    gradients must not shrink the policy's. If a norm is not finite, the step is skipped and counted: one NaN
+    would spoil every parameter.
 
     Args:
-        groups: each with params, lr, decay, eps, max_grad_norm, and whether it waits for its first step.
-        global_sum: adds a tensor up over ranks that hold the same parameters; None for a single rank.
+        groups: each from `parameter_group`: params, lr, decay, eps, max_grad_norm, and whether it waits for
+            its first step.
+        global_sum: sums a tensor over the ranks that hold the same parameters; None for a single rank.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class MasterAdamW(torch.optim.Optimizer):
             masters = []
             for parameter in group["params"]:
                 master = parameter.detach().to(torch.float32, copy=True).requires_grad_(True)
-                master.grad_dtype = None  # any
+                master.grad_dtype = None  # any dtype
                 parameter.register_post_accumulate_grad_hook(_accumulate_into(master))
                 self._pairs.append((parameter, master))
                 masters.append(master)
-            inner_groups.append({"params": masters, **{name: group[name] for name in COPIED}})
+            inner_groups.append({"params": masters, **{name: group[name] for name in COPIED_SETTINGS}})
         self._inner = AdamW(inner_groups, weight_decay=0.0, fused=True)
         self.grad_norms: list[float] = []
         """Gradient norms of the last step: one per group, before clipping."""
@@ -83,19 +83,19 @@ class MasterAdamW(torch.optim.Optimizer):
             for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True)
         ]
         if not all(math.isfinite(norm) for norm in self.grad_norms):
-            # equal on all ranks: each has the same sums
+            # all ranks skip, because each has the same sums
             self.skipped_steps += 1
             self.zero_grad()
             return
         for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            inner.update({name: outer[name] for name in COPIED})
+            inner.update({name: outer[name] for name in COPIED_SETTINGS})
             decay(
                 [master for master in inner["params"] if master.ndim > 1 and master.grad is not None], outer
             )
         self._inner.step()
         for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             if outer["waits"]:
-                restart(self._inner, inner["params"])
+                reset_state(self._inner, inner["params"])
         for parameter, master in self._pairs:
             round_into(parameter, master)
         self.zero_grad()  # transformers' Trainer clears the model's gradients only, never the optimizer's
@@ -131,7 +131,7 @@ class MasterAdamW(torch.optim.Optimizer):
             master.copy_(saved)
             round_into(parameter, master)
         self._inner.load_state_dict(state_dict["adamw"])
-        for state in self._inner.state.values():  # copies: a checkpoint's tensors may stay in its file
+        for state in self._inner.state.values():  # copies: a checkpoint's tensors may be mapped from its file
             state.update({name: value.clone() for name, value in state.items()})
         self.skipped_steps = state_dict["skipped_steps"]
 
@@ -142,19 +142,19 @@ def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
 
     Numbers in bf16 are 0.4 to 0.8% apart, and weights start exactly on such numbers. With rounding to the
     nearest number, an update of less than half a step changes no weight, and training does nothing at first.
-    Here each weight has its own threshold for rounding up. The thresholds are spread evenly from 0 to a whole
+    Here each weight has its own threshold for rounding up. The thresholds are spread evenly from 0 to a full
     step, so all weights together follow their masters. A weight's threshold never changes, so no weight jumps
     back and forth. Values that bf16 has are kept exactly.
 
     Args:
-        start: position of the first element in the whole parameter, if this is a shard.
+        start: position of the first element in the full parameter, if this is a shard.
     """
     if parameter.dtype != torch.bfloat16:
         parameter.copy_(master)
         return
     bits = master.detach().flatten().view(torch.int32)
     upper = torch.empty_like(parameter, memory_format=torch.contiguous_format).view(torch.int16).view(-1)
-    added = _thresholds(bits.device, start % THRESHOLDS)
+    added = _thresholds(bits.device, start % NUM_THRESHOLDS)
     buffer = torch.empty_like(added)
     for begin in range(0, len(bits), len(added)):
         piece = bits[begin : begin + len(added)]
@@ -166,12 +166,12 @@ def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
 
 @lru_cache(maxsize=4)
 def _thresholds(device: torch.device, start: int) -> Tensor:
-    """What is added to a master's bits (int32) before the lower half is cut off: all thresholds, several
-    times. So many weights are rounded together: few enough for a CPU's cache, and enough for a GPU's
+    """Numbers to add to the bits of masters (int32) before the lower half is cut off: all thresholds,
+    repeated. Their count is the number of weights rounded at once: it fits a CPU's cache, and fills a GPU's
     kernels."""
     repeats = 4 if device.type == "cpu" else 64
-    places = torch.arange(start, start + repeats * THRESHOLDS, device=device)
-    return (places * GOLDEN + THRESHOLDS // 2).remainder_(THRESHOLDS).int()
+    places = torch.arange(start, start + repeats * NUM_THRESHOLDS, device=device)
+    return (places * GOLDEN_STRIDE + NUM_THRESHOLDS // 2).remainder_(NUM_THRESHOLDS).int()
 
 
 class ClippedAdamW(AdamW):
@@ -188,11 +188,11 @@ class ClippedAdamW(AdamW):
         placed = [{**group, "place": place} for place, group in enumerate(groups)]
         super().__init__(placed, weight_decay=0.0, fused=True)
         self._global_sum = global_sum
-        self.leading: Sequence[int] | None = None
-        """If each group is one flat shard: by group, the number of its first elements that belong to
-        matrices."""
+        self.num_matrix_elements: Sequence[int] | None = None
+        """Per group, if each is one flat shard: number of elements of matrices, which come first. None: the
+        parameters have their own shapes."""
         self.grad_norms: list[float] = []
-        """Norms of the groups with gradients that `step` has seen since the list was emptied."""
+        """Gradient norms from `step` since the list was emptied: one for each group with gradients."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # without a loss
@@ -210,19 +210,22 @@ class ClippedAdamW(AdamW):
                 gradient.mul_(factor)
         if all(map(math.isfinite, self.grad_norms)):
             for group in self.param_groups:
-                moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-                if self.leading is None:
-                    decay([parameter for parameter in moved if parameter.ndim > 1], group)
+                updated = [parameter for parameter in group["params"] if parameter.grad is not None]
+                if self.num_matrix_elements is None:
+                    decay([parameter for parameter in updated if parameter.ndim > 1], group)
                 else:
-                    decay([parameter[: self.leading[group["place"]]] for parameter in moved], group)
+                    decay(
+                        [parameter[: self.num_matrix_elements[group["place"]]] for parameter in updated],
+                        group,
+                    )
             super().step()
             for group in self.param_groups:
                 if group["waits"]:
-                    restart(self, group["params"])
+                    reset_state(self, group["params"])
 
 
 def _square_sum(values: Tensor) -> Tensor:
-    """Sum of squares in double precision. It goes piece by piece, because one tensor may be a whole model."""
+    """Sum of squares in double precision, piece by piece, because one tensor may be a full model."""
     pieces = values.flatten().split(SQUARED_ELEMENTS)
     return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
 
@@ -240,22 +243,26 @@ def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
 def decay(weights: Sequence[Tensor], group: Mapping[str, Any]) -> None:
     """AdamW's decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2).
 
-    It is done here so that only matrices decay, while a group is clipped as a whole. Biases and the gains of
-    norms have one dimension and do not decay."""
+    Only matrices decay, while each group is clipped as one. Biases and the gains of norms have one dimension
+    and do not decay.
+    """
     if weights and group["decay"]:
         torch._foreach_mul_(list(weights), 1 - group["lr"] * group["decay"])
 
 
-def restart(optimizer: AdamW, parameters: Iterable[Tensor]) -> None:
-    """Averages, and the number of steps that corrects these (Kingma and Ba 2015, arXiv:1412.6980, section 3),
-    are those before a first step."""
+def reset_state(optimizer: AdamW, parameters: Iterable[Tensor]) -> None:
+    """Reset AdamW's moments and its step count, which corrects their bias, to the state before the first
+    step.
+
+    Source: Kingma and Ba 2015, arXiv:1412.6980, section 3.
+    """
     for parameter in parameters:
         for value in optimizer.state.get(parameter, {}).values():
             value.zero_()
 
 
 def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> dict[str, Any]:
-    """One optimizer group, of those parameters that train."""
+    """One optimizer group with the parameters that train."""
     return {
         "params": [parameter for parameter in parameters if parameter.requires_grad],
         "lr": config.lr,

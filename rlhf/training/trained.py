@@ -1,7 +1,7 @@
-"""Trained weights on disk: plain safetensors files, each weight whole and under its name.
+"""Trained weights on disk: plain safetensors files with full weights under their names.
 
-Several ranks write files side by side into one directory. A reader maps them all: the weights take no memory
-of its own before they are written to.
+Several ranks write their files into one directory. A reader maps them all: a weight takes no memory of the
+process until it is changed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from rlhf.disk import naming
 
 FILE_BYTES = 5 * 10**9
-"""So many bytes of weights are held until they are written. So no file is larger, unless a single weight
-is."""
+"""Most bytes of weights that wait to be written. No file is larger, unless a single weight is."""
 
 
 class TrainedFiles:
@@ -27,17 +26,17 @@ class TrainedFiles:
         self._directory, self._rank, self._count, self._waiting = directory, rank, 0, dict[str, Tensor]()
 
     def make_room(self, num_bytes: int) -> None:
-        """Write what waits, if so many bytes more would be too many for one file."""
+        """Write the waiting weights, if one file cannot hold `num_bytes` more."""
         if sum(each.nbytes for each in self._waiting.values()) + num_bytes > FILE_BYTES:
             self.close()
 
     def add(self, name: str, weight: Tensor) -> None:
-        """Take one weight. It must not change before `close`."""
+        """Add one weight. It must not change before `close`."""
         self.make_room(weight.nbytes)
         self._waiting[name] = weight.cpu()
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write the waiting weights."""
         if not self._waiting:
             return
         file = self._directory / f"trained-{self._rank:05d}-{self._count:05d}.safetensors"
@@ -48,26 +47,26 @@ class TrainedFiles:
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """The rank that writes each weight: the largest first, each to the rank that has the fewest bytes."""
-    loads, found = [0] * ranks, [0] * len(sizes)
-    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        found[place] = min(range(ranks), key=loads.__getitem__)
-        loads[found[place]] += sizes[place]
-    return found
+    """The rank that writes each weight. The largest come first, each for the rank with the fewest bytes."""
+    loads, owner_ranks = [0] * ranks, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owner_ranks[index] = min(range(ranks), key=loads.__getitem__)
+        loads[owner_ranks[index]] += sizes[index]
+    return owner_ranks
 
 
 def load_trained(directory: Path) -> dict[str, Tensor]:
-    """All weights in a directory by their names, mapped from the files."""
-    found: dict[str, Tensor] = {}
+    """Name -> weight for all weights in a directory, mapped from the files."""
+    weights: dict[str, Tensor] = {}
     for file in sorted(directory.glob("trained-*.safetensors")):
-        found |= load_file(file)
-    return found
+        weights |= load_file(file)
+    return weights
 
 
 @torch.no_grad()
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put weights in the places of those that train in a model. None is copied, unless it has another dtype
-    or device here."""
+    """Replace the trained weights of a model. A weight is copied only if the model has another dtype or
+    device."""
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     assert weights.keys() == trained.keys(), sorted(weights.keys() ^ trained.keys())
     for name, weight in weights.items():

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from rlhf.data.formats import (
+    column_mapping,
     pair_row,
     preference_row,
     prompt_row,
-    read_as,
     retention_row,
     sft_row,
 )
@@ -300,4 +300,4 @@ def test_what_a_preference_lacks_is_told(raw: dict[str, Any], complaint: str) ->
 def test_the_columns_of_a_thumb_are_told() -> None:
     raw = {"question": "?", "response": "!", "label": True}
     columns = ROLES["dpo"].columns
-    assert read_as(raw, columns, {}) == "{prompt: question, completion: response, label: label}"
+    assert column_mapping(raw, columns, {}) == "{prompt: question, completion: response, label: label}"

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from rlhf.data.formats import prompt_row
-from rlhf.data.near import MAX_TEXTS, changed_little
+from rlhf.data.near import MAX_TEXTS_PER_RUN, near_duplicates
 from rlhf.data.schema import plain_words, prompt_identity
 from rlhf.data.sources import SourceConfig
 
@@ -57,7 +57,7 @@ def test_a_number_a_sign_or_a_word_makes_another_question(one: str, other: str) 
 
 
 def found(asked: list[str], trained: list[str]) -> dict[str, str]:
-    return dict(changed_little(asked, trained, str))
+    return dict(near_duplicates(asked, trained, str))
 
 
 def changed(text: str, *words: tuple[str, str]) -> str:
@@ -101,16 +101,18 @@ def test_long_texts_with_few_other_words_are_found_among_many() -> None:
 
 def test_texts_of_a_template_ask_different_things() -> None:
     (frame,) = long_texts(count=1)
-    asked, *trained = long_texts(f"{frame} Tell me about {{}} and nothing else.", MAX_TEXTS + 10, words=1)
+    asked, *trained = long_texts(
+        f"{frame} Tell me about {{}} and nothing else.", MAX_TEXTS_PER_RUN + 10, words=1
+    )
     assert found([asked], trained[:1]) == {asked: trained[0]}  # nobody knows that it is a template
-    assert found([asked], trained[:MAX_TEXTS]) == {}
+    assert found([asked], trained[:MAX_TEXTS_PER_RUN]) == {}
     again = changed(asked, ("nothing", "little"))
     assert found([asked], [*trained, again]) == {}  # too little is left of it to tell
 
 
 def test_a_templates_texts_are_compared_by_what_is_their_own() -> None:
     (frame,) = long_texts(count=1, words=200)
-    trained = [f"{frame} {text}" for text in long_texts(count=MAX_TEXTS + 11)[1:]]
+    trained = [f"{frame} {text}" for text in long_texts(count=MAX_TEXTS_PER_RUN + 11)[1:]]
     asked = changed(trained[7], (trained[7].split()[230], "word"))
     assert found([asked], trained) == {asked: trained[7]}
 

@@ -219,7 +219,7 @@ def test_a_row_that_cannot_be_read_is_one_bad_row(name: str, encoding: str | Non
 
 
 def test_a_json_file_that_is_read_at_once_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LARGEST_JSON", 1 << 20)
+    monkeypatch.setattr(sources, "MAX_JSON_BYTES", 1 << 20)
     for content in (b" " * (1 << 20) + b"[]", b" \n" * (1 << 20) + b"[]"):
         (tmp_path / "x.json.gz").write_bytes(gzip.compress(content))
         with pytest.raises(ConfigError, match=r"x.json.gz: more than 1 MiB, which .* Save it as JSON lines"):

@@ -20,7 +20,7 @@ from helpers.encoded import MANY, TALK, answers_of, ids_of, on_one_core, pairs_o
 from helpers.jobs import TINY, small_job, tiny_base, user
 from rlhf.config import ConfigError
 from rlhf.data.answers import Answers
-from rlhf.data.arrow import ArrowWriter, mapped, picked
+from rlhf.data.arrow import ArrowWriter, map_table, pick_batches
 from rlhf.data.chat_template import Encoded, exchange_ids, prompt_ids
 from rlhf.data.cores import MIN_PIECES, on_all_cores
 from rlhf.data.prepared import PreparedData
@@ -204,10 +204,10 @@ def test_picked_rows_lie_in_the_pieces_of_rows_that_are_added(tmp_path: Path) ->
             file.add({"row": texts[number]})
     with ArrowWriter(tmp_path / "picked", schema) as file:
         lengths = numpy.array([len(texts[number]) for number in kept])
-        for batch in picked(mapped(tmp_path / "all"), numpy.array(kept), lengths):
+        for batch in pick_batches(map_table(tmp_path / "all"), numpy.array(kept), lengths):
             file.add_batch(batch)
     assert (tmp_path / "picked").read_bytes() == (tmp_path / "added").read_bytes()
-    assert len(mapped(tmp_path / "picked").to_batches()) == 4  # the long ones end one early
+    assert len(map_table(tmp_path / "picked").to_batches()) == 4  # the long ones end one early
 
 
 def test_a_stage_takes_the_ids_of_prepare_and_makes_those_of_another_tokenizer(

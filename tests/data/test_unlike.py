@@ -9,7 +9,7 @@ import pytest
 from rlhf.data.formats import pair_row, prompt_row, sft_row
 from rlhf.data.schema import Message, PairRow, PromptRow, Row, SftRow
 from rlhf.data.sources import SourceConfig
-from rlhf.data.unlike import FEW, unlike
+from rlhf.data.unlike import MIN_TEXTS, find_differences
 
 HINDI = "\u0927\u0928\u094d\u092f\u0935\u093e\u0926"
 PLACES = ("garden", "lake", "street", "shop", "tower", "bridge")
@@ -36,11 +36,11 @@ def sentences(count: int) -> list[str]:
     return [f"The {place} {number} is quiet." for number in range(count) for place in PLACES][:count]
 
 
-def answers(frame: str, count: int = FEW) -> list[Row]:
+def answers(frame: str, count: int = MIN_TEXTS) -> list[Row]:
     return [SftRow(user(text), frame.format(text)) for text in sentences(count)]
 
 
-def pairs(chosen: str = "{}", rejected: str = "{}", count: int = FEW) -> list[Row]:
+def pairs(chosen: str = "{}", rejected: str = "{}", count: int = MIN_TEXTS) -> list[Row]:
     return [
         PairRow(user(text), chosen.format(text), rejected.format(f"{text} {text}"))
         for text in sentences(count)
@@ -48,11 +48,11 @@ def pairs(chosen: str = "{}", rejected: str = "{}", count: int = FEW) -> list[Ro
 
 
 def prompts(frame: str) -> list[Row]:
-    return [PromptRow(user(frame.format(text))) for text in sentences(FEW)]
+    return [PromptRow(user(frame.format(text))) for text in sentences(MIN_TEXTS)]
 
 
 def test_the_packaged_data_belong_together() -> None:
-    assert [*unlike(packaged())] == []
+    assert [*find_differences(packaged())] == []
 
 
 @pytest.mark.parametrize(
@@ -81,38 +81,40 @@ def test_the_packaged_data_belong_together() -> None:
     ],
 )  # fmt: skip
 def test_what_most_texts_have_and_hardly_any_of_the_others(rows: dict[str, Sequence[Row]], said: str) -> None:
-    assert [*unlike(rows)] == [said]
+    assert [*find_differences(rows)] == [said]
 
 
 def test_few_texts_tell_nothing_and_rare_words_neither() -> None:
-    assert [*unlike({"sft": answers("<p>{}</p>", FEW - 1), "pairs": pairs()})] == []
-    half = [*answers("<p>{}</p>", FEW), *answers("{}", FEW)]
-    assert [*unlike({"sft": half, "pairs": pairs()})] == []
-    mixed = [*pairs("<p>{}", "<p>{}", 1), *pairs(count=FEW)]
-    assert [*unlike({"sft": answers("<p>{}", FEW), "pairs": mixed})] == []
+    assert [*find_differences({"sft": answers("<p>{}</p>", MIN_TEXTS - 1), "pairs": pairs()})] == []
+    half = [*answers("<p>{}</p>", MIN_TEXTS), *answers("{}", MIN_TEXTS)]
+    assert [*find_differences({"sft": half, "pairs": pairs()})] == []
+    mixed = [*pairs("<p>{}", "<p>{}", 1), *pairs(count=MIN_TEXTS)]
+    assert [*find_differences({"sft": answers("<p>{}", MIN_TEXTS), "pairs": mixed})] == []
 
 
 def test_prompts_are_what_users_say() -> None:
-    texts: list[Row] = [SftRow([], f"<p>{text}</p>") for text in sentences(FEW)]
-    assert [*unlike({"sft": texts, "ppo": prompts("{}")})] == []  # plain text asks nothing
+    texts: list[Row] = [SftRow([], f"<p>{text}</p>") for text in sentences(MIN_TEXTS)]
+    assert [*find_differences({"sft": texts, "ppo": prompts("{}")})] == []  # plain text asks nothing
     turns: list[Row] = [
         PromptRow([*user(text), {"role": "assistant", "content": "Certainly."}, *user(text)])
-        for text in sentences(FEW)
+        for text in sentences(MIN_TEXTS)
     ]
-    assert [*unlike({"ppo": turns, "evaluate": prompts("{}")})] == []  # nor are the joints line breaks
+    assert [
+        *find_differences({"ppo": turns, "evaluate": prompts("{}")})
+    ] == []  # nor are the joints line breaks
 
 
 def test_letters_digits_and_line_breaks_are_told() -> None:
-    small: list[Row] = [PairRow(user(text), text, text.lower()) for text in sentences(FEW)]
-    (said,) = unlike({"pairs": small})
+    small: list[Row] = [PairRow(user(text), text, text.lower()) for text in sentences(MIN_TEXTS)]
+    (said,) = find_differences({"pairs": small})
     assert "chosen answers of reward.pairs have capital letters (100%); the" in said
-    (said,) = unlike({"sft": answers("{}\n7"), "pairs": pairs("{}\n", "{}\n")})
+    (said,) = find_differences({"sft": answers("{}\n7"), "pairs": pairs("{}\n", "{}\n")})
     assert "answers of sft.data have line breaks (100%)" in said
 
 
 def test_a_share_is_never_rounded_up() -> None:
     nearly = [*pairs("Certainly {}", count=299), *pairs(count=1)]
-    (said,) = unlike({"pairs": nearly})
+    (said,) = find_differences({"pairs": nearly})
     assert '"certainly" (99%)' in said
 
 
@@ -128,7 +130,7 @@ def test_a_share_is_never_rounded_up() -> None:
     ],
 )
 def test_words_of_other_scripts(chosen: str, rejected: str, words: list[str]) -> None:
-    said = [*unlike({"pairs": pairs(chosen + "\u3002", rejected + "\u3002")})]
+    said = [*find_differences({"pairs": pairs(chosen + "\u3002", rejected + "\u3002")})]
     listed = ", ".join(f'"{word}" (100%)' for word in words)
     has = (
         f"The chosen answers of reward.pairs have {listed}; the rejected answers of reward.pairs hardly ever."
@@ -137,10 +139,10 @@ def test_words_of_other_scripts(chosen: str, rejected: str, words: list[str]) ->
 
 
 def test_a_mark_of_the_terminal_is_made_visible() -> None:
-    (said,) = unlike({"sft": answers("\x1b {}"), "pairs": pairs()})
+    (said,) = find_differences({"sft": answers("\x1b {}"), "pairs": pairs()})
     assert "\x1b" not in said and "sft.data have" in said
 
 
 def test_a_long_word_is_cut() -> None:
-    (said,) = unlike({"sft": answers("{} " + 1000 * "x"), "pairs": pairs()})
+    (said,) = find_differences({"sft": answers("{} " + 1000 * "x"), "pairs": pairs()})
     assert f'"{20 * "x"}..."' in said

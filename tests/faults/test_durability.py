@@ -238,9 +238,9 @@ def test_a_file_that_is_kept_again_takes_the_place_of_the_first(tmp_path: Path) 
     checkpoints = checkpointer(tmp_path)
     for name, text in (("2.answers", "first"), ("12.answers", "other"), ("2.answers", "second")):
         (tmp_path / "new").write_text(text)
-        checkpoints.keep(name, partial(os.link, tmp_path / "new"))
+        checkpoints.save_file(name, partial(os.link, tmp_path / "new"))
         (tmp_path / "new").unlink()
-    found = {name: checkpoints.kept(name) for name in ("2.answers", "12.answers", "3.answers")}
+    found = {name: checkpoints.saved_file(name) for name in ("2.answers", "12.answers", "3.answers")}
     read = {name: path and path.read_text() for name, path in found.items()}
     assert read == {"2.answers": "second", "12.answers": "other", "3.answers": None}
     assert len([*tmp_path.rglob("kept-*")]) == 2

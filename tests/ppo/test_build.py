@@ -14,7 +14,7 @@ from rlhf.config import ConfigError
 from rlhf.pipeline.store import Artifact
 from rlhf.ppo.models import load_models, score_normalizer
 from rlhf.rl.advantage import ScoreNormalizer
-from rlhf.training.engine import WHOLE
+from rlhf.training.engine import FULL_MODEL
 
 
 @pytest.mark.parametrize("placement", ["replicated", "offloaded"])
@@ -24,7 +24,7 @@ def test_the_reference_waits_on_the_host_where_that_is_asked_for(
     """The stage refuses it without a GPU; the mechanism is the same."""
     stage = ppo_stage(f"ppo.frozen_placement={placement}")
     models = load_models(stage, ppo_job(tmp_path / "ppo", tiny_model))
-    assert (models.reference.access is not WHOLE) == (placement == "offloaded")
+    assert (models.reference.access is not FULL_MODEL) == (placement == "offloaded")
 
 
 def test_scores_are_normalised_by_what_generate_measured(tmp_path: Path, tiny_model: Path) -> None:

@@ -25,7 +25,7 @@ from rlhf.pipeline.stage import View
 from rlhf.ppo.metrics import Evaluation
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts, Reward, RewardError
-from rlhf.training.checkpoint import verified
+from rlhf.training.checkpoint import verify_checkpoint
 
 SMALL = (
     "ppo.steps=4", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=6",
@@ -255,4 +255,4 @@ def test_the_best_weights_come_from_the_checkpoint_whatever_lies_beside_it(
     second = learner_in(tmp_path / "second", tiny_model, Faulty(), "ppo.steps=3")
     assert equal(best_weights(second), best)
     (directory / "step-00000003" / "best" / min(names)).write_bytes(b"")
-    assert "is not what was written" in verified(directory / "step-00000003")[1]
+    assert "is not what was written" in verify_checkpoint(directory / "step-00000003")[1]

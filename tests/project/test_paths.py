@@ -14,7 +14,7 @@ from rlhf.cli.verify import complaints
 from rlhf.config import ConfigError
 from rlhf.digests import MANIFEST, file_digest
 from rlhf.pipeline.store import Store, write_manifest
-from rlhf.training.checkpoint import CHECKPOINT_FORMAT, verified
+from rlhf.training.checkpoint import CHECKPOINT_FORMAT, verify_checkpoint
 
 
 @pytest.mark.parametrize("name", ["../../sft.jsonl", "{absolute}", "link", "linked/sft.jsonl"])
@@ -34,7 +34,7 @@ def test_a_manifests_names_stay_in_its_directory(tmp_path: Path, name: str) -> N
     with pytest.raises(ConfigError, match=r"leads out of the directory, or to itself\. It was tampered with"):
         Store(tmp_path / "store").find("sft", "key")
     sign(artifact, {"format": CHECKPOINT_FORMAT, "name": "key", "files": files})
-    checkpoint, complaint = verified(artifact)
+    checkpoint, complaint = verify_checkpoint(artifact)
     assert checkpoint is None
     assert complaint == f"{named} leads out of its directory, or to itself"
 
@@ -81,7 +81,7 @@ def test_a_store_may_itself_be_a_link(tmp_path: Path, finished_chain: tuple[Chai
 
 def test_a_checkpoints_name_is_its_directorys(tmp_path: Path) -> None:
     sign(tmp_path, {"format": CHECKPOINT_FORMAT, "name": "../elsewhere", "files": {}})
-    assert verified(tmp_path) == (None, f"{MANIFEST} belongs to ../elsewhere")
+    assert verify_checkpoint(tmp_path) == (None, f"{MANIFEST} belongs to ../elsewhere")
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "/abs", "..", ".hidden", "a\\b", "a b"])

@@ -23,7 +23,7 @@ from helpers.experiments import build_stage
 from helpers.gradients import agree, ours
 from helpers.jobs import TINY, SmallJob, on_cpu, run_in, small_job, tiny_base, user
 from rlhf.config import ConfigError
-from rlhf.data.arrow import mapped
+from rlhf.data.arrow import map_table
 from rlhf.data.schema import PairRow, Split, ThumbRow
 from rlhf.distributed.signals import Stopped
 from rlhf.models.base import load_tokenizer
@@ -303,7 +303,7 @@ def simpo_by_hand(model: Path) -> float:
 def test_the_reference_is_the_start_and_lies_in_the_artifact(tmp_path: Path, tiny_model: Path) -> None:
     """Also where the method of tuning changes the policy before its first step."""
     job = run(tmp_path / "job", tiny_model, "dpo.peft={method: prefix, tokens: 5}", "dpo.epochs=1")
-    table = mapped(job.directory / "reference.arrow")
+    table = map_table(job.directory / "reference.arrow")
     model, rows = tiny(tiny_model), preferences(tiny_model, [pair(number) for number in range(10)])
     expected = [plain_logp(model, *each) for each in zip(*rows.sides(), strict=True)]
     assert table["chosen"].to_pylist() == pytest.approx(expected[::2], rel=1e-5)

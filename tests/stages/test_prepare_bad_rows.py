@@ -77,7 +77,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(benc
     place = f"{role}.jsonl line 3"
     assert bench.report[role]["removed"]["too long"] == {"count": 1, "examples": [place]}
     assert f"{role}.prompts: 1 too long ({place})" in bench.output
-    assert "the model's context of 256, a prompt more than 238 beside an answer of ppo.max_new_tokens=18" in (
+    assert "are prompts of more than 238, which leave no room for an answer of ppo.max_new_tokens=18" in (
         bench.output
     )
 

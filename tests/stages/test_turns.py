@@ -13,7 +13,7 @@ from helpers.encoded import answers_of
 from helpers.jobs import TINY
 from helpers.stages import sft_job, sft_stage
 from rlhf.data.answers import EncodedAnswer
-from rlhf.data.chat_template import CHATML, PLAIN, TurnsApartError, conversation_ids
+from rlhf.data.chat_template import CHATML, PLAIN, TurnsDifferError, conversation_ids
 from rlhf.data.formats import sft_row
 from rlhf.data.schema import Message, SftRow, each_turn
 from rlhf.models.base import load_tokenizer
@@ -95,7 +95,7 @@ def test_one_sequence_teaches_what_its_turns_teach_apart(tiny_model: Path, tmp_p
 
 def test_a_template_that_forgets_thinking_has_its_turns_apart(tiny_model: Path) -> None:
     words = tokenizer(tiny_model, FORGETFUL)
-    with pytest.raises(TurnsApartError):
+    with pytest.raises(TurnsDifferError):
         conversation_ids(words, CONVERSATION.prompt, CONVERSATION.completion, CONVERSATION.turns)
     found = answers_of(words, [CONVERSATION])
     assert [words.decode(row.answer) for row in found] == [f"{answer}<|im_end|>" for answer in ANSWERS]

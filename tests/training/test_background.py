@@ -57,8 +57,8 @@ class Run:
 
     def written(self) -> None:
         """Wait until the thread has nothing more to write."""
-        assert self.checkpoints._writing_now is not None
-        self.checkpoints._writing_now.thread.join()
+        assert self.checkpoints._background is not None
+        self.checkpoints._background.thread.join()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from helpers.spawned import start_ranks
 from rlhf.distributed.compute import Compute, Zero, leave_group, make_compute
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
-from rlhf.training.deepspeed import on_host, zero_config
+from rlhf.training.deepspeed import host_offload, zero_config
 from rlhf.training.make_engine import make_engine
 from rlhf.training.trained import load_trained
 
@@ -144,7 +144,7 @@ def test_what_waits_on_the_host_for_a_gpu_is_pinned() -> None:
         compute = Compute(device, "bfloat16", "zero3_offload", world_size=2)
         zero = zero_config(compute, 100, 100)["zero_optimization"]
         pinned = {"device": "cpu", "pin_memory": device == "cuda"}
-        assert zero["offload_optimizer"] == zero["offload_param"] == on_host(compute) == pinned
+        assert zero["offload_optimizer"] == zero["offload_param"] == host_offload(compute) == pinned
 
 
 def test_a_process_that_left_its_group_joins_another(tiny_model: Path) -> None:
