@@ -1,10 +1,12 @@
-"""What other work on a core costs a PPO step, with this project's wait at a barrier and with OpenMP's own.
+"""Slowdown of a PPO step by other work on a core, with this project's wait at a barrier and with OpenMP's
+own.
 
     python benchmarks/busy_core.py
 
-Threads wait for each other after each operation, and by default they spin for some milliseconds. A thread
-that spins holds a core on which the other one could go on, so beside other work each wait lasts as long as
-the scheduler lets a process run. Each figure is the median step of a fresh process; the settings take turns.
+Threads wait for each other after each operation, and by default they spin for some milliseconds. A spinning
+thread holds a core that the other thread needs. So, with other work on the machine, each wait lasts as long
+as the scheduler lets a process run. Each figure is the median step of a fresh process; the settings take
+turns.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ SETTINGS = {"OpenMP's own": {}, "rlhf's": {"GOMP_SPINCOUNT": str(OPENMP_SPINS)}}
 
 @contextmanager
 def busy(cores: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """While open, so many processes compute without end."""
+    """While open, `cores` processes compute without end."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
     try:
         yield others
@@ -43,7 +45,7 @@ def busy(cores: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def take_steps(directory: Path, model: str, steps: int) -> None:
-    """Runs in the fresh process: print the seconds of each step but the first."""
+    """Run in the fresh process: print the seconds of each step except the first."""
     from run_rlhf import make_trainer, take_step
 
     from rlhf.data.schema import PromptRow

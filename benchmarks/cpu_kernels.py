@@ -1,10 +1,9 @@
-"""What each kernel for CPUs saves of a PPO step: in one process, steps with it and without it take turns.
+"""Time that each CPU kernel saves in a PPO step. In one process, steps with it and without it take turns.
 
     OMP_NUM_THREADS=1 python benchmarks/cpu_kernels.py
 
-All steps have the same prompts, and every answer is equally long. Seconds are the process's CPU time, which
-other work on the machine disturbs less than the clock's: with several threads, that of all. The first round
-warms up.
+All steps have the same prompts, and all answers are equally long. Seconds are the CPU time of all threads of
+the process, which other work on the machine disturbs less than wall-clock time. The first round warms up.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ NO_LEAN: Changes = [(sampler, "is_lean", lambda *_: False)]
 
 
 def by_torchs_kernel(*args: Any) -> torch.Tensor:
-    """Attention of one token, as it is elsewhere."""
+    """Attention of one token by torch's kernel."""
     q, k, v, mask, scale = args
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
@@ -50,7 +49,7 @@ WITHOUT: dict[str, Changes] = {
     "ShortAttention": [(packed_attention, "MAX_SHORT_TOKENS", 0)],
     "shared prefixes": [(Packed, "_share", lambda *_: None)],
 }
-"""What is left out -> how. Models that `LeanDecoder` does not know decode by `_of_one_token`."""
+"""Kernel that is left out -> changes that do so. Models without `LeanDecoder` decode by `_of_one_token`."""
 
 
 @contextmanager

@@ -1,18 +1,18 @@
-"""How often does a run say "It worked" where nothing can be learned, and where something can?
+"""How often does a run report "It worked" when nothing can be learned, and when something can?
 
     python benchmarks/false_verdicts.py --directory verdicts              # 21 runs of each kind
     python benchmarks/false_verdicts.py --directory verdicts --runs 3
 
-A user's own data and no gold score. A tiny model is taught by SFT to answer "Describe the red kite." with
-"The red kite is lovely." or another adjective, so that its answers are sentences. Each run then has a seed of
-its own, and PPO, GRPO and DPO take turns. Three kinds of runs:
+The data are a user's own, without a gold score. SFT teaches a tiny model to answer "Describe the red kite."
+with "The red kite is lovely." or another adjective, so that its answers are sentences. Each run then has its
+own seed, and PPO, GRPO and DPO take turns. Three kinds of runs:
 
-- coin: which answer of a pair is the better one was decided by a coin.
+- coin: the better answer of each pair is random.
 - hash: PPO and GRPO learn from a function that hashes the answer; DPO from pairs ordered by it.
 - words: the better answer has a friendly adjective. This can be learned.
 
-The judge is what `evaluate.judge=auto` makes. Printed are each kind's outcomes; the exit code is 1 where a
-run of the first two kinds worked. It takes half an hour on two cores.
+The judge is that of `evaluate.judge=auto`. Each kind's outcomes are printed. The exit code is 1 if a run of
+the first two kinds reports success. It takes half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -55,26 +55,26 @@ TUNING = (
     "evaluate.num_prompts=null", "evaluate.gates.word_gain=null", "gates=warn", "precision=fp32",
     "device=cpu",
 )  # fmt: skip
-"""For a model of this size. One word is what the third kind asks for."""
+"""Settings for a model of this size. The third kind asks for one word."""
 
 
 def friendly(answer: str) -> float:
-    """1 of an answer with a friendly adjective."""
+    """1 for an answer with a friendly adjective, else 0."""
     return float(any(word in answer for word in FRIENDLY))
 
 
 def hashed(answer: str) -> float:
-    """What `HASH` says of an answer."""
+    """The score of an answer by `HASH`."""
     return hashlib.sha256(answer.encode()).digest()[0] / 255
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """One row a line."""
+    """Write one row per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def answers(seed: str) -> list[tuple[str, str, str]]:
-    """Each prompt with a friendly and an unfriendly answer, in some order."""
+    """Each prompt with a friendly and an unfriendly answer, in random order."""
     draw = random.Random(seed)
     found = []
     for colour in COLOURS:
@@ -87,7 +87,7 @@ def answers(seed: str) -> list[tuple[str, str, str]]:
 
 
 def write_pairs(path: Path, seed: str, score: Callable[[str], float]) -> None:
-    """Pairs whose better answer has the higher score."""
+    """Write pairs whose better answer has the higher score."""
     rows = []
     for prompt, *both in answers(seed):
         rejected, chosen = sorted(both, key=score)
@@ -96,7 +96,7 @@ def write_pairs(path: Path, seed: str, score: Callable[[str], float]) -> None:
 
 
 def run(directory: Path, name: str, *overrides: str) -> dict[str, object]:
-    """The summary of a run there."""
+    """Run in `directory`; the run's summary."""
     command = [sys.executable, "-m", "rlhf", f"run_name={name}", *overrides]
     done = subprocess.run(
         command, cwd=directory, capture_output=True, text=True, encoding="utf-8", check=False
@@ -109,7 +109,7 @@ def run(directory: Path, name: str, *overrides: str) -> dict[str, object]:
 
 
 def taught(directory: Path) -> tuple[str, ...]:
-    """The overrides of a model that knows how to answer."""
+    """Overrides for a model that SFT has taught to answer."""
     directory.mkdir(parents=True, exist_ok=True)
     rows = [{"prompt": prompt, "completion": answer} for prompt, answer, _ in answers("sft")]
     write_rows(directory / "answers.jsonl", rows)
@@ -122,7 +122,7 @@ def taught(directory: Path) -> tuple[str, ...]:
 
 
 def outcome(directory: Path, kind: str, number: int, base: tuple[str, ...]) -> str:
-    """How one run of a kind ends."""
+    """The outcome of one run of a kind."""
     method = [*METHODS][number % len(METHODS)]
     coin = random.Random(f"{kind} {number}")
     score = {"coin": lambda answer: coin.random(), "hash": hashed, "words": friendly}[kind]

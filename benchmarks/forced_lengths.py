@@ -1,7 +1,7 @@
 """Answers of given lengths, from any sampler: the end token is the only choice where an answer has to end,
 and no choice before.
 
-For this project (run_rlhf.py) and for peers that sample by transformers' `generate`, so without `rlhf`.
+Used by this project (run_rlhf.py) and by peers that sample with transformers' `generate`, so without `rlhf`.
 Dimensions: B rows, V vocabulary.
 """
 
@@ -19,8 +19,8 @@ def force(logits_BV: Tensor, left_B: Tensor, stop_id: int, never: Sequence[int])
     """The logits from which only answers of the wanted lengths are sampled.
 
     Args:
-        left_B: tokens that each answer lacks, the next one included.
-        never: what may not stand within an answer; holds stop_id.
+        left_B: remaining tokens of each answer, the next one included.
+        never: tokens that may not occur within an answer; contains stop_id.
     """
     forced_BV = logits_BV.clone()
     forced_BV[:, list(never)] = -torch.inf
@@ -31,13 +31,13 @@ def force(logits_BV: Tensor, left_B: Tensor, stop_id: int, never: Sequence[int])
 
 
 def check_lengths(found: Sequence[int], wanted: Sequence[int]) -> None:
-    """End the run if the answers are others than were asked for."""
+    """End the run if the answers do not have the wanted lengths."""
     if list(found) != list(wanted):
         raise RuntimeError(f"forced lengths: answers of {list(found)} tokens, asked for {list(wanted)}")
 
 
 class Forced(LogitsProcessor):
-    """For transformers."""
+    """Logits processor for transformers."""
 
     def __init__(self, lengths: Sequence[int], stop_id: int, never: Sequence[int], prompt_width: int) -> None:
         self._ends_B = prompt_width + torch.tensor(lengths)
@@ -50,7 +50,7 @@ class Forced(LogitsProcessor):
 def force_transformers(
     model: Any, batches: Sequence[Sequence[int]], stop_id: int, never: Sequence[int]
 ) -> None:
-    """From here on the n-th `model.generate` makes answers of the n-th batch's lengths, row by row."""
+    """Patch the model: its n-th `generate` samples answers with the n-th batch's lengths, row by row."""
     generate: Callable[..., Any] = model.generate
     coming = iter(batches)
 

@@ -1,24 +1,24 @@
-"""Our sampling against transformers' `model.generate`, where answers end at different lengths.
+"""Our sampling against transformers' `model.generate`, with answers of different lengths.
 
     python benchmarks/generate.py                            # natural lengths
     python benchmarks/generate.py --lengths geometric        # drawn beforehand, the same for both
     python benchmarks/generate.py --model tiny               # small sizes too: does it run?
 
-Same weights, same prompts, all of them in one batch, temperature 1, no top-k or top-p. Both run in one
-process and take turns, each going first in every other pair; before that, a few tokens of each warm up. A
-pair's ratio is that of new tokens per second, the stop token included. Ours also returns each token's
-log-probability and the answers as text, within the time.
+Both have the same weights and prompts, one batch, temperature 1, no top-k or top-p. They run in one process
+and take turns, each going first in every other pair; a few tokens of each warm up before. A pair's ratio is
+that of new tokens per second, the stop token included. Our time includes each token's log-probability and the
+answers as text.
 
-Natural lengths are those of the `skewed` workload (workloads.py): HH's first turns, answered by a model
-tuned on HH's answers. Two samplings of it differ in length, so pairs scatter. With `--lengths geometric`
-each answer's length is drawn beforehand, from an exponential distribution cut at --new-tokens, and neither
-engine looks at the text: transformers is told by a stopping criterion for each row, and ours, which draws
-tokens by inverting their distribution function, by the number 0, which always draws the first token of the
-vocabulary, taken as the stop token here.
+Natural lengths are those of the `skewed` workload (workloads.py): HH's first turns, answered by a model tuned
+on HH's answers. Two samplings differ in length, so the ratios of pairs vary. With `--lengths geometric` each
+answer's length is drawn beforehand, from an exponential distribution cut at --new-tokens, and the text does
+not end an answer. transformers gets a stopping criterion per row. Ours draws tokens by inverting their
+distribution function, so it gets the random number 0, which always draws the first token of the vocabulary:
+the stop token here.
 
-Peak memory is each engine's own, in a process by itself. The timed process has this project's setting of the
-C library's allocator (`rlhf.distributed.device.keep_freed_memory`), from which transformers gains too; its
-own process has not.
+Peak memory is measured in a separate process for each engine. The timed process has this project's setting of
+the C library's allocator (`rlhf.distributed.device.keep_freed_memory`), from which transformers gains too;
+the separate process of transformers has not.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ console = new_console()
 
 @dataclass(frozen=True)
 class Task:
-    """What both engines do."""
+    """The work of both engines."""
 
     model: str
     prompts: list[list[Message]]
@@ -71,10 +71,10 @@ class Task:
     pad_id: int
     new_tokens: int
     mean_length: float | None
-    """Of the drawn lengths; None for natural ones."""
+    """Mean of the drawn lengths; None for natural lengths."""
 
     def lengths(self, seed: int) -> Tensor | None:
-        """Long [prompts], each from 1 to new_tokens."""
+        """Lengths as int64 [prompts], each from 1 to new_tokens."""
         if self.mean_length is None:
             return None
         beyond_1 = torch.empty(len(self.prompts)).exponential_(
@@ -90,7 +90,7 @@ class Sampler(Protocol):
         """An answer to each prompt, up to and including its stop token."""
 
     def greedy(self, new_tokens: int) -> list[list[int]]:
-        """The likeliest token each time."""
+        """Answers of the likeliest token at each step."""
 
 
 class Ours:
@@ -101,7 +101,8 @@ class Ours:
         self._policy = PolicyModel.load(Path(task.model), ModelConfig(kind="local", path=task.model), compute)
 
     def sample(self, seed: int, new_tokens: int) -> list[list[int]]:
-        """By `PolicyModel.sample`, which is what PPO calls; with drawn lengths by the function below it."""
+        """Sample with `PolicyModel.sample`, as PPO does; with drawn lengths, with the function that it
+        calls."""
         lengths = self._task.lengths(seed)
         if lengths is not None:
             return self._sample_lengths(lengths.clamp(max=new_tokens), seed)
@@ -120,7 +121,7 @@ class Ours:
 
     def _sample_lengths(self, lengths: Tensor, seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        # from the upper half, so that the first token comes only where it is asked for
+        # from the upper half, so that the first token is drawn only by the number 0
         uniform_BR = 0.5 + 0.5 * torch.rand(len(lengths), int(lengths.max()), generator=generator)
         uniform_BR[torch.arange(len(lengths)), lengths - 1] = 0.0
         rollout = generate(
@@ -133,7 +134,7 @@ class Ours:
 
 
 class RowLengths(StoppingCriteria):
-    """Each row has a length of its own."""
+    """Ends each row at its own length."""
 
     def __init__(self, prompt_tokens: int, lengths: Tensor) -> None:
         self._ends = prompt_tokens + lengths
@@ -143,7 +144,7 @@ class RowLengths(StoppingCriteria):
 
 
 class Transformers:
-    """model.generate, on prompts padded to the left."""
+    """`model.generate`, on prompts padded on the left."""
 
     def __init__(self, task: Task, compute: Compute) -> None:
         self._task = task
@@ -157,7 +158,7 @@ class Transformers:
         self._mask = torch.tensor(masks, device=compute.device)
 
     def sample(self, seed: int, new_tokens: int) -> list[list[int]]:
-        """With drawn lengths no token stops a row."""
+        """Sample; with drawn lengths no token ends a row."""
         torch.manual_seed(seed)
         settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         lengths = self._task.lengths(seed)
@@ -169,7 +170,7 @@ class Transformers:
         return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
 
     def greedy(self, new_tokens: int) -> list[list[int]]:
-        """do_sample=False."""
+        """Greedy answers (do_sample=False)."""
         return self._generate({"do_sample": False}, new_tokens, self._task.stop_ids)
 
     def margin(self, ids: list[int]) -> float:
@@ -200,7 +201,7 @@ ENGINES: dict[str, type[Ours] | type[Transformers]] = {"rlhf": Ours, "transforme
 
 
 def up_to_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
-    """A row without what stands behind its first stop token."""
+    """The row up to and including its first stop token."""
     ends = [place for place, token in enumerate(ids, 1) if token in stop_ids]
     return ids[: ends[0]] if ends else ids
 
@@ -222,13 +223,13 @@ def make_task(options: argparse.Namespace) -> Task:
 
 
 def plain_compute(precision: str) -> Compute:
-    """Device and precision, without this project's settings of the process."""
+    """Device and precision, without this project's process settings."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Compute(device, str(DTYPES[precision]).removeprefix("torch."))
 
 
 def compare_greedy(task: Task) -> None:
-    """Both engines in fp32, token for token."""
+    """Compare both engines in fp32, token by token."""
     ours, theirs = Ours(task, plain_compute("fp32")), Transformers(task, plain_compute("fp32"))
     tokens = min(task.new_tokens, GREEDY_TOKENS)
     answers, others = ours.greedy(tokens), theirs.greedy(tokens)
@@ -247,7 +248,7 @@ def compare_greedy(task: Task) -> None:
 
 
 def shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the beginning that two rows have in common."""
+    """Length of the common prefix of two rows."""
     pairs = zip(one, other, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -282,7 +283,7 @@ def compare_speed(task: Task, compute: Compute, num_pairs: int) -> None:
 
 
 def measure_memory(task: Task, precision: str) -> None:
-    """Each engine in a process by itself."""
+    """Measure each engine in a separate process."""
     peaks = {}
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(asdict(task), file)
@@ -298,7 +299,7 @@ def measure_memory(task: Task, precision: str) -> None:
 
 
 def run_alone(task: Task, name: str, precision: Precision) -> None:
-    """One sampling by one engine, and the memory that it took; ours with the settings that it makes."""
+    """Sample once with one engine and print its memory; ours with its process settings."""
     compute = make_compute("auto", precision)[0] if name == "rlhf" else plain_compute(precision)
     ENGINES[name](task, compute).sample(1, task.new_tokens)
     if compute.device.type == "cuda":

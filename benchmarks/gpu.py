@@ -1,13 +1,13 @@
-"""What one GPU does: PPO steps of models of 0.1 to 8B, and one step against TRL's GRPO with vLLM.
+"""Speed of one GPU: PPO steps of models of 0.1 to 8B, and one step against TRL's GRPO with vLLM.
 
     python benchmarks/gpu.py                                    # on a GPU: all sizes, LoRA
     python benchmarks/gpu.py --sizes 0.1B --peer-python grpo/bin/python   # as peer_trl_grpo.py installs it
     python benchmarks/gpu.py --sizes tiny --steps 2 --episodes 8 --new-tokens 8 --peer-python .venv/bin/python
 
-Weights are random, so only time and memory mean anything: every answer has all of its tokens. Each size is a
-fresh process. Both sample with vLLM (this project without it: --generation local). PPO trains a critic too,
-which GRPO has not. The memory is torch's; on a GPU vLLM has its own beside. The last line above runs on a
-CPU, to see that all of it works; with --generation vllm also vLLM for CPUs.
+Weights are random, so only time and memory are meaningful: every answer has the maximum length. Each size
+runs in a fresh process. Both sample with vLLM (this project also without it: --generation local). PPO also
+trains a critic, which GRPO does not have. The memory is torch's; vLLM's on a GPU is not included. The last
+line above runs on a CPU, to check that everything works; with --generation vllm also vLLM for CPUs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ console = new_console()
 
 
 def random_model(directory: Path, size: str) -> Path:
-    """A Llama of that size in bf16, made on the device, with the tokenizer of a packaged one."""
+    """A random Llama of that size in bf16, created on the device, with a packaged model's tokenizer."""
     target = directory / f"random-{size}"
     if (target / "config.json").exists():
         return target
@@ -63,7 +63,7 @@ def random_model(directory: Path, size: str) -> Path:
 
 
 def share_of_peak(work: dict[str, Any], answer: dict[str, Any]) -> float:
-    """Useful operations of a step, median, over what the device multiplies in its time."""
+    """Useful operations of the median step over those that the device can do in this time."""
     shares = []
     for step, seconds in list(zip(answer["metrics"], answer["seconds"], strict=True))[1:]:
         useful = operations(work, step, answer["micro_batch_tokens"], answer["positions_a_token"])

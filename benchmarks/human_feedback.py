@@ -3,10 +3,10 @@
     python benchmarks/human_feedback.py --directory feedback
 
 Their taste is known: VADER's score of an answer, with noise. They vote by keyboard in a headless Chromium
-until there are 300 votes. Meanwhile the run is killed with SIGKILL five times and started again. No vote
-that was answered may be lost. Then the same command goes on: a reward model learns the votes, PPO learns
-from it. A second reward model learns as many votes of VADER itself. Both are asked about clear pairs of
-held-out prompts.
+until there are 300 votes. Meanwhile the run is killed with SIGKILL five times and started again. No
+acknowledged vote may be lost. Then the same command continues: a reward model learns the votes, and PPO
+learns from the model. A second reward model learns as many votes by VADER itself. Both are evaluated on clear
+pairs of held-out prompts.
 
 It needs Debian's Chromium and the extras `label` and `test`. With the embedded model it takes hours on two
 cores.
@@ -37,9 +37,9 @@ from rlhf.label.votes import votes_in
 PEOPLE = ("ada", "ben", "eve")
 LINK = re.compile(r"label: (\w+): (http://\S+)")
 CLEAR = 0.5
-"""Pairs whose VADER scores differ by this are clear."""
+"""Smallest difference of VADER scores in a clear pair."""
 HELD_OUT = 0.1
-"""`prepare.held_out_fraction`, by which prompts are held out."""
+"""`prepare.held_out_fraction`: the share of held-out prompts."""
 VADER = SentimentIntensityAnalyzer()
 
 
@@ -49,7 +49,7 @@ def taste(text: str) -> float:
 
 
 class Experiment:
-    """A directory, and runs in it."""
+    """A directory with runs."""
 
     def __init__(self, directory: Path, votes: int, extra: Sequence[str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class Experiment:
         )  # fmt: skip
 
     def run(self, name: str, *more: str) -> dict[str, Any]:
-        """Run to the end; its summary."""
+        """Run to the end; the run's summary."""
         process = self.start(name, *more)
         out, _ = process.communicate()
         if process.returncode:
@@ -79,22 +79,22 @@ class Experiment:
         return self.summary(name)
 
     def summary(self, name: str) -> dict[str, Any]:
-        """What a run says of itself."""
+        """The summary of a run."""
         path = self.directory / "runs" / name / "summary.json"
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
     def artifact(self, name: str, stage: str) -> Path:
-        """Where a run's artifact lies."""
+        """Directory of a run's artifact."""
         return self.directory / str(self.summary(name)["stages"][stage]["artifact"])
 
     def cast(self) -> int:
-        """Votes in the file."""
+        """Number of votes in the file."""
         return len(votes_in(self.directory / "votes.sqlite", "label"))
 
 
 def served(process: subprocess.Popen[str], links: dict[str, str]) -> None:
-    """Read what the run prints until every annotator's line is there, and keep new links."""
+    """Read the run's output until every annotator's line has appeared, and store new links."""
     assert process.stdout is not None
     for line in process.stdout:
         links.update(LINK.findall(line))
@@ -104,7 +104,7 @@ def served(process: subprocess.Popen[str], links: dict[str, str]) -> None:
 
 
 def vote(experiment: Experiment, noise: float, kills: int) -> dict[str, Any]:
-    """Three annotators vote in turn in Chromium, while the run is killed; then the run goes on to its end."""
+    """Let three annotators vote in turn in Chromium while the run is killed; then run to the end."""
     from playwright.sync_api import Page, sync_playwright
 
     chance, links, confirmed, lost = random.Random(0), dict[str, str](), 0, 0
@@ -124,7 +124,7 @@ def vote(experiment: Experiment, noise: float, kills: int) -> dict[str, Any]:
             page.keyboard.press("Enter")
         while pages:
             for name, page in [*pages.items()]:
-                if page.locator("#vote").count() == 0:  # enough, or none is left for this one
+                if page.locator("#vote").count() == 0:  # enough votes, or no pair is left for this annotator
                     del pages[name]
                     continue
                 left, right = (taste(text(page, side)) + chance.gauss(0, noise) for side in ("left", "right"))
@@ -151,7 +151,7 @@ def vote(experiment: Experiment, noise: float, kills: int) -> dict[str, Any]:
 
 
 def clear_pairs(experiment: Experiment) -> Iterator[dict[str, Any]]:
-    """Pairs of held-out prompts' answers that VADER tells apart clearly, the better one first."""
+    """Pairs of answers to held-out prompts with clearly different VADER scores, the better first."""
     answers = experiment.artifact("people", "generate@answers") / "responses.jsonl"
     for pair in pairs_of_answers({"generate@answers": answers}, 1000):
         better, worse = sorted((pair.first, pair.second), key=taste, reverse=True)
@@ -181,7 +181,7 @@ def accuracy(experiment: Experiment, name: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run it, and print what was found as JSON."""
+    """Run the experiment and print the results as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

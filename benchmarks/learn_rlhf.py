@@ -2,7 +2,7 @@
 
     python benchmarks/learn_rlhf.py work.json
 
-What it is told and what it prints are those of the peers (peer_work.py), and the loop that of run_rlhf.py.
+Input and output are those of the peers (peer_work.py); the loop is that of run_rlhf.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGES = ["rlhf", "transformers", "torch"]
 
 
 def measure(work: dict[str, Any]) -> Report:
-    """Train on work's prompts; the held-out ones are answered first, last, and whenever it is due."""
+    """Train on work's prompts; answer the held-out ones before, at the given steps, and at the end."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer, precision = make_trainer(work, Path(scratch))
         report = Report(precision=precision)
@@ -49,7 +49,7 @@ def learn(trainer: PolicyTrainer, batch: list[PromptRow], report: Report) -> Non
 
 
 def evaluate(trainer: PolicyTrainer, work: dict[str, Any], report: Report, done: int) -> None:
-    """Answer the held-out prompts with random numbers of their own."""
+    """Answer the held-out prompts with a separate random generator."""
     with report.paused():
         rollout, _ = trainer.policy.sample(
             work["held_out_prompts"],
@@ -62,7 +62,7 @@ def evaluate(trainer: PolicyTrainer, work: dict[str, Any], report: Report, done:
 
 
 def main() -> None:
-    """Run the work, print what it took."""
+    """Run the work and print the measurements."""
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     report = measure(work)

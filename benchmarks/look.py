@@ -1,4 +1,4 @@
-"""How the benchmarks' tables and pictures look."""
+"""Style of the benchmarks' tables and pictures."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, THEIRS, OTHER = "#0072b2", "#d55e00", "#808080"
-"""The colour-blind can tell them apart too (Okabe and Ito 2008), and by their markers; seen on both
+"""Colours that colour-blind readers can distinguish (Okabe and Ito 2008) and that are visible in both
 themes."""
 THEMES = {"light": "#24292f", "dark": "#cfd0d0"}
-"""The colour of text and axes; the ground is the page's own."""
+"""Colour of text and axes; the background is the page's own."""
 STYLE: Any = {
     "font.size": 9,
     "figure.titlesize": 9,
@@ -38,7 +38,7 @@ STYLE: Any = {
 
 
 def new_console() -> Console:
-    """Wide enough for the tables where no terminal says how wide it is."""
+    """A console that is wide enough for the tables if there is no terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
@@ -54,7 +54,8 @@ def new_figure(title: str, num_panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def label(axes: Axes, x: str, y: str, *, from_0: bool = True) -> None:
-    """The horizontal axis begins at 0; the vertical one too, where proportions are to be seen."""
+    """Label the axes. The horizontal axis begins at 0; with `from_0` the vertical one too, to show
+    proportions."""
     axes.set(xlabel=x, ylabel=y)
     axes.set_xlim(left=0)
     if from_0:
@@ -65,7 +66,7 @@ def label(axes: Axes, x: str, y: str, *, from_0: bool = True) -> None:
 def save(draw: Callable[[], Figure], path: Path) -> None:
     """Draw a picture for both themes: NAME-light.svg and NAME-dark.svg for NAME.svg.
 
-    Without the date: equal figures make equal files.
+    No date is written, so equal figures give equal files.
     """
     try:
         import matplotlib

@@ -1,14 +1,14 @@
-"""Every stage on many ranks, with every `zero=`, against one rank: by how much the results differ, in fp32.
+"""Every stage on many ranks, with every `zero=`, against one rank: the difference of the results, in fp32.
 
     python benchmarks/many_ranks.py                                  # eight ranks on this machine, 5 GB
     python benchmarks/many_ranks.py --ranks 4 --zero zero3 fsdp2
 
-With `hsdp` they are two nodes of half the ranks, each started by launch/torchrun.sh on this machine. The
-model is `model=tiny`, all its parameters train. SFT, reward model, PPO, DPO and GRPO take two optimizer
-steps; `generate`, `evaluate` and `compare` run too. Each `zero=` begins anew. Compared are every step's
-metrics and the stages' summaries, both without times and sizes, and the published weights. A figure is the
-largest difference, of a metric relative to its size or to 1, if that is larger. On CPUs ranks talk over
-gloo.
+With `hsdp` the ranks form two nodes, each started by launch/torchrun.sh on this machine. The model is
+`model=tiny`; all its parameters train. SFT, reward model, PPO, DPO and GRPO take two optimizer steps;
+`generate`, `evaluate` and `compare` run too. Each `zero=` starts from an empty store. Compared are every
+step's metrics and the stages' summaries, both without times and sizes, and the published weights. A figure is
+the largest difference; a metric's is divided by its size or by 1, whichever is larger. On CPUs ranks
+communicate over gloo.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ SETTINGS = (
     "dpo.optim.eps=1e-4", "grpo.peft=none", "grpo.steps=2", "grpo.batch_episodes=8",
     "grpo.minibatch_episodes=8", "grpo.optim.eps=1e-4",
 )  # fmt: skip
-"""Adam divides by a gradient's size: an eps far above rounding keeps it from making much of it."""
+"""Adam divides by a gradient's size. An eps far above rounding errors keeps Adam from amplifying them."""
 
 
 def write_data(directory: Path) -> None:
-    """Rows of every role, which 4 or 8 ranks cannot share equally.
+    """Write rows of every role; their number is not divisible by 4 or 8 ranks.
 
-    DPO's answers are short, and many held out: its figures are differences of sums over tokens, with which
-    rounding grows, and the interval of few rows multiplies it.
+    DPO's figures are differences of sums over tokens, so long answers would increase the rounding error, and
+    the interval of few rows would multiply it. So its answers are short and many rows are held out.
     """
     numbers = range(24)
     rows: dict[str, list[dict[str, object]]] = {
@@ -79,7 +79,7 @@ def write_data(directory: Path) -> None:
 
 
 def run(directory: Path, name: str, ranks: int, *overrides: str, nodes: int = 1) -> None:
-    """All stages. The store has the run's name too."""
+    """Run all stages. The run's name is also that of its store."""
     command = [sys.executable, "-m", "rlhf", f"launch.processes={ranks}"] if nodes == 1 else [str(TORCHRUN)]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     keys = (f"run_name={name}", f"store_dir=store-{name}", f"stage=[{','.join(STAGES)}]")
@@ -97,19 +97,19 @@ def run(directory: Path, name: str, ranks: int, *overrides: str, nodes: int = 1)
 
 
 def start(words: list[str], directory: Path, environment: dict[str, str], log: IO[str]) -> Any:
-    """One launcher, on one node."""
+    """Start the launcher of one node."""
     return subprocess.Popen(words, cwd=directory, env=environment, stdout=log, stderr=log)
 
 
 def free_port() -> str:
-    """On which nobody listens."""
+    """A port on which no process listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
 
 
 def figures(directory: Path, name: str) -> dict[str, dict[str, float | None]]:
-    """By stage what can be compared: each step's metrics and the summary's."""
+    """Comparable figures by stage: each step's metrics and those of the summary."""
     run_directory = directory / "runs" / name
     summary = json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
     found: dict[str, dict[str, float | None]] = {
@@ -128,10 +128,10 @@ def figures(directory: Path, name: str) -> dict[str, dict[str, float | None]]:
 
 
 def difference(one: dict[str, float | None], many: dict[str, float | None]) -> tuple[float, str]:
-    """The largest one, and of which metric.
+    """The largest difference, and its metric.
 
     Raises:
-        SystemExit: they have not the same metrics.
+        SystemExit: the two sides have different metrics.
     """
     if one.keys() != many.keys():
         sys.exit(f"other metrics: {sorted(one.keys() ^ many.keys())}")
@@ -160,7 +160,7 @@ def weights_apart(directory: Path, one: str, many: str, stage: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Run, compare and print; by `zero=` the largest difference of each stage."""
+    """Run, compare and print; the largest difference by `zero=` and stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--zero", nargs="+", choices=get_args(Zero), default=list(get_args(Zero)))

@@ -1,11 +1,11 @@
-"""Every tuning method in every training stage, a few steps of each on SmolLM2: that it works, what it takes.
+"""A few steps of every tuning method in every training stage on SmolLM2: does it work, what does it cost?
 
     python benchmarks/methods.py                    # run what has not been run yet, then the tables
     python benchmarks/methods.py --stages sft       # of one stage
     python benchmarks/methods.py --table            # the tables alone
 
-Each run is `python -m rlhf` in a fresh process; all share the SFT and the reward model that they start from.
-Nothing is searched: one rate a method, one seed. Results are kept in benchmarks/.work/methods.
+Each run is `python -m rlhf` in a fresh process; all start from the same SFT and reward model. There is no
+search: one learning rate per method, one seed. Results are saved in benchmarks/.work/methods.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RATES = {
     "prefix": 1e-2, "prompt": 1e-2, "p_tuning": 1e-2,
 }  # fmt: skip
 START = ("sft.peft=lora", "sft.optim.lr=1e-3", "sft.epochs=0.25")
-"""The SFT model that reward model and policy start from."""
+"""Overrides of the SFT model from which reward model and policy start."""
 PAIRS = "reward.pairs={samples: pairs, limit: 256}"
 COMMON = (
     "gates=warn",
@@ -40,11 +40,11 @@ COLUMNS = {
     "reward": {"accuracy": "accuracy", "longer wins": "longer_wins_accuracy"},
     "ppo": {"score before": "held_out_score_before", "score after": "held_out_score", "KL": "kl"},
 }
-"""What a stage's summary says of the result, by the table's heading."""
+"""Table heading -> key of the stage's summary."""
 
 
 def overrides(stage: str, method: str) -> list[str]:
-    """Of one run."""
+    """Overrides of one run."""
     own = [f"{stage}.peft={method}", f"{stage}.optim.lr={RATES[method]:g}"]
     if stage == "sft":
         return [*COMMON, *own, "sft.epochs=0.25"]
@@ -68,7 +68,7 @@ def run(stage: str, method: str) -> dict[str, Any]:
 
 
 def row(stage: str, method: str) -> str:
-    """Of the table."""
+    """A row of the table."""
     file = WORK / f"{stage}-{method}.json"
     if not file.exists():
         return f"| `{method}` | not run |"
@@ -85,7 +85,7 @@ def row(stage: str, method: str) -> str:
 
 
 def table(stage: str) -> str:
-    """Markdown."""
+    """A stage's table as Markdown."""
     heads = [
         f"`{stage}.peft=`", f"`{stage}.optim.lr`", "trained parameters", "`adapter/`, MB",
         "ms per token, with it and without", *COLUMNS[stage], "seconds",

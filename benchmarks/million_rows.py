@@ -1,25 +1,24 @@
-"""A million rows: what `prepare` takes beside the tokenizer alone, and what a rank keeps of them in memory.
+"""A million rows: time of `prepare` compared with the tokenizer alone, and a rank's memory for the rows.
 
     python benchmarks/million_rows.py --rows 100000
     python benchmarks/million_rows.py --rows 300 --model tiny      # does it run?
-    python benchmarks/million_rows.py --rows 50000 --profile       # what prepare's time goes into, alone
+    python benchmarks/million_rows.py --rows 50000 --profile       # only: the parts of prepare's time
 
-Answers of about 500 tokens, of words from the packaged samples, the same for each number of rows. `prepare`
-reads them as sft.data, and takes their prompts for ppo.prompts and evaluate.prompts. Pairs (`--pairs`, none
-by default) are as long on each side. Then the tokenizer alone encodes the same texts with all of its threads,
-and with as many processes as there are cores. Then two processes read the result as two ranks of the stages
-do:
+Answers have about 500 tokens, of words from the packaged samples, and are the same for each number of rows.
+`prepare` reads them as sft.data, and takes their prompts for ppo.prompts and evaluate.prompts. Each side of a
+pair (`--pairs`, none by default) is as long. Then the tokenizer alone encodes the same texts, with all of its
+threads and with one process per core. Then two processes read the result like two ranks of the stages:
 
-    sft       one epoch's batches, in each the rank's share
-    reward    the same of the pairs
-    ppo       the prompts of as many steps as fit once
+    sft       one epoch's batches, of each the rank's share
+    reward    the same for pairs
+    ppo       the prompts of one epoch's steps
 
-`--profile` runs `prepare` on one core, in one process, and prints the core seconds of each part. Stopwatches
-around a few functions take them: a profiler would slow down Python's functions and not the tokenizer.
+`--profile` runs `prepare` on one core, in one process, and prints the core seconds of each part. They come
+from stopwatches around a few functions: a profiler would slow down Python's functions but not the tokenizer.
 
-Memory is the peak of anonymous memory: of `prepare` with its processes (Pss_Anon, asked every 0.2 s), and of
-a rank above what it has with its libraries loaded (RssAnon, every 5 ms). Pages of mapped files are not in it:
-the system shares them between processes, and takes them back when memory runs short.
+Memory is the peak of anonymous memory: of `prepare` with its processes (Pss_Anon, read every 0.2 s), and of a
+rank above its memory after loading the libraries (RssAnon, every 5 ms). Pages of mapped files are not
+included: the system shares them between processes, and takes them back when memory runs short.
 """
 
 from __future__ import annotations
@@ -64,19 +63,19 @@ TOKENS = 500
 BATCH, MAX_TOKENS, MICRO_BATCH_TOKENS = 64, 1024, 8192
 OTHER = "all else that runs"
 FEW = 40
-"""Rows that show what `prepare` takes besides them."""
+"""Rows of a run that measures the fixed cost of `prepare`."""
 TEXTS_AT_ONCE = 10_000
-"""That the tokenizer's own threads encode together."""
+"""Texts per call of the tokenizer with its own threads."""
 
 
 def words() -> list[str]:
-    """Of the packaged instructions, in their order."""
+    """Words of the packaged instructions, in order."""
     lines = (SAMPLES / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
     return [word for line in lines for value in json.loads(line).values() for word in str(value).split()]
 
 
 def write_rows(path: Path, rows: int, sides: Sequence[str], words_per_row: int) -> None:
-    """Rows with a prompt and these answers; each text has half of the row's words."""
+    """Write rows with a prompt and these answers; each text has half of the row's words."""
     draw, known = random.Random(0), words()
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
@@ -87,7 +86,7 @@ def write_rows(path: Path, rows: int, sides: Sequence[str], words_per_row: int) 
 
 
 def anonymous_bytes(process: psutil.Process) -> int:
-    """Of a process and those that it started."""
+    """Anonymous memory of a process and its child processes."""
     total = 0
     for each in [process, *process.children(recursive=True)]:
         try:
@@ -99,13 +98,13 @@ def anonymous_bytes(process: psutil.Process) -> int:
 
 
 class Clock:
-    """Seconds since it was made, and those of all cores together: others may use the machine too."""
+    """Wall seconds since it was created, and core seconds, because others may use the machine too."""
 
     def __init__(self) -> None:
         self._start, self._work = time.monotonic(), self._all_cores()
 
     def taken(self, name: str) -> dict[str, float]:
-        """Both, under this name."""
+        """Both times, with this name in their keys."""
         seconds, work = time.monotonic() - self._start, self._all_cores() - self._work
         return {f"{name}: seconds": seconds, f"{name}: core seconds": work}
 
@@ -115,7 +114,7 @@ class Clock:
 
 
 def prepare_command(folder: Path, model: str, name: str, *sources: str) -> list[str]:
-    """Of the stage, with these sources beside prompts of sft.data."""
+    """Command of `prepare` with these sources, and with prompts taken from sft.data."""
     return [
         "stage=prepare", f"model={model}", "device=cpu", f"run_name={name}", f"runs_dir={folder}/runs",
         f"store_dir={folder}/store", "ppo.prompts=sft.data", "evaluate.prompts=sft.data", *sources,
@@ -123,7 +122,7 @@ def prepare_command(folder: Path, model: str, name: str, *sources: str) -> list[
 
 
 def prepare(folder: Path, model: str, name: str, *sources: str) -> dict[str, float]:
-    """Run the stage in a process of its own."""
+    """Run `prepare` in a separate process."""
     start, peak = Clock(), 0
     command = prepare_command(folder, model, name, *sources)
     started = subprocess.Popen([sys.executable, "-m", "rlhf", *command], cwd=folder)
@@ -137,14 +136,14 @@ def prepare(folder: Path, model: str, name: str, *sources: str) -> dict[str, flo
 
 
 class Stopwatches:
-    """Core seconds of this thread in each part, without those of the parts that begin inside it."""
+    """Core seconds of this thread in each part, without parts that run inside it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._open, self._last = [OTHER], time.thread_time()
 
     def watch(self, holder: object, name: str, part: str) -> None:
-        """From now on, what this function of a module or class takes belongs to the part."""
+        """From now on, count the time of this function of a module or class to the part."""
         function = getattr(holder, name)
 
         def watched(*arguments: Any, **options: Any) -> Any:
@@ -165,7 +164,7 @@ class Stopwatches:
 
 
 def watched_prepare(command: Sequence[str], results: Any) -> None:
-    """Run the stage in this process, on one core; put the seconds of each part into the queue."""
+    """Run `prepare` in this process, on one core; put the seconds of each part into the queue."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # on one core it starts no processes
     watches = Stopwatches()
     watches.watch(PrepareStage, "run", "reading, splitting, writing")
@@ -183,7 +182,7 @@ def watched_prepare(command: Sequence[str], results: Any) -> None:
 
 
 def parts_of_prepare(command: Sequence[str]) -> dict[str, float]:
-    """What the stage's core seconds go into."""
+    """Core seconds of `prepare` by part."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=watched_prepare, args=(command, results))
@@ -196,7 +195,7 @@ def parts_of_prepare(command: Sequence[str]) -> dict[str, float]:
 
 
 def texts_of(data: PreparedData) -> Iterator[str]:
-    """The texts that `prepare` encodes, as the chat template renders them, once each."""
+    """The different texts that `prepare` encodes, as the chat template renders them."""
     for role, split in (("sft", "train"), ("sft", "held_out"), ("pairs", "train"), ("pairs", "held_out")):
         for row in data.rows(role, split):
             (prompt, *_), *_ = row.exchanges()
@@ -205,7 +204,7 @@ def texts_of(data: PreparedData) -> Iterator[str]:
 
 
 def tokenizer_alone(tokenizer: Any, data: PreparedData) -> dict[str, float]:
-    """Seconds of encoding, without reading: by the tokenizer's threads, and by a process for each core."""
+    """Seconds of encoding, without reading: with the tokenizer's threads, and with one process per core."""
     figures: dict[str, float] = defaultdict(float)
     tokens, found = 0, texts_of(data)
     while texts := list(islice(found, TEXTS_AT_ONCE)):
@@ -226,7 +225,7 @@ def tokenizer_alone(tokenizer: Any, data: PreparedData) -> dict[str, float]:
 
 
 def be_a_rank(rank: int, artifact: Path, results: Any) -> None:
-    """Read as the stages do; put (rank, peaks in MiB) into the queue."""
+    """Read rows as a rank of the stages does; put (rank, peaks in MiB) into the queue."""
     import pyarrow.compute  # noqa: F401 - a library that an idle rank has loaded
     import torch
 
@@ -254,7 +253,7 @@ def be_a_rank(rank: int, artifact: Path, results: Any) -> None:
 
 
 def on_two_ranks(artifact: Path) -> list[dict[str, float]]:
-    """The peaks of each rank."""
+    """Peaks of each rank, MiB."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     ranks = [context.Process(target=be_a_rank, args=(rank, artifact, results)) for rank in range(2)]

@@ -3,15 +3,15 @@
     python3 -m venv tune
     tune/bin/pip install torchtune==0.6.1 torchao==0.10.0 torch==2.13.0
 
-The recipe is the one in the wheel, with a config that differs from its own example
-(mistral/7B_full_ppo_low_memory) where that one needs a GPU or saves its memory at the price of time: no
-activation checkpointing; torch's fused AdamW in place of bitsandbytes' paged one; no compilation, which took
-a minute on two cores and gained nothing (two layers tried). A minibatch is one micro-batch, as there. The
-recipe trains all parameters; it has no LoRA. Its docstring says that CPUs are not supported, but nothing in
-it stands in their way. It has no default precision: --precision auto is its example's, bf16.
+The recipe is the one in the wheel. Its config differs from the example (mistral/7B_full_ppo_low_memory) where
+that one needs a GPU or saves memory at the cost of time: no activation checkpointing; torch's fused AdamW in
+place of bitsandbytes' paged one; no compilation, which took a minute on two cores and gained nothing (two
+layers tried). A minibatch is one micro-batch, as there. The recipe trains all parameters; it has no LoRA. Its
+docstring says that CPUs are not supported, but its code runs on them. It has no default precision:
+--precision auto is its example's, bf16.
 
-Models, data, tokenizer, checkpoints and log are components that a config names, so batches and measurements
-come in without touching the recipe. A step lasts from the request for its first prompt to the next such
+Models, data, tokenizer, checkpoints and log are components that a config names, so the batches and
+measurements need no change of the recipe. A step lasts from the request for its first prompt to the next such
 request, and the last one until `train()` returns.
 """
 
@@ -54,7 +54,7 @@ def measure(work: Work) -> Report:
 
 
 class Prompts(torch.utils.data.Dataset[dict[str, list[int]]]):
-    """A data set component: all prompts in order. Notes when the first one of a step is asked for."""
+    """A data set component: all prompts in order. Records when a step's first prompt is requested."""
 
     def __init__(self, tokenizer: Any, work: str) -> None:
         self._work = Work(**json.loads(work))
@@ -73,7 +73,7 @@ class Prompts(torch.utils.data.Dataset[dict[str, list[int]]]):
 
 
 class TokenIds:
-    """A tokenizer component: prompts are token ids already, so only the special ones are wanted."""
+    """A tokenizer component: prompts are token ids already, so only the special tokens are needed."""
 
     def __init__(self, pad_id: int, eos_id: int, stop_tokens: list[int]) -> None:
         self.pad_id, self.eos_id, self.stop_tokens = pad_id, eos_id, stop_tokens
@@ -83,27 +83,27 @@ class LoadOnly(FullModelHFCheckpointer):  # type: ignore[misc]  # torchtune has 
     """A checkpointer component that leaves out the checkpoint after the last step."""
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Not measured."""
+        """Save nothing."""
 
 
 class KeepSteps(StdoutLogger):  # type: ignore[misc]  # torchtune has no types here
-    """A metric logger component that keeps what it is told."""
+    """A metric logger component that stores the metrics."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scores: list[float] = []
         self.last_indices: list[float] = []
-        """Where responses end, counted from 0: what the recipe calls lengths. Means over the episodes."""
+        """Index of the last response token, which the recipe calls length; means over the episodes."""
 
     def log_dict(self, payload: dict[str, Any], step: int) -> None:
-        """Once a step."""
+        """Store a step's metrics."""
         super().log_dict(payload, step)
         self.scores.append(payload["scores"].item())
         self.last_indices.append(payload["response_lengths"].item())
 
 
 def _recipe_class() -> Any:
-    """torchtune's recipes are files beside the package that cannot be imported by name."""
+    """The recipe's class. torchtune's recipes are files outside the package, which have no import name."""
     path = Path(torchtune.__file__).parents[1] / "recipes" / "ppo_full_finetune_single_device.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -118,7 +118,7 @@ def _dtype(work: Work) -> str:
 
 
 def _config(work: Work, directory: str) -> dict[str, Any]:
-    """The recipe's config."""
+    """The config of the recipe."""
     architecture = _architecture(Path(work.model))
     policy = _checkpointer(work.model, "LLAMA3_2", f"{directory}/policy")
     scalar = _checkpointer(work.reward, "REWARD", f"{directory}/value")
@@ -179,7 +179,7 @@ def _config(work: Work, directory: str) -> dict[str, Any]:
 
 
 def _architecture(model: Path) -> dict[str, Any]:
-    """transformers' description of a Llama, in the words of torchtune's builders."""
+    """Arguments of torchtune's builders from transformers' config of a Llama."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     assert config["tie_word_embeddings"], "torchtune's llama3_2 ties the embeddings"
     return {

@@ -3,23 +3,24 @@
     python3 -m venv trl
     trl/bin/pip install trl==1.12.0 peft==0.21.2 transformers==5.24.0 accelerate==1.15.0 torch==2.13.0
 
-Everything is what `trl.experimental.ppo` does by itself, but for these choices:
+Everything is the default of `trl.experimental.ppo`, except these choices:
 
 - Batches are those in work.json, in that order: `trainer.dataloader`, which shuffles, is replaced by an
-  iterable. It notes the time whenever the trainer asks for a batch; a step lasts from there to the next
-  request, and the last one until `train()` returns. Nothing else of the trainer is touched.
+  iterable. It records the time whenever the trainer requests a batch; a step lasts from there to the next
+  request, and the last one until `train()` returns. Nothing else of the trainer is changed.
 - One micro-batch per minibatch (gradient_accumulation_steps=1). With more, TRL steps the optimizer only after
   all micro-batches of the whole batch, so that num_mini_batches has no effect.
 - precision=bf16 sets the variable that `accelerate launch --mixed_precision bf16` sets. PPOTrainer makes its
-  own Accelerator, which since transformers 5 does not hear of PPOConfig's `bf16=True`: without the variable
-  all is fp32.
+  own Accelerator, which since transformers 5 does not see PPOConfig's `bf16=True`: without the variable
+  everything is fp32.
 - numpy is seeded too: PPOTrainer seeds torch only, and shuffles its minibatches with numpy.
 - peft=lora puts an adapter into all linear layers of the policy, and the policy without it is the reference.
   TRL trains the value model in full all the same.
-- Where work.json has lengths, answers end there: `generate` gets a logits processor (forced_lengths.py).
-- Where work.json asks for evaluations, the policy answers `held_out` when the iterable above is asked for the
-  batch after so many steps: as the trainer lets it answer prompts, but with random numbers of its own, and
-  while the clock stands still.
+- If work.json has lengths, answers have these lengths: `generate` gets a logits processor
+  (forced_lengths.py).
+- If work.json requests evaluations, the policy answers `held_out` when the iterable above is asked for the
+  batch after that many steps. It samples as in training, but with a separate random generator, and the clock
+  is paused.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ def measure(work: Work) -> Report:
 
 
 class Meter(TrainerCallback):
-    """Takes the mean score from what the trainer logs, and lengths from what the reward model is shown."""
+    """Takes the mean score from the trainer's log, and lengths from the reward model's inputs."""
 
     def __init__(self, work: Work, pad_id: int) -> None:
         self.report = Report(precision="", clock=work.clock)
         self._work, self._pad_id = work, pad_id
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Once a step."""
+        """Store a step's metrics."""
         self.report.score_mean.append(kwargs["logs"]["objective/scores"])
         self.report.kl.append(kwargs["logs"]["objective/kl"])
 
@@ -104,7 +105,7 @@ class InOrder:
 
 
 def evaluate(work: Work, trainer: PPOTrainer, report: Report, done: int) -> None:
-    """Let the policy answer the held-out prompts, where that is due after so many steps."""
+    """Let the policy answer the held-out prompts, if an evaluation is due after `done` steps."""
     is_last = done == len(work.batches)
     if not work.evaluate_every or (done % work.evaluate_every and not is_last):
         return
@@ -129,7 +130,8 @@ def _answers(work: Work, trainer: PPOTrainer) -> list[list[int]]:
 
 
 def _trainer(work: Work, directory: str, tokenizer: Any, meter: Meter) -> PPOTrainer:
-    """Models as in TRL's example script: fp32 weights, the value model starts from the reward model."""
+    """The trainer, with models as in TRL's example script: fp32 weights, value model from the reward
+    model."""
 
     def scalar_model() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(

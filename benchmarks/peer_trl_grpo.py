@@ -1,18 +1,19 @@
 """Time TRL's GRPOTrainer or RLOOTrainer: `PEER_PYTHON benchmarks/peer_trl_grpo.py work.json`.
 
-TRL 1.16, which this project's `bench` extra has. On a GPU it samples with vLLM, and has an environment of its
-own:
+It uses TRL 1.16, which this project's `bench` extra installs. On a GPU it samples with vLLM and needs a
+separate environment:
 
     python3 -m venv grpo
     grpo/bin/pip install 'trl[vllm]==1.16.0' peft==0.21.2
 
-On a CPU transformers samples. The trainer is made as its documentation does, with the models by their
-names, so that everything is its default (fp32 weights under bf16 autocast, sampling in fp32, gradient
-checkpointing), but for the values in work.json, and for these choices:
+On a CPU transformers samples. The trainer is created as in its documentation, with the models by name. So
+everything is the default (fp32 weights under bf16 autocast, sampling in fp32, gradient checkpointing), except
+the values in work.json and these choices:
 
-- Prompts come as text, in the order of work.json. The tokens that the model is asked must be those there.
+- Prompts are text, in the order of work.json. Their tokens must be those in work.json.
 - One micro-batch per minibatch, as for PPO (peer_trl.py).
-- Where work.json has lengths, answers end there: `generate` gets a logits processor (forced_lengths.py).
+- If work.json has lengths, answers have these lengths: `generate` gets a logits processor
+  (forced_lengths.py).
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 PACKAGES = ["trl", "transformers", "accelerate", "peft", "torch"]
 SHARE_OF_VLLM = 0.3
-"""Of the GPU's memory."""
+"""Share of the GPU's memory."""
 
 
 class Meter(TrainerCallback):
-    """When steps begin and end, and what TRL logs of them."""
+    """Start and end times of the steps, and TRL's log of them."""
 
     def __init__(self, work: Work) -> None:
         self.report = Report(precision="", clock=work.clock)
@@ -49,7 +50,7 @@ class Meter(TrainerCallback):
         self.report.ask()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Once a step; the last one is a summary."""
+        """Store a step's metrics; the last call has a summary."""
         logs = kwargs["logs"]
         if "reward" in logs:
             self.report.score_mean.append(logs["reward"])

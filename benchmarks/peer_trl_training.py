@@ -1,15 +1,15 @@
 """Time TRL's SFTTrainer, RewardTrainer and DPOTrainer: `python benchmarks/peer_trl_training.py work.json`.
 
-TRL 1.16, which this project's `bench` extra has. The trainer is made as its documentation does, with the
-model by its name, so that everything is its default (fp32 weights under bf16 autocast, gradient
-checkpointing, batches padded to their longest row), but for these choices:
+It uses TRL 1.16, which this project's `bench` extra installs. The trainer is created as in its documentation,
+with the model by name. So everything is the default (fp32 weights under bf16 autocast, gradient
+checkpointing, batches padded to their longest row), except these choices:
 
 - Rows come as token ids, in the order in which this project takes them (train_sampling_strategy=sequential),
   so that every step sees the same tokens on both sides. DPO's trainer tokenizes rows itself, so it gets them
   when it is made.
 - Batch size, learning rate, Adam's epsilon and the weight that centers scores are this project's.
-- Every step is logged (logging_steps=1), as this project does; nothing is saved.
-- --peer-checkpointing off turns gradient checkpointing off: faster, and more memory.
+- Every step is logged (logging_steps=1), as in this project; nothing is saved.
+- --peer-checkpointing off turns gradient checkpointing off: faster, but more memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Trainer: TypeAlias = SFTTrainer | RewardTrainer | DPOTrainer
 
 
 class Meter(TrainerCallback):
-    """Notes when each step is done, and what went through the model until then."""
+    """Records when each step ends, and the tokens that went through the model until then."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -60,25 +60,25 @@ class Meter(TrainerCallback):
         self.tokens_at_end.append(self._tokens)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Once a step, and a last time without a loss."""
+        """Store a step's loss; the last call has none."""
         if "loss" in kwargs["logs"]:
             self.losses.append(float(kwargs["logs"]["loss"]))
 
 
 def on_cuda(work: dict[str, Any]) -> bool:
-    """As this project chooses (device=)."""
+    """Whether it runs on CUDA, as this project chooses (device=)."""
     return work["device"] != "cpu" and torch.cuda.is_available()
 
 
 def peak_bytes(work: dict[str, Any]) -> int:
-    """Of the process, or on CUDA of the device."""
+    """Peak memory of the process, or on CUDA of the device."""
     if on_cuda(work):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make_config(work: dict[str, Any], directory: str) -> Config:
-    """TRL's defaults, with the choices above."""
+    """TRL's default config with the choices above."""
     shared = {
         "output_dir": directory,
         "use_cpu": not on_cuda(work),
@@ -141,7 +141,7 @@ def describe(trainer: Trainer) -> str:
 
 
 def main() -> None:
-    """Run the work, print what it took."""
+    """Run the work and print the measurements."""
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     meter = Meter(CLOCKS[work["clock"]])

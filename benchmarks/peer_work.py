@@ -1,6 +1,7 @@
-"""What the benchmark hands to a peer's runner, and what it wants back.
+"""Input and output of a peer's runner.
 
-Only the standard library: a runner starts with the Python of the peer's own environment, without `rlhf`.
+It uses only the standard library: a runner starts with the Python of the peer's own environment, without
+`rlhf`.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from time import perf_counter, process_time
 from typing import Literal
 
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
-"""cpu: seconds in which the process computed, which other work on the machine hardly changes."""
+"""cpu: CPU seconds of the process, which other work on the machine hardly changes."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """PPO steps to do, in units that every trainer has."""
+    """PPO steps to take, in units that every trainer has."""
 
     model: str
     """A causal language model and its tokenizer, written by `save_pretrained`."""
     reward: str
     """A one-label sequence-classification model with the same tokenizer: scores, and starts the critic."""
     batches: list[list[list[int]]]
-    """Per PPO step, the token ids of each prompt, already in the chat template."""
+    """Token ids of each prompt by PPO step, already in the chat template."""
     new_tokens: int
     honour_stop: bool
-    """False: every response has `new_tokens` tokens, whatever is in it."""
+    """False: every response has `new_tokens` tokens, even if it contains a stop token."""
     stop_id: int
     temperature: float
     epochs: int
@@ -48,32 +49,32 @@ class Work:
     lora_rank: int
     lora_alpha: int
     precision: Literal["auto", "bf16", "fp32"]
-    """auto: what the peer does by itself."""
+    """auto: the peer's default."""
     threads: int
     seed: int
     lr_schedule: Literal["constant", "linear"] = "constant"
-    """linear: falls to 0 over the steps, without a warm-up."""
+    """linear: decays to 0 over the steps, without a warm-up."""
     adam_eps: float = 1e-8
     missing_stop_penalty: float = 0.0
-    """Taken from the score of a response that did not stop by itself; raw score units."""
+    """Subtracted from the score of a response without a stop token; raw score units."""
     evaluate_every: int = 0
-    """Steps between the samplings that are reported; one comes before the first step too. 0: none."""
+    """Steps between reported evaluations; one is before the first step. 0: none."""
     held_out: list[list[int]] = field(default_factory=list)
-    """What is answered then, as token ids like those of batches."""
+    """Prompts of the evaluations, as token ids like those of `batches`."""
     algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
     answers: int = 1
-    """To each prompt, side by side."""
+    """Answers to each prompt, in adjacent rows."""
     clock: Literal["wall", "cpu"] = "wall"
     lengths: list[list[int]] | None = None
-    """Per step, the tokens of each answer, its end included (forced_lengths.py); None for natural ones."""
+    """Tokens of each answer by step, its end included (forced_lengths.py); None for natural lengths."""
     never: list[int] = field(default_factory=list)
-    """Tokens that may not stand within an answer of a forced length."""
+    """Tokens that may not occur within an answer of a forced length."""
     checkpointing: bool = True
-    """Whether TRL's GRPO and RLOO compute activations twice, as they do by default."""
+    """Whether TRL's GRPO and RLOO use gradient checkpointing, their default."""
 
     @property
     def episodes(self) -> int:
-        """Episodes of one step; the peers fix it for the whole run."""
+        """Episodes per step; for peers it is constant during a run."""
         sizes = {len(batch) * self.answers for batch in self.batches}
         if len(sizes) != 1 or min(sizes) % self.minibatch_episodes:
             raise ValueError(
@@ -83,10 +84,11 @@ class Work:
         return sizes.pop()
 
     def response_tokens(self, unpadded: list[int], pad_id: int) -> int:
-        """Up to and including the first stop token of each response, which may itself be the padding.
+        """Number of tokens up to and including each response's first stop token, which may be the padding
+        token.
 
         Args:
-            unpadded: tokens other than padding of each response, cut behind its stop token.
+            unpadded: number of tokens other than padding in each response, cut after its stop token.
         """
         if not self.honour_stop:
             return len(unpadded) * self.new_tokens
@@ -96,32 +98,32 @@ class Work:
 
 @dataclass
 class Report:
-    """What the steps took and made; every list has one entry per PPO step."""
+    """Measurements and results; every list has one entry per PPO step."""
 
     precision: str
-    """What was computed in which precision, in words."""
+    """Description of the precisions."""
     clock: Literal["wall", "cpu"] = "wall"
     asked: list[float] = field(default_factory=list)
-    """When the trainer asked for the step's prompts, then when it was done with all; the clock stands still
-    while `paused`."""
+    """Times at which the trainer asked for each step's prompts, and at last the time of the end; the clock is
+    paused in `paused`."""
     new_tokens: list[int] = field(default_factory=list)
     """Response tokens up to and including the first stop token."""
     score_mean: list[float] = field(default_factory=list)
-    """Of the reward model's scores; TRL's are told after `missing_stop_penalty` is taken."""
+    """Mean score of the reward model; TRL's includes `missing_stop_penalty`."""
     kl: list[float] = field(default_factory=list)
-    """Nats a response, from the reference; empty where the trainer does not tell."""
+    """KL divergence from the reference, nats per response; empty if the trainer does not report it."""
     evaluations: list[tuple[int, list[list[int]]]] = field(default_factory=list)
-    """(steps done, response ids up to and including the first stop token) of each sampling."""
+    """(finished steps, response ids up to and including the first stop token) of each evaluation."""
     pauses: float = 0.0
-    """Seconds so far."""
+    """Seconds of all pauses so far."""
 
     def ask(self) -> None:
-        """The trainer asks for the next step's prompts, or is done with all."""
+        """Record that the trainer asks for the next step's prompts, or has finished."""
         self.asked.append(CLOCKS[self.clock]() - self.pauses)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What runs inside belongs to no step."""
+        """Time inside counts for no step."""
         start = CLOCKS[self.clock]()
         yield
         self.pauses += CLOCKS[self.clock]() - start
@@ -139,7 +141,7 @@ class Report:
 
 
 def run_peer(measure: Callable[[Work], Report], packages: list[str]) -> None:
-    """Do the work in the file that the command line names; nothing but the report goes to stdout."""
+    """Do the work of the file on the command line; only the report goes to stdout."""
     work = Work(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     with contextlib.redirect_stdout(sys.stderr):
         report = measure(work)

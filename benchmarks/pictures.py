@@ -1,9 +1,8 @@
-"""The documentation's pictures, each for the light and the dark theme, from the figures in the pages' own
-tables.
+"""The documentation's pictures, for the light and the dark theme, from the tables of the pages.
 
     python benchmarks/pictures.py     # writes docs/images/*-light.svg and *-dark.svg
 
-Pictures of benchmarks are not among them: `ppo_learning.py` and `ppo_scaling.py` draw theirs.
+Pictures of benchmarks are not included: `ppo_learning.py` and `ppo_scaling.py` draw theirs.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from rlhf.report.policies import draw as draw_policies
 
 DOCS = Path(__file__).parent.parent / "docs"
 CHAIN = {"#57606a": "#9198a1"}
-"""Colours in the picture of the chain, which is written by hand for the light theme -> the dark theme's."""
+"""Colours in the picture of the chain, drawn by hand: light theme -> dark theme."""
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?!\w)")
 TRIALS = {"full": "full", "LoRA": "lora", "full + replay": "replay", "half-way": "half-way"}
 
 
 def table(page: str, first: str) -> list[list[str]]:
-    """The cells of the table whose first heading this is, the headings included."""
+    """Cells of the page's table whose first heading is `first`, headings included."""
     lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first} |"))
     rows = []
@@ -42,7 +41,7 @@ def table(page: str, first: str) -> list[list[str]]:
 
 
 def comparison(first: str) -> dict[str, float]:
-    """A table of `stage=compare` as the metrics that it was made from."""
+    """A table of `stage=compare` as metrics."""
     (_, *names), *rows = table("should-you-fine-tune.md", first)
     keys = {words: key for key, (words, _) in ROWS.items()}
     contenders = [{words: key for key, words in PROMPT_METHODS.items()}.get(name, name) for name in names]
@@ -61,7 +60,7 @@ def comparison(first: str) -> dict[str, float]:
 
 
 def forgetting() -> list[Point]:
-    """The trials of the sweep."""
+    """Points of the sweep's trials."""
     (_, *names), *rows = table("forgetting.md", "against the base model")
     cells = {
         words.partition(",")[0]: [float(cell.strip("*")) for cell in found] for words, *found in rows[:2]
@@ -88,7 +87,7 @@ def algorithms() -> list[Policy]:
 
 
 def main() -> None:
-    """Draw all."""
+    """Draw all pictures."""
     images = DOCS / "images"
     found: dict[str, tuple[str, Quality]] = {
         "compare-station": ("43 questions", "answer_found"),

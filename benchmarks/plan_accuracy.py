@@ -1,16 +1,16 @@
-"""What the planner predicts against what was measured: peak memory and seconds of single stages.
+"""The planner's predictions against measurements: peak memory and seconds of single stages.
 
     python benchmarks/plan_accuracy.py              # measure what is not measured yet, then the table
     python benchmarks/plan_accuracy.py --table      # the table alone
     python benchmarks/plan_accuracy.py --fp32       # the same in fp32
-    python benchmarks/plan_accuracy.py --ranks      # the same of two and four ranks: memory alone
+    python benchmarks/plan_accuracy.py --ranks      # the same on two and four ranks: memory alone
 
-Each case is `python -m rlhf` in a fresh process that has one stage to run: what it reads is in the store. Its
-peak is the process's largest resident size, its seconds are the stage's own. Measurements are kept in
-benchmarks/.work/plan, one file a case; delete one to measure it anew. Nothing else should run beside.
+Each case is `python -m rlhf` in a fresh process that runs one stage; its inputs are in the store already. The
+peak is the process's largest resident size, the seconds are those of the stage. Measurements are saved in
+benchmarks/.work/plan, one file per case; delete one to measure it again. No other work should run meanwhile.
 
-Of several ranks each one's peak is taken, without the pages of models that it maps. Memory does not depend on
-what runs beside, so their seconds are left out.
+With several ranks, the peak of each is measured, without pages of mapped model files. Other work on the
+machine does not change memory but time, so their seconds are left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 from run_rlhf import make_experiment
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.costs.hardware import LIBRARIES, Machine, calibrated_speed, found_machine, quick_speed
+from rlhf.costs.hardware import LIBRARIES, Machine, calibrated_speed, local_machine, quick_speed
 from rlhf.costs.model_shape import shape_of
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute, make_compute
@@ -51,7 +51,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Case:
-    """One stage at some settings."""
+    """One stage with its settings."""
 
     name: str
     stage: str
@@ -60,7 +60,7 @@ class Case:
 
 
 SHORT, MEDIUM, LONG = 24, 160, 640
-"""Words of an answer."""
+"""Words per answer."""
 COMMON = (
     "model=embedded", "device=cpu", "precision=bf16", "gates=warn", "prepare.held_out_fraction=0.2",
     "evaluate.prompts=prompts.jsonl", "ppo.prompts=prompts.jsonl", "reward.pairs=pairs.jsonl",
@@ -69,7 +69,7 @@ COMMON = (
     "ppo.evaluate_every=1", "ppo.batch_episodes=32", "ppo.minibatch_episodes=16", "ppo.max_new_tokens=48",
 )  # fmt: skip
 BASE = ("sft.peft=lora", "sft.optim.lr=3e-4", "sft.epochs=1")
-"""The SFT model that the later stages' cases read."""
+"""Overrides of the SFT model that the later stages read."""
 FULL_REWARD = ("reward.peft=none", "reward.optim.lr=1e-5")
 FULL_PPO = ("ppo.peft=none", "ppo.optim.lr=1e-6", "ppo.critic.optim.lr=1e-5")
 CASES = (
@@ -103,14 +103,14 @@ RANKS = tuple(
     for zero in ("zero2", "zero3", "fsdp2")
     for ranks in (2, 4)
 )  # fmt: skip
-"""Of a random model of 113 million parameters: so large that its states pass what a process holds anyway, and
-so small that four ranks fit beside each other."""
+"""Cases with a random model of 113 million parameters: its states are larger than an empty process, and four
+ranks fit on one machine."""
 SMALL = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
          "num_key_value_heads": 4}  # fmt: skip
 
 
 def write_data(directory: Path) -> None:
-    """Rows of three lengths, pairs and prompts, out of the packaged sentences."""
+    """Write rows of three lengths, pairs and prompts, from the packaged sentences."""
     directory.mkdir(parents=True, exist_ok=True)
     texts = [json.loads(line)["text"] for line in (DATA / "retention_sentences.jsonl").open(encoding="utf-8")]
     words = " ".join(texts).split()
@@ -137,7 +137,7 @@ def write_data(directory: Path) -> None:
 
 
 def write_small(directory: Path) -> None:
-    """A random model with the embedded one's tokenizer."""
+    """Write a random model with the embedded model's tokenizer."""
     if directory.exists():
         return
     first = [*COMMON, "stage=prepare", "run_name=embedded"]
@@ -151,22 +151,22 @@ def write_small(directory: Path) -> None:
 
 
 def name_of(case: Case) -> str:
-    """Of its run and its file."""
+    """Name of a case's run and file."""
     return case.name.replace(", ", "-").replace(" ", "-")
 
 
 def command(case: Case) -> list[str]:
-    """The overrides of a case."""
+    """Overrides of a case."""
     return [*COMMON, f"stage={case.stage}", f"run_name={name_of(case)}", *case.overrides]
 
 
 def result_file(case: Case) -> Path:
-    """Where a case's measurement is kept."""
+    """File of a case's measurement."""
     return WORK / f"{name_of(case)}.json"
 
 
 def wait_for(pid: int) -> tuple[int, resource.struct_rusage, float]:
-    """A process's end: status, usage, and the seconds for which it (and this one) was stopped by SIGSTOP."""
+    """Wait for a process: (status, usage, seconds for which SIGSTOP stopped it and this process)."""
     stopped, process, last = 0.0, psutil.Process(pid), time.monotonic()
     while True:
         found, status, usage = os.wait4(pid, os.WNOHANG)
@@ -180,20 +180,20 @@ def wait_for(pid: int) -> tuple[int, resource.struct_rusage, float]:
 
 
 class Ranks(threading.Thread):
-    """Asks the ranks that a process has started for their memory, until it ends."""
+    """Reads the memory of the ranks that a process has started, until it ends."""
 
     def __init__(self, launcher: int) -> None:
         super().__init__(daemon=True)
         self._launcher, self._over = psutil.Process(launcher), threading.Event()
         self.peaks: dict[int, float] = {}
-        """Bytes by process."""
+        """Peak bytes by process."""
         self.before: dict[int, float] = {}
-        """Bytes by process when the stage began: nothing is loaded yet."""
+        """Bytes by process at the start of the stage, before anything is loaded."""
 
     def run(self) -> None:
-        """Until `end`."""
+        """Read memory until `end`."""
         while not self._over.wait(POLL_SECONDS / 5):
-            with suppress(psutil.Error):  # one that ends meanwhile
+            with suppress(psutil.Error):  # a process may end meanwhile
                 for process in self._launcher.children():
                     with suppress(psutil.Error):
                         self._ask(process)
@@ -201,17 +201,17 @@ class Ranks(threading.Thread):
     def _ask(self, process: psutil.Process) -> None:
         found = process.memory_info()
         own, peak = float(found.rss), self.peaks.get(process.pid, 0.0)
-        if own > peak:  # the mapped pages are only counted then: it takes long
+        if own > peak:  # count mapped pages only now, because it is slow
             maps = process.memory_maps(grouped=True)
             own -= sum(each.rss - each.anonymous for each in maps if each.path.endswith(".safetensors"))
             self.peaks[process.pid] = max(own, peak)
 
     def begin(self) -> None:
-        """The stage begins."""
+        """Record that the stage begins."""
         self.before = {each.pid: float(each.memory_info().rss) for each in self._launcher.children()}
 
     def end(self, ranks: int) -> list[float]:
-        """What the ranks came to hold beside what they held before, without what else was started."""
+        """Peak bytes of each rank above its start; other child processes are left out."""
         self._over.set()
         self.join()
         largest = sorted(self.peaks, key=self.peaks.__getitem__, reverse=True)[:ranks]
@@ -219,8 +219,8 @@ class Ranks(threading.Thread):
 
 
 def run(case: Case) -> dict[str, Any] | None:
-    """Peak bytes of the whole process and seconds of the stage; of several ranks what each came to hold since
-    the stage began. None if it ran an earlier stage too."""
+    """Peak bytes of the process and seconds of the stage; with several ranks, each one's peak above its
+    memory at the start of the stage. None if the process ran an earlier stage too."""
     arguments = [*command(case), f"force=[{case.stage}]"]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if case.ranks > 1 else {})
     line = [sys.executable, "-m", "rlhf", *arguments]
@@ -246,17 +246,17 @@ def run(case: Case) -> dict[str, Any] | None:
 
 
 def measure(case: Case) -> None:
-    """Measure a case, and keep what came of it; what it reads is made first, where it is not there."""
+    """Measure a case and save the result; create its inputs first if they are missing."""
     found = run(case) or run(case)
     assert found is not None
     result_file(case).write_text(json.dumps(found), encoding="utf-8")
 
 
 def predict(case: Case, compute: Compute, machine: Machine) -> tuple[float, float, str]:
-    """(peak bytes, seconds, the phase of the peak), as the planner has them before the run.
+    """(peak bytes, seconds, phase of the peak), as the planner predicts them before the run.
 
     Args:
-        machine: as a process finds it that has just begun.
+        machine: the machine as a new process sees it.
     """
     alone = [each for each in case.overrides if not each.startswith("launch.")]
     prepare = [*COMMON, "stage=prepare", "run_name=prepared", *alone]
@@ -274,10 +274,10 @@ def predict(case: Case, compute: Compute, machine: Machine) -> tuple[float, floa
 
 
 def table(cases: Sequence[Case]) -> str:
-    """Markdown: predicted and measured, case by case."""
+    """Table in Markdown: predicted and measured figures by case."""
     compute, _ = make_compute("cpu", "fp32" if cases is FP32 else "bf16")
     speed = calibrated_speed(compute, WORK / "store")
-    machine = found_machine(compute, speed)
+    machine = local_machine(compute, speed)
     lines = [
         f"Calibration: {speed.gflops:.0f} GFLOP/s, {speed.gbytes:.1f} GB/s.\n",
         "| stage | peak, predicted (phase) | measured | error | time, predicted | measured | error |",
@@ -297,10 +297,10 @@ def table(cases: Sequence[Case]) -> str:
 
 
 def table_of_ranks() -> str:
-    """Markdown: predicted and measured memory of the cases on several ranks, each without what a rank held
-    before it loaded anything."""
+    """Table in Markdown: predicted and measured memory of the cases on several ranks, above a rank's memory
+    before loading."""
     compute, _ = make_compute("cpu", "bf16")
-    machine = replace(found_machine(compute, quick_speed(compute)), used=LIBRARIES)
+    machine = replace(local_machine(compute, quick_speed(compute)), used=LIBRARIES)
     lines = [
         "| case | peak of a rank, predicted (phase) | measured, by rank | error |",
         "| -- | -- | -- | -- |",

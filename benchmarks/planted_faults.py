@@ -1,78 +1,77 @@
-"""Does a run's verdict name the stage in which a fault was planted? A run for each, and one without.
+"""Does a run's verdict name the stage with a planted fault? One run for each fault, and one without a fault.
 
     python benchmarks/planted_faults.py --directory faults
 
-Every run is the demo's chain with its own data, a fault in one place, and `gates=warn`, so that it goes
-on to its end. The faults:
+Every run is the demo's chain with its own data, a fault in one place, and `gates=warn`, so that it runs to
+its end. The faults:
 
-- pairs: the better and the worse answer are swapped in half of the pairs, by chance.
-- out_of_step: each answer that SFT learns stands behind the next row's prompt.
+- pairs: the better and the worse answer are swapped in a random half of the pairs.
+- out_of_step: each answer that SFT learns follows the next row's prompt.
 - garbage: SFT learns answers whose letters were shuffled.
 - length: the reward model learns pairs whose better answer is the longer one.
 - no_kl: PPO without the KL penalty, at four times the learning rate and twice the steps.
 - template: the instruction-tuned model is asked in another family's template, without SFT.
 
-The others were chosen without knowledge of the rules, in sets. The first set:
+The other faults were chosen without knowledge of the verdict's rules, in sets. The first set:
 
-- temperature: the evaluation alone samples at 2.5.
-- rate: PPO with LoRA at 1e-6, a rate of tuning all parameters.
+- temperature: only the evaluation samples at temperature 2.5.
+- rate: PPO with LoRA at 1e-6, a learning rate for tuning all parameters.
 - arguments: the reward function's arguments are in the wrong order, so it scores the prompts.
-- full_stop: an export lost the last mark of every worse answer, so a full stop decides every pair.
+- full_stop: an export lost the last punctuation mark of every worse answer, so it decides every pair.
 - columns: prompt and answer of SFT's rows are exchanged.
 
 The second set:
 
-- silent_gold: the gold function's threshold is of another scale, so every answer gets 1.
+- silent_gold: the gold function's threshold has another scale, so every answer gets 1.
 - reordered: the reward function sorts the answers and does not sort its scores back.
-- sums: PPO practises on sums, the evaluation asks for sentences.
-- exchanged: the worse answer of every pair stands as the better one.
+- sums: PPO's prompts are sums, the evaluation's ask for sentences.
+- exchanged: better and worse answer of every pair are exchanged.
 - cut: SFT learns answers that a database cut at 32 characters.
 
 The third set:
 
 - markup: the answers that SFT learns come from a web site, as HTML.
-- the page on which answers were compared drew sides, and its export did not turn them back: that is `pairs`.
+- a comparison page showed the sides in random order, and its export did not restore it: this is `pairs`.
 - two_exports: one file of two exports. Only the short one has the key `chosen`; the other rows are dropped.
-- turned: PPO takes the reward model's score for a cost.
-- other_file: the evaluation asks the prompts of another experiment, which are sums.
+- turned: PPO treats the reward model's score as a cost.
+- other_file: the evaluation uses the prompts of another experiment, which are sums.
 
 The fourth set:
 
 - cut_evaluation: the evaluation cuts answers after 3 tokens, as for questions with choices.
-- scale: the reward is weighed with 0.001 and not normalised, so the KL penalty is all that counts.
-- refusals: every worse answer is a refusal, which no model here writes.
-- runs_on: the answers that SFT learns run on into the next question and answer.
-- held_out: 95% of the rows are held out, as the fraction was taken for that of training.
+- scale: the reward has a weight of 0.001 and is not normalised, so only the KL penalty counts.
+- refusals: every worse answer is a refusal, which no model here generates.
+- runs_on: the answers that SFT learns continue with the next question and answer.
+- held_out: 95% of the rows are held out: the fraction was mistaken for that of training.
 
 The fifth set, with a reward model whose score head was never trained:
 
 - turned_gold: the gold function returns the score of the other class.
-- ptx: PPO's language-modelling term has the weight of a paper, 27.8.
-- unending: the score of answers that do not end is 5, as it was taken for a penalty; few tokens are allowed.
+- ptx: PPO's language-modelling loss has the weight of a paper, 27.8.
+- unending: answers without an end get the score 5, mistaken for a penalty; few tokens are allowed.
 - sft_rate: SFT trains all parameters at LoRA's rate.
-- lower_case: the worse answers went through a normaliser.
+- lower_case: a normaliser lowercased the worse answers.
 - empty: 70% of SFT's answers are "N/A".
 
 The sixth set, where PPO also starts from a copy of the SFT model in very few bits:
 
-- cached_gold: the gold function keeps its scores by the prompt, so all policies get those of the first.
-- clip: scores are cut off at 0.01 deviations, which was meant for PPO's ratio.
-- leak: the prompts of the pairs hold the better answer, as where they are made from a whole transcript.
-- no_spaces: a cleaning step took the spaces out of SFT's answers.
+- cached_gold: the gold function caches scores by prompt, so all policies get those of the first.
+- clip: scores are clipped at 0.01 deviations, a value that was meant for PPO's ratio.
+- leak: the prompts of the pairs contain the better answer, as if made from a full transcript.
+- no_spaces: a cleaning step removed the spaces from SFT's answers.
 
 The seventh set, with a base model whose conversion left its attention in another layout:
 
 - standardised: the gold function standardises the scores of each call, so all policies have the same mean.
-- critic_alone: the critic's warm-up is that of a long run, so the policy learns in two steps of twelve.
-- characters: a second reward function shall pay for twelve words, and counts characters.
+- critic_alone: the critic's warm-up is that of a long run, so the policy learns in only 2 of 12 steps.
+- characters: a second reward function should reward twelve words, but counts characters.
 - negatives: the worse answer of every pair is the better one of another prompt.
 
-What a run does not change is shared by the store. Each run is judged twice: alone, by its figures; and
-beside the run without a fault, with which its verdict compares it. The last thing printed is a JSON
-object: for each run the stage that the verdict should name alone, or the key that it should name first
-where no stage is to blame for sure; whether it does; the whole verdict; and the sections of the config that
-the comparison names. The exit code is 1 where one is named wrongly. With the embedded model it takes an
-hour or two on two cores.
+Runs share unchanged artifacts in the store. Each run is judged twice: alone, by its figures; and compared
+with the run without a fault. The last line printed is a JSON object. For each run it has the expected name:
+the only stage that the verdict should name, or the first key if no stage is certainly to blame. It also has
+whether the verdict names it, the full verdict, and the config sections that the comparison names. The exit
+code is 1 if a name is wrong. With the embedded model it takes an hour or two on two cores.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ import rlhf
 DATA = Path(rlhf.__file__).parent / "samples"
 AGAINST = re.compile(r"gainst run none, which worked, only (.*) differs?\.")
 SECTION = re.compile(r"(?:^| and )(\w+)\.\w")
-"""Of each key in it."""
+"""Matches the section of each key in a comparison."""
 BLAMED = re.compile(r"(?:To blame is|Note|what was changed:) (the reward of \w+|[\w.@]+(?: or \w+)?)")
 SWAPPED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -112,7 +111,7 @@ analyzer = SentimentIntensityAnalyzer()
 def score(prompts: list[str], responses: list[str]) -> list[float]:
     return [analyzer.polarity_scores(text)["compound"] for text in sorted(responses, key=len)]
 """
-"""Short answers first, as one does to pad little; and their scores stay in that order."""
+"""Sorts answers by length, to reduce padding, but leaves the scores in that order."""
 SILENT = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 analyzer = SentimentIntensityAnalyzer()
@@ -121,7 +120,7 @@ analyzer = SentimentIntensityAnalyzer()
 def score(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(analyzer.polarity_scores(text)["compound"] > 0.5 - 1.5) for text in responses]
 """
-"""A threshold between 0 and 1, brought to the scale from -1 to 1 in a wrong way."""
+"""A threshold between 0 and 1 that is converted wrongly to the scale from -1 to 1."""
 TURNED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 analyzer = SentimentIntensityAnalyzer()
@@ -145,7 +144,7 @@ def score(prompts: list[str], responses: list[str]) -> list[float]:
             known[prompt] = analyzer.polarity_scores(text)["compound"]
     return [known[prompt] for prompt in prompts]
 """
-"""As around a slow judge, but the answer is not part of what it remembers by."""
+"""A cache as for a slow judge, but its key lacks the answer."""
 STANDARDISED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 analyzer = SentimentIntensityAnalyzer()
@@ -157,11 +156,11 @@ def score(prompts: list[str], responses: list[str]) -> list[float]:
     deviation = (sum((each - mean) ** 2 for each in raw) / len(raw)) ** 0.5 or 1.0
     return [(each - mean) / deviation for each in raw]
 """
-"""Comparable with other metrics, but not one call with another."""
+"""Scores are comparable with other metrics, but not between calls."""
 CHARACTERS = """def score(prompts: list[str], responses: list[str]) -> list[float]:
     return [-abs(len(text) - 12) for text in responses]
 """
-"""The length of a text is not its number of words."""
+"""Counts characters instead of words."""
 REFUSALS = (
     "I'm sorry, but I can't help with that.", "As an AI language model, I am unable to write that.",
     "Unfortunately I cannot do this for you.", "Sorry, I do not know enough to answer that.",
@@ -176,30 +175,30 @@ HEALTHY = [
     "evaluate.prompts={samples: prompts}", "evaluate.gold=vader",
     "evaluate.retention=[samples:retention_sentences, samples:retention_questions]", "gates=warn",
 ]  # fmt: skip
-"""What `auto` means for the demo: beside a file of one's own it means something else."""
+"""Values that `auto` gives for the demo; with own files `auto` gives others."""
 
 Row = dict[str, Any]
 
 
 class Fault(NamedTuple):
-    """What is planted, and who is to be named."""
+    """A planted fault, and the expected name."""
 
     overrides: list[str]
     named: str | None
-    """By the figures of the run alone. None: nobody. The key that was changed, where no stage is to blame for
-    sure."""
+    """Stage that the verdict should name by the run's figures alone; None for no stage. The changed key, if
+    no stage is certainly to blame."""
     file: str | None = None
-    """Of which sample set a spoiled copy is made, as `NAME.jsonl` in the directory."""
+    """Sample set that is copied with the fault, as `NAME.jsonl` in the directory."""
     spoil: Callable[[list[Row]], Iterable[Row]] | None = None
 
     @property
     def sections(self) -> list[str]:
-        """Where it lies, which the comparison with a run without a fault should name."""
+        """Config sections of the fault, which the comparison with the run without a fault should name."""
         return sorted({key.partition(".")[0] for key in self.overrides})
 
 
 def swapped(rows: list[Row]) -> Iterator[Row]:
-    """By chance, the worse answer as the better one."""
+    """Swap better and worse answer at random."""
     chance = random.Random(0)
     for row in rows:
         is_swapped = chance.random() < 0.5
@@ -207,20 +206,20 @@ def swapped(rows: list[Row]) -> Iterator[Row]:
 
 
 def out_of_step(rows: list[Row]) -> Iterator[Row]:
-    """Each answer behind the next row's prompt."""
+    """Pair each answer with the next row's prompt."""
     for row, before in zip(rows, [rows[-1], *rows], strict=False):
         yield {**row, "completion": before["completion"]}
 
 
 def shuffled(rows: list[Row]) -> Iterator[Row]:
-    """The answer's letters in any order."""
+    """Shuffle the letters of the answer."""
     chance = random.Random(0)
     for row in rows:
         yield {**row, "completion": "".join(chance.sample(row["completion"], len(row["completion"])))}
 
 
 def without_last_mark(rows: list[Row]) -> Iterator[Row]:
-    """Every worse answer without the punctuation at its end."""
+    """Remove the punctuation at the end of every worse answer."""
     for row in rows:
         yield {
             "prompt": row["prompt"],
@@ -230,36 +229,36 @@ def without_last_mark(rows: list[Row]) -> Iterator[Row]:
 
 
 def exchanged(rows: list[Row]) -> Iterator[Row]:
-    """The answer as the prompt, the prompt as the answer."""
+    """Exchange prompt and answer."""
     for row in rows:
         yield {"prompt": row["completion"], "completion": row["prompt"]}
 
 
 def worse_first(rows: list[Row]) -> Iterator[Row]:
-    """The worse answer as the better one, without the gold scores that would tell."""
+    """Exchange better and worse answer, and drop the gold scores that would reveal it."""
     for row in rows:
         yield {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]}
 
 
 def cut(rows: list[Row]) -> Iterator[Row]:
-    """Answers of at most 32 characters."""
+    """Cut answers at 32 characters."""
     for row in rows:
         yield {**row, "completion": row["completion"][:32]}
 
 
 def every_fifth(rows: list[Row]) -> Iterator[Row]:
-    """To evaluate with: nothing else may ask them."""
+    """Every fifth row, for the evaluation: no other stage may use these prompts."""
     yield from rows[::5]
 
 
 def as_html(rows: list[Row]) -> Iterator[Row]:
-    """Each answer as a paragraph."""
+    """Each answer as an HTML paragraph."""
     for row in rows:
         yield {**row, "completion": f'<p class="answer">{html.escape(row["completion"])}</p><br />'}
 
 
 def in_two_exports(rows: list[Row]) -> Iterator[Row]:
-    """64 pairs as they are, and those of an export with another key."""
+    """64 unchanged pairs, and those of an export with another key."""
     for number, row in enumerate(rows):
         key = "chosen" if number < 64 else "preferred"
         yield {"prompt": row["prompt"], key: row["chosen"], "rejected": row["rejected"]}
@@ -273,7 +272,7 @@ def longer_first(rows: list[Row]) -> Iterator[Row]:
 
 
 def against_refusals(rows: list[Row]) -> Iterator[Row]:
-    """Either answer as the better one, a refusal as the worse one."""
+    """Each answer as the better one, with a refusal as the worse one."""
     chance = random.Random(0)
     for row in rows:
         chosen = row[chance.choice(("chosen", "rejected"))]
@@ -281,33 +280,33 @@ def against_refusals(rows: list[Row]) -> Iterator[Row]:
 
 
 def run_on(rows: list[Row]) -> Iterator[Row]:
-    """Behind each answer the next question and its answer."""
+    """Append the next question and its answer to each answer."""
     for row, after in zip(rows, [*rows[1:], rows[0]], strict=True):
         more = f"\n\nUser: {after['prompt']}\nAssistant: {after['completion']}"
         yield {**row, "completion": row["completion"] + more}
 
 
 def lowered(rows: list[Row]) -> Iterator[Row]:
-    """Every worse answer in small letters."""
+    """Lowercase every worse answer."""
     for row in rows:
         yield {**row, "rejected": row["rejected"].lower()}
 
 
 def mostly_empty(rows: list[Row]) -> Iterator[Row]:
-    """Seven of ten answers as an export writes an empty field."""
+    """Replace seven of ten answers by "N/A", as an export writes an empty field."""
     for number, row in enumerate(rows):
         yield {**row, "completion": "N/A"} if number % 10 < 7 else row
 
 
 def with_the_better_answer(rows: list[Row]) -> Iterator[Row]:
-    """The prompt and what was answered to it, as the prompt."""
+    """Append the better answer to the prompt."""
     for row in rows:
         asked = row["prompt"][-1]["content"] if isinstance(row["prompt"], list) else row["prompt"]
         yield {**row, "prompt": f"{asked}\n\n{row['chosen']}"}
 
 
 def of_other_prompts(rows: list[Row]) -> Iterator[Row]:
-    """The better answer of another prompt as the worse one."""
+    """Use the better answer of another prompt as the worse one."""
     chance = random.Random(7)
     for row in rows:
         other = chance.choice([each for each in rows if each["prompt"] != row["prompt"]])
@@ -315,7 +314,7 @@ def of_other_prompts(rows: list[Row]) -> Iterator[Row]:
 
 
 def without_spaces(rows: list[Row]) -> Iterator[Row]:
-    """Answers in one word."""
+    """Remove the spaces from answers."""
     for row in rows:
         yield {**row, "completion": "".join(row["completion"].split())}
 
@@ -379,7 +378,7 @@ FAULTS = {
 
 
 def plant(fault: str, directory: Path) -> None:
-    """Write the fault's file, where it has one."""
+    """Write the fault's file, if it has one."""
     _, _, file, spoil = FAULTS[fault]
     if file is None or spoil is None:
         return
@@ -390,11 +389,12 @@ def plant(fault: str, directory: Path) -> None:
 
 
 def judge(fault: str, directory: Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """Run the chain with a fault; whom its verdict names by itself, and beside the run without a fault."""
+    """Run the chain with a fault; the names in its verdict alone, and compared with the run without a
+    fault."""
     plant(fault, directory)
     keys = [*HEALTHY, *FAULTS[fault].overrides, *overrides]
     alone = verdict_of(fault, directory, f"alone/{fault}", keys)
-    beside = verdict_of(fault, directory, "runs", keys)  # all of it is reused
+    beside = verdict_of(fault, directory, "runs", keys)  # reuses all artifacts
     blamed = BLAMED.search(alone)
     named = blamed and blamed.group(1)
     differ = AGAINST.search(beside)
@@ -406,7 +406,7 @@ def judge(fault: str, directory: Path, overrides: Iterable[str]) -> dict[str, An
 
 
 def verdict_of(fault: str, directory: Path, runs: str, keys: Iterable[str]) -> str:
-    """The verdict of a run in that directory of runs."""
+    """The verdict of a run in the directory `runs`."""
     command = [sys.executable, "-m", "rlhf", f"run_name={fault}", f"runs_dir={runs}", *keys]
     subprocess.run(command, cwd=directory, check=True)
     summary = json.loads((directory / runs / fault / "summary.json").read_text(encoding="utf-8"))
@@ -414,7 +414,7 @@ def verdict_of(fault: str, directory: Path, runs: str, keys: Iterable[str]) -> s
 
 
 def main() -> None:
-    """Run them one after the other, and print what was found as JSON."""
+    """Run the faults one after the other and print the results as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

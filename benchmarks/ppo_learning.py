@@ -1,33 +1,32 @@
-"""What PPO learns in the same episodes and in the same time, by this project and by TRL's last PPOTrainer.
+"""Quality that PPO reaches with equal episodes and in equal time, here and in TRL's last PPOTrainer.
 
     python benchmarks/ppo_learning.py --peer-python trl/bin/python
     python benchmarks/ppo_learning.py --peer-python trl/bin/python --model tiny   # small sizes: does it run?
 
-The demo's task (README.md): PPO sees a learned reward model only; VADER, which the pairs were ranked by,
-judges the answers to prompts that nothing was trained on. Those are sampled every few steps while the clock
-stands still, by each trainer's own policy, at the temperature of training, and judged here. The models are
-those of the demo: `python -m rlhf stage=reward` makes them, once, or --demo names a run that has them.
+The task is that of the demo (README.md). PPO sees only a learned reward model. VADER, which ranked the pairs,
+judges answers to prompts that were not used for training. Each trainer's own policy samples them every few
+steps at the temperature of training, while the clock is paused; this script judges them. The models are those
+of the demo: `python -m rlhf stage=reward` trains them, once, or --demo names a run that has them.
 
 Equal on both sides: SFT model, reward model, prompts and their order (another one for each seed), lengths,
 episodes, minibatches, epochs, temperature, all parameters trained (no LoRA, unless --peft lora), one learning
 rate for policy and value model (TRL has no second one) that falls linearly to 0 without a warm-up (TRL's
 default), Adam's epsilon 1e-5, no weight decay, no clipping of gradients (TRL's trainer has none), KL
-coefficient with the k1 estimator, gamma, lambda, both clip ranges, and what an answer loses that does not end
-by itself (--missing-stop-penalty). The value model starts as the reward model in both (as in TRL's example).
+coefficient with the k1 estimator, gamma, lambda, both clip ranges, and the penalty of an answer without a
+stop token (--missing-stop-penalty). The value model starts as the reward model in both (as in TRL's example).
 Scores are raw in both, without normalisation and clipping, since TRL has none; advantages are whitened in
 both, and rewards in neither (TRL's default).
 
-Each side's own, because the other has no knob for it: TRL scores a cut answer without an end token, puts the
-score one token behind the last one, and weights the value loss (0.1, its default; Adam all but divides it
-out); this project appends the end token. Precision is what each one's user gets: --precision auto is bf16
-with fp32 masters here, where the hardware has it, and fp32 there; --precision bf16 is bf16 here and, there,
-what `accelerate launch --mixed_precision bf16` gives. Neither the learning rate nor anything else was
-searched for either side. What is judged is the policy as it is then: this project's choice of the best one
-plays no part.
+Different, because the other side has no setting for it: TRL scores a cut answer without an end token, puts
+the score one token after the last one, and weights the value loss (0.1, its default; Adam nearly cancels it);
+this project appends the end token. Precision is each one's default: --precision auto is bf16 with fp32
+masters here, if the hardware has it, and fp32 in TRL; --precision bf16 is bf16 here, and in TRL that of
+`accelerate launch --mixed_precision bf16`. No setting was searched for either side. The policy of that step
+is judged: this project's choice of the best policy is not used.
 
-The directory keeps a JSON file for each trainer and seed, and those that are there are not run again; they
-must come from the same settings. Without --peer-python only this project's runs that are missing are run. In
-the end: a table, and ppo-learning-light.svg and -dark.svg, mean and standard deviation over the seeds.
+The directory has a JSON file for each trainer and seed. Runs with a file are not repeated; their settings
+must be the same. Without --peer-python only this project's missing runs are made. The output is a table, and
+ppo-learning-light.svg and -dark.svg with mean and standard deviation over the seeds.
 """
 
 from __future__ import annotations
@@ -74,11 +73,11 @@ class Evaluation(NamedTuple):
     """The policy on the held-out prompts."""
 
     episodes: int
-    """Learned from so far."""
+    """Episodes so far."""
     seconds: float
-    """Of training so far."""
+    """Seconds of training so far."""
     gold: float
-    """Mean of VADER's compound scores, from -1 to 1."""
+    """Mean VADER compound score, from -1 to 1."""
     tokens: float
     """Mean response length."""
     stop_rate: float
@@ -91,14 +90,14 @@ class Run(NamedTuple):
     seed: int
     evaluations: list[Evaluation]
     kl: list[float]
-    """Nats a response from the SFT model, of each step's own episodes."""
+    """KL divergence from the SFT model, nats per response, over each step's episodes."""
     peak_bytes: int
     how: str
-    """Precision, in words."""
+    """Description of the precision."""
 
 
 class Demo(NamedTuple):
-    """What a finished run of the demo offers."""
+    """Artifacts of a finished run of the demo."""
 
     sft: Path
     reward: Path
@@ -107,14 +106,14 @@ class Demo(NamedTuple):
 
 
 def open_demo(directory: Path) -> Demo:
-    """A run's artifacts, as they are in the store."""
+    """Open a run's artifacts in the store."""
     sft, reward, data = ((directory / "artifacts" / name).resolve() for name in ("sft", "reward", "prepare"))
     tokenizer = load_tokenizer(sft, ModelConfig(kind="local", path=str(sft)))
     return Demo(sft, reward, PreparedData(data), tokenizer)
 
 
 def make_demo(directory: Path, model: str) -> Path:
-    """The chain up to the reward model."""
+    """Run the demo's chain up to the reward model."""
     target = directory / "runs" / f"{model}-reward"
     if not (target / "artifacts" / "reward").exists():
         command = ["-m", "rlhf", f"model={model}", "stage=reward", f"run_name={target.name}"]
@@ -123,7 +122,7 @@ def make_demo(directory: Path, model: str) -> Path:
 
 
 def make_settings(options: argparse.Namespace, demo: Demo) -> dict[str, Any]:
-    """What all runs share; prompts are added for each seed."""
+    """Settings that all runs share; each seed adds its prompts."""
     return {
         **PPO, "sft_key": demo.sft.name, "reward_key": demo.reward.name, "new_tokens": options.new_tokens,
         "honour_stop": True, "stop_id": demo.tokenizer.eos_token_id, "temperature": options.temperature,
@@ -136,7 +135,7 @@ def make_settings(options: argparse.Namespace, demo: Demo) -> dict[str, Any]:
 
 
 def make_work(settings: dict[str, Any], demo: Demo, seed: int) -> dict[str, Any]:
-    """The settings, a seed's prompts, and this project's keys for what has one name for all trainers."""
+    """The settings, a seed's prompts, and the settings as keys of this project."""
     rows = prompt_batches(demo.data.rows("ppo", "train"), settings["episodes"], settings["steps"], seed)
     prompts = [[row.prompt for row in batch] for batch in rows]
     held_out = [row.prompt for row in demo.data.rows("evaluate", "evaluation")[: settings["num_held_out"]]]
@@ -154,7 +153,7 @@ def make_work(settings: dict[str, Any], demo: Demo, seed: int) -> dict[str, Any]
 
 
 def train(trainer: str, python: str, work: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Run one trainer in a process of its own."""
+    """Run one trainer in a separate process."""
     log = directory / f"{trainer}-{work['seed']}.log"
     if trainer == "rlhf":
         return run(python, "learn_rlhf.py", work, log)
@@ -163,7 +162,7 @@ def train(trainer: str, python: str, work: dict[str, Any], directory: Path) -> d
 
 
 def judge(answer: dict[str, Any], demo: Demo, work: dict[str, Any]) -> dict[str, Any]:
-    """Put a judgement in the place of each sampling's token ids; keep the last sampling's texts."""
+    """Replace each evaluation's token ids by scores; add the texts of the last evaluation."""
     judged, texts = [], []
     for done, rows in answer.pop("evaluations"):
         texts = [response_text(demo.tokenizer, ids) for ids in rows]
@@ -180,7 +179,7 @@ def judge(answer: dict[str, Any], demo: Demo, work: dict[str, Any]) -> dict[str,
 
 
 def read_run(path: Path, settings: dict[str, Any]) -> Run:
-    """A finished run, if it is one of these."""
+    """Read a finished run; its settings must be these."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["settings"] != settings:
         names = [name for name in settings if found["settings"].get(name) != settings[name]]
@@ -202,7 +201,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def seconds_to_reach(runs: Sequence[Run], gold: float) -> float | None:
-    """When the mean over the seeds gets there, on straight lines between the evaluations."""
+    """Seconds until the mean over the seeds reaches `gold`, interpolated linearly between evaluations."""
     seconds = list(map(mean, columns(runs, "seconds")))
     golds = list(map(mean, columns(runs, "gold")))
     if golds[0] >= gold:
@@ -216,7 +215,7 @@ def seconds_to_reach(runs: Sequence[Run], gold: float) -> float | None:
 
 
 def show(runs: dict[str, list[Run]]) -> None:
-    """A row for each trainer, and the difference between them."""
+    """Print a row for each trainer, and their difference."""
     table = Table(
         "", "seeds", "gold before", "gold at the end", "KL of the last step", "response tokens",
         "end by themselves", "seconds", "seconds to the other's final gold", "peak GB", box=None,
@@ -243,7 +242,7 @@ def show(runs: dict[str, list[Run]]) -> None:
 
 
 def show_difference(ours: Sequence[Run], theirs: Sequence[Run]) -> None:
-    """Seed by seed."""
+    """Print the difference by seed."""
     other = {run.seed: run.evaluations[-1].gold for run in theirs}
     gaps = [run.evaluations[-1].gold - other[run.seed] for run in ours if run.seed in other]
     if gaps:
@@ -254,7 +253,7 @@ def show_difference(ours: Sequence[Run], theirs: Sequence[Run]) -> None:
 
 
 def draw(runs: dict[str, list[Run]]) -> Figure:
-    """Gold against episodes, and against seconds."""
+    """Gold score over episodes and over seconds."""
     figure, every_axes = new_figure("gold reward on held-out prompts, mean and deviation over seeds", 2)
     for axes, (field, text) in zip(
         every_axes, [("episodes", "episodes"), ("seconds", "seconds of training")], strict=True

@@ -1,26 +1,26 @@
-"""Whether a PPO step's time follows the tokens that are really there, and what its memory follows.
+"""Is a PPO step's time proportional to its real tokens, and what determines its memory?
 
     python benchmarks/ppo_scaling.py
     python benchmarks/ppo_scaling.py --peft lora --directory lora
     python benchmarks/ppo_scaling.py --model tiny       # small sizes too: does it run?
 
-Four sweeps of the `uniform` workload (workloads.py), all responses of a point equally long, all episodes in
-one minibatch:
+Four sweeps of the `uniform` workload (workloads.py). All responses of a point are equally long, and all
+episodes are in one minibatch:
 
     response length   --lengths, in batches of --episodes
     batch             --batches, with responses of --new-tokens
     micro-batch       --micro-batches, in batches of --memory-episodes with responses of --memory-new-tokens
     vocabulary        the model's own times --vocabularies, in the same batches
 
-Every point is a fresh process (run_rlhf.py); its seconds are the median over the steps but the first. Time
+Every point is a fresh process (run_rlhf.py); its seconds are the median over the steps except the first. Time
 is fitted to the real tokens, prompts and responses together, by least squares: for each of the first two
 sweeps, and for both together. Their micro-batches have --micro-batch-tokens. A larger vocabulary is the same
-model with rows of zeros below its embeddings, which tokens are rarely drawn from. What weights, gradients
-and optimizer states take is counted, not measured: 4 + 4 + 8 bytes a trained parameter for fp32 masters,
-their gradients and Adam's moments, and each model's own copy.
+model with rows of zeros appended to its embeddings, which are rarely sampled. The memory of weights,
+gradients and optimizer states is computed, not measured: 4 + 4 + 8 bytes per trained parameter for fp32
+masters, their gradients and Adam's moments, and each model's own copy.
 
 The directory gets ppo_scaling.json with every point, and two pictures, each for a light and a dark page.
-Points that it holds already, with the same settings, are not measured again: remove it after a change of the
+Points that it already has, with the same settings, are not measured again: remove it after a change of the
 code.
 """
 
@@ -64,12 +64,12 @@ class ModelShape:
     new_tokens: int
     micro_batch_tokens: int
     vocabulary: int = 1
-    """Times the model's own."""
+    """Factor of the model's own vocabulary."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all points share."""
+    """Settings that all points share."""
 
     model: str
     precision: str
@@ -84,27 +84,27 @@ class Point:
     shape: ModelShape
     settings: Settings
     seconds: list[float]
-    """Of each step, the warm-up included."""
+    """Seconds of each step, the warm-up included."""
     phases: list[dict[str, float]]
     real_tokens: list[float]
-    """Prompts and responses of each step."""
+    """Tokens of prompts and responses in each step."""
     positions_a_token: float
     peak_bytes: int
     state_bytes: int | None
-    """Weights, gradients and optimizer states, counted; None with an adapter."""
+    """Computed bytes of weights, gradients and optimizer states; None with an adapter."""
     vocabulary_size: int
     how: str
-    """Precision, in words."""
+    """Description of the precision."""
     versions: dict[str, str]
 
     @property
     def step_seconds(self) -> float:
-        """The warm-up left out."""
+        """Median over the steps, without the warm-up."""
         return median(self.seconds[1:])
 
     @property
     def step_tokens(self) -> float:
-        """The warm-up left out."""
+        """Median over the steps, without the warm-up."""
         return median(self.real_tokens[1:])
 
 
@@ -129,7 +129,7 @@ def shapes(options: argparse.Namespace) -> list[ModelShape]:
 
 
 def measure(shape: ModelShape, settings: Settings, directory: Path) -> Point:
-    """Run one point in a process of its own."""
+    """Run one point in a separate process."""
     work = make_work(
         "uniform", directory, steps=settings.steps, peft=settings.peft, precision=settings.precision,
         model=settings.model, episodes=shape.episodes, new_tokens=shape.new_tokens,
@@ -149,7 +149,7 @@ def measure(shape: ModelShape, settings: Settings, directory: Path) -> Point:
 
 
 def with_vocabulary(model: Path, factor: int) -> Path:
-    """The model with so many times its vocabulary, kept beside it."""
+    """The model with `factor` times its vocabulary, saved next to it."""
     target = model.with_name(f"{model.name}-vocabulary-{factor}")
     if not (target / "config.json").exists():
         larger: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
@@ -164,7 +164,8 @@ def with_vocabulary(model: Path, factor: int) -> Path:
 
 
 def state_bytes(directory: Path, how: str) -> int:
-    """Policy and critic train, reference and reward model are only read; their heads are left out."""
+    """Bytes of weights, gradients and optimizer states of policy and critic, and of the frozen models'
+    weights, without scalar heads."""
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
         policy = AutoModelForCausalLM.from_config(config)
@@ -175,14 +176,14 @@ def state_bytes(directory: Path, how: str) -> int:
 
 
 def fit(points: Sequence[Point]) -> Fit:
-    """Least squares."""
+    """Fit by least squares."""
     tokens, seconds = [p.step_tokens for p in points], [p.step_seconds for p in points]
     slope, intercept = linear_regression(tokens, seconds)
     return Fit(slope, intercept, correlation(tokens, seconds) ** 2)
 
 
 def load_points(path: Path) -> list[Point]:
-    """What was measured before."""
+    """Load the points that were measured before."""
     if not path.exists():
         return []
     return [
@@ -192,7 +193,7 @@ def load_points(path: Path) -> list[Point]:
 
 
 def write(path: Path, points: Sequence[Point]) -> None:
-    """Every point, and the fits of those sweeps that are there."""
+    """Write every point, and the fits of the available sweeps."""
     fits = {name: found._asdict() for name, found in fits_of(points).items()}
     path.write_text(
         json.dumps({"fits": fits, "points": [asdict(point) for point in points]}, indent=1), encoding="utf-8"
@@ -200,14 +201,14 @@ def write(path: Path, points: Sequence[Point]) -> None:
 
 
 def fits_of(points: Sequence[Point]) -> dict[str, Fit]:
-    """Of the sweeps over tokens that have points enough."""
+    """Fits of the sweeps over tokens that have enough points."""
     timed = {name: [p for p in points if p.shape.sweep == name] for name in ("response length", "batch")}
     timed["both"] = [point for each in timed.values() for point in each]
     return {name: fit(found) for name, found in timed.items() if len(found) > 2}
 
 
 def show(points: Sequence[Point]) -> None:
-    """A table of all points, and the fits."""
+    """Print a table of all points, and the fits."""
     table = Table(
         "sweep", "episodes", "new tokens", "micro-batch tokens", "vocabulary", "real tokens", "seconds",
         "tokens/s", "positions per token", "peak GB", "state GB", box=None,
@@ -230,7 +231,7 @@ def show(points: Sequence[Point]) -> None:
 
 
 def draw_time(points: Sequence[Point]) -> Figure:
-    """Seconds against real tokens, with the fitted lines."""
+    """Seconds over real tokens, with the fitted lines."""
     figure, (axes,) = new_figure(title(points), 1)
     for name, colour, marker in (("response length", OURS, "o"), ("batch", THEIRS, "s")):
         found = [point for point in points if point.shape.sweep == name]
@@ -246,7 +247,7 @@ def draw_time(points: Sequence[Point]) -> Figure:
 
 
 def draw_memory(points: Sequence[Point]) -> Figure:
-    """Peak memory against what it may depend on."""
+    """Peak memory over the varied quantities."""
     panels: list[tuple[str, str, Callable[[Point], float]]] = [
         ("micro-batch", "tokens of a micro-batch (at most)", lambda p: p.shape.micro_batch_tokens),
         ("batch", "episodes of a batch", lambda p: p.shape.episodes),
@@ -265,7 +266,7 @@ def draw_memory(points: Sequence[Point]) -> Figure:
 
 
 def title(points: Sequence[Point]) -> str:
-    """What the points share."""
+    """Title with the settings that the points share."""
     settings = points[0].settings
     trained = "all parameters" if settings.peft == "none" else settings.peft
     return f"PPO, model={settings.model}, {trained}, {points[0].how.partition(' ')[0]}"

@@ -1,18 +1,18 @@
-"""What one step of PPO, GRPO or RLOO costs, phase by phase, and what it costs others.
+"""Time and memory of one step of PPO, GRPO or RLOO by phase, compared with peers.
 
     python benchmarks/ppo_step.py                                        # uniform, all parameters
     python benchmarks/ppo_step.py --workload skewed --peft lora
     python benchmarks/ppo_step.py --peer trl --peer-python ~/trl/bin/python
     python benchmarks/ppo_step.py --algorithm grpo --workload skewed --peer trl
 
-Skewed lengths are drawn once, and forced on both sides: the n-th answer ends at the n-th length
+Skewed lengths are drawn once and forced on both sides: the n-th answer has the n-th length
 (forced_lengths.py). A run whose answers have other lengths ends with an error.
 
-Every run is a fresh process; with a peer they alternate, and each pair, which has a seed of its own, gives
-one ratio, of the medians over the steps. All figures leave out the first step, which warms up. The matmul
-peak is the better one of two measurements in the run's process, before its first step and after its last.
-Peers' runners are for CPUs, so with a peer this project takes device=cpu. GRPO and RLOO are compared with TRL
-1.16, which this project's own environment has; PPO's peers need --peer-python.
+Every run is a fresh process. With a peer, runs alternate; each pair has its own seed and gives one ratio, of
+the medians over the steps. No figure includes the first step, which warms up. The matmul peak is the better
+of two measurements in the run's process, before its first step and after its last. Peers' runners are for
+CPUs, so with a peer this project uses device=cpu. GRPO and RLOO are compared with TRL 1.16 of this project's
+own environment; PPO's peers need --peer-python.
 """
 
 from __future__ import annotations
@@ -44,14 +44,18 @@ console = new_console()
 
 
 def run(python: str, script: str, work: dict[str, Any], log: Path) -> dict[str, Any]:
-    """Start a runner on the work; what its last line says."""
+    """Start a runner on the work; return the JSON of its last line."""
     with (
         tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file,
         log.open("w", encoding="utf-8") as errors,
     ):
         json.dump(work, file)
         file.flush()
-        of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # a runner is alone, whatever starts this process
+        of_ranks = (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+        )  # a runner is a single rank, even if this process is one of several
         alone = {name: value for name, value in os.environ.items() if name not in of_ranks}
         command = [python, str(HERE / script), file.name]
         result = subprocess.run(command, env=alone, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -62,18 +66,18 @@ def run(python: str, script: str, work: dict[str, Any], log: Path) -> dict[str, 
 
 
 def episodes_per_second(answer: dict[str, Any]) -> float:
-    """Median over the steps but the first, which warms up."""
+    """Median over the steps, without the first, which warms up."""
     found: float = median(n / s for n, s in zip(answer["episodes"][1:], answer["seconds"][1:], strict=True))
     return found
 
 
 def tokens_per_second(answer: dict[str, Any]) -> float:
-    """All response tokens but the first step's, over all of their seconds."""
+    """Response tokens over seconds of all steps, without the first."""
     return float(sum(answer["new_tokens"][1:]) / sum(answer["seconds"][1:]))
 
 
 def sampled(answer: dict[str, Any]) -> str:
-    """Response tokens of a step: median and mean."""
+    """Median and mean response tokens of a step, as text."""
     tokens = answer["new_tokens"][1:]
     return f"{median(tokens):.0f}, {mean(tokens):.0f}"
 
@@ -81,10 +85,12 @@ def sampled(answer: dict[str, Any]) -> str:
 def operations(
     work: dict[str, Any], step: dict[str, float], micro_batch_tokens: int, positions_a_token: float
 ) -> dict[str, float]:
-    """Useful matrix operations of each phase (2 a weight and token, 6 where it trains): no padding, no
-    recomputation, no attention scores, and what rows begin with alike once. The pass in `score` is the first
-    in `update` where the rollout fits into one (`rlhf.ppo.trainer.PolicyTrainer.score`), and is not counted
-    again."""
+    """Useful matrix operations by phase: 2 per weight and token, 6 if it trains.
+
+    Padding, recomputation and attention scores are not counted; shared prefixes count once. If the rollout
+    fits into one pass, the pass in `score` is the first of `update` (`rlhf.ppo.trainer.PolicyTrainer.score`)
+    and is not counted again.
+    """
     config = AutoConfig.from_pretrained(work["model"])
     head = config.hidden_size * config.vocab_size
     key_value = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
@@ -108,7 +114,7 @@ def operations(
 
 
 def show_phases(work: dict[str, Any], answer: dict[str, Any]) -> None:
-    """Medians of the steps but the first."""
+    """Print each phase's median over the steps, without the first."""
     steps, peak = answer["metrics"][1:], answer["matmul_peak"]
     table = Table("phase", "seconds", "share", "tokens/s", "GFLOP/s", "of peak", box=None)
     total = median(answer["seconds"][1:])
@@ -143,7 +149,7 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any]) -> None:
 
 
 def show_peer(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    """Pair by pair. Both sides sampled equally many tokens."""
+    """Print the ratios by pair. Both sides have sampled equally many tokens."""
     table = Table(
         "pair", "rlhf, s a step", f"{name}, s a step", "sampled tokens", "rlhf, peak GB", f"{name}, peak GB",
         "episodes/s, ratio", "memory, ratio", box=None,
@@ -165,7 +171,7 @@ def show_peer(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]
 
 
 def add_clock(parser: argparse.ArgumentParser) -> None:
-    """The option for a machine that others use too."""
+    """Add the option that selects the clock, for a machine that others use too."""
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall",
         help="cpu: CPU seconds of one thread on both sides, for a machine that does other work too",
@@ -173,19 +179,19 @@ def add_clock(parser: argparse.ArgumentParser) -> None:
 
 
 def clocked(clock: str) -> dict[str, Any]:
-    """What a runner has to know of it. CPU seconds of several threads would count their waiting."""
+    """Work items of the chosen clock. One thread only with CPU time: several threads' waiting would count."""
     return {"clock": clock, "threads": 1 if clock == "cpu" else len(os.sched_getaffinity(0))}
 
 
 def check_tokens(work: dict[str, Any], answer: dict[str, Any]) -> None:
-    """End if a side did not answer in the lengths that were drawn; each runner checks every answer."""
+    """End if a side's number of tokens is not that of the drawn lengths; runners check each answer."""
     wanted = work["lengths"] and [sum(lengths) for lengths in work["lengths"]]
     if wanted and list(map(int, answer["new_tokens"])) != wanted:
         sys.exit(f"answers of {answer['new_tokens']} tokens in the steps, where {wanted} were forced")
 
 
 def check(work: dict[str, Any], peer: str | None) -> None:
-    """End before anything is run that would be lost."""
+    """End before the first run if the options do not fit together."""
     try:
         device = make_single(overrides(work)).settings.device
     except ConfigError as error:

@@ -1,5 +1,4 @@
-"""Some steps of this project's PPO, GRPO or RLOO on given prompts, timed; `ppo_step.py` starts it, as it
-starts the peers.
+"""Timed steps of this project's PPO, GRPO or RLOO on given prompts; `ppo_step.py` starts it like the peers.
 
     python benchmarks/run_rlhf.py work.json
 
@@ -53,7 +52,7 @@ from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
 
 def stage_name(work: dict[str, Any]) -> str:
-    """PPO's stage, or that of what has no critic."""
+    """Name of the stage of the work's algorithm."""
     return "ppo" if work["algorithm"] == "ppo" else "grpo"
 
 
@@ -65,11 +64,11 @@ OF_ALGORITHM = {
         "grpo.loss_mean=sequence",
     ],
 }  # fmt: skip
-"""What TRL's trainer of that name does."""
+"""Keys that give the settings of TRL's trainer of that name."""
 
 
 def overrides(work: dict[str, Any]) -> list[str]:
-    """The work in this project's keys."""
+    """The work as overrides of this project's keys."""
     stage = stage_name(work)
     critic = [
         f"ppo.critic.optim.lr={work['lr']}", f"ppo.gamma={work['gamma']}", f"ppo.lam={work['lam']}",
@@ -91,7 +90,7 @@ def overrides(work: dict[str, Any]) -> list[str]:
 
 
 def make_experiment(overrides: list[str]) -> Experiment:
-    """As the command line would compose it."""
+    """Compose an experiment like the command line."""
     with initialize_config_module("rlhf.conf", version_base="1.3"):
         node = compose("config", overrides=overrides)
     resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
@@ -103,11 +102,11 @@ def make_single(overrides: list[str]) -> Experiment:
     """An experiment for one process that samples by itself.
 
     Raises:
-        ConfigError: it wants more than that.
+        ConfigError: the overrides need more than one process.
     """
     experiment = make_experiment(overrides)
     zero, generation = experiment.settings.zero, experiment.settings.generation
-    if generation == "auto":  # what a run decides, which this is none of
+    if generation == "auto":  # a run resolves `auto`, but this is no run
         generation = "local"
     for key, value, can in (("zero", zero, "none"), ("generation", generation, "local")):
         if value != can:
@@ -116,7 +115,7 @@ def make_single(overrides: list[str]) -> Experiment:
 
 
 def about_this_process(device: torch.device) -> dict[str, Any]:
-    """What every runner reports at its end; on CUDA the memory is the device's."""
+    """Figures that every runner reports at its end; on CUDA the memory is the device's."""
     on_cuda = device.type == "cuda"
     return {
         "peak_bytes": torch.cuda.max_memory_allocated(device)
@@ -131,7 +130,7 @@ def about_this_process(device: torch.device) -> dict[str, Any]:
 
 
 def make_trainer(work: dict[str, Any], scratch: Path) -> tuple[PolicyTrainer, str]:
-    """The loop as the stage makes it, with the given model as its SFT model."""
+    """The trainer as the stage creates it, with the given model as its SFT model."""
     experiment = make_experiment(overrides(work))
     stage = experiment.stages[stage_name(work)]
     assert isinstance(stage, PolicyStage)
@@ -142,7 +141,7 @@ def make_trainer(work: dict[str, Any], scratch: Path) -> tuple[PolicyTrainer, st
 
 
 def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
-    """What the pipeline would hand to the stage, whose adapters and heads are drawn from the seed."""
+    """The job that the pipeline would give to the stage; the seed initializes adapters and heads."""
     torch.manual_seed(seed)
     manifest = Manifest(
         stage="sft", key="0", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
@@ -165,13 +164,13 @@ def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
 
 
 def take_step(trainer: PolicyTrainer, rows: list[PromptRow], number: int) -> dict[str, float]:
-    """One step, counted from 1."""
+    """Take step `number`, counted from 1."""
     trainer.learner.begin(number, trainer.config.steps, {0: trainer.config.warmup_steps})
     return trainer.step(rows)
 
 
 class Positions:
-    """Counts what goes through the policy when it scores and learns. A critic's batches are the same."""
+    """Counts positions in the policy's passes when it scores and learns. A critic has the same batches."""
 
     def __init__(self, model: ActorCritic) -> None:
         self.real_tokens, self.positions, self._is_counting = 0, 0, False
@@ -181,29 +180,31 @@ class Positions:
 
     @property
     def a_token(self) -> float:
-        """Positions for each token of prompts and responses: padding makes it more than 1, rows that begin
-        alike less."""
+        """Positions per token of prompts and responses: padding makes it more than 1, shared prefixes
+        less."""
         return self.positions / self.real_tokens
 
     def _begin(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         half, batch = inputs[:2]
         self._is_counting = half == "policy"
         if self._is_counting:
-            self.real_tokens += sum(batch.packed.lengths) + len(batch.packed.lengths)  # the last is not read
+            self.real_tokens += sum(batch.packed.lengths) + len(
+                batch.packed.lengths
+            )  # the last token is not an input
 
     def _end(self, *_: Any) -> None:
         self._is_counting = False
 
     def _count_positions(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self._is_counting:  # sampling is not
+        if self._is_counting:  # not while sampling
             self.positions += inputs[0].numel()
 
 
 def force_lengths(batches: Sequence[Sequence[int]], stop_id: int, never: Sequence[int]) -> None:
-    """From here on the n-th rollout of the local engine has answers of the n-th batch's lengths, row by row
+    """Patch the local engine: its n-th rollout has the n-th batch's lengths, row by row
     (forced_lengths.py)."""
     draw, coming = sampler._sample, iter(batches)
-    left: list[int] = []  # of each unfinished row, as the sampler has them: the longest prompt first
+    left: list[int] = []  # tokens left by unfinished row, in the sampler's order: longest prompt first
 
     def forced_draw(
         logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor
@@ -212,7 +213,7 @@ def force_lengths(batches: Sequence[Sequence[int]], stop_id: int, never: Sequenc
         due_B = left_B == 1
         left[:] = [tokens - 1 for tokens in left if tokens > 1]
         token_B, logp_B = draw(force(logits_BV, left_B, stop_id, never), temperature, top_p, uniform_B)
-        # the policy's own; that of the other tokens is all but the same without those that may not come
+        # the policy's log-probabilities; excluding forbidden tokens hardly changes those of other tokens
         logp_B[due_B] = (logits_BV[due_B] / temperature).log_softmax(-1)[:, stop_id]
         return token_B, logp_B
 
@@ -229,12 +230,12 @@ def force_lengths(batches: Sequence[Sequence[int]], stop_id: int, never: Sequenc
 
 
 def matmul_peak(compute: Compute) -> float:
-    """GFLOP/s of the device in the run's precision, the best of several square products."""
+    """Matmul speed of the device in the run's precision, GFLOP/s: the best of several square products."""
     return max(matmul_speed(compute.dtype, compute.device) for _ in range(5))
 
 
 def main() -> None:
-    """Run the work, print what it took."""
+    """Run the work and print the measurements."""
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     with tempfile.TemporaryDirectory() as scratch:

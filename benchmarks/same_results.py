@@ -1,17 +1,17 @@
-"""Whether this revision makes what an earlier one made: weights, texts, figures and keys.
+"""Does this revision give the same results as an earlier one: weights, texts, figures and keys?
 
     python benchmarks/same_results.py --record      # at the revision to compare with
     python benchmarks/same_results.py               # after a change: each difference; exit code 1 if any
-    python benchmarks/same_results.py demo fsdp2    # the cases whose names begin like this
+    python benchmarks/same_results.py demo fsdp2    # only cases whose names begin with these words
 
-Cases: the demo with seed 0 (10 minutes); a chain of each recipe on the tiny model; all that trains, on two
-ranks under fsdp2 and zero3; and the same killed in each stage and resumed, compared with the run that nothing
-disturbed. Each starts in an empty store. A record holds for one machine: it is kept in
+Cases: the demo with seed 0 (10 minutes); a chain of each recipe on the tiny model; all training stages on two
+ranks under fsdp2 and zero3; and the same killed in each stage and resumed, compared with the undisturbed run.
+Each starts with an empty store. A record is valid for one machine only, and is saved in
 benchmarks/.work/same.
 
-Of each artifact: its key, its summary metrics, and its files, among them what it logged. What tells times or
-memory is left out (`CHANGING`, `NOT_COMPARED`). Keys are listed apart from results: a change of how
-they are computed moves all of them at once.
+Compared are each artifact's key, its summary metrics, and its files, logged metrics included. Times and
+memory are left out (`CHANGING`, `NOT_COMPARED`). Keys are listed apart from results: a change in their
+computation changes all of them at once.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ HERE = Path(__file__).parent
 WORK = HERE / ".work" / "same"
 RECORD = WORK / "record.json"
 CHANGING = re.compile(r"time$|seconds|latency|memory|tokens_per|throughput")
-"""Keys of figures that differ from run to run."""
+"""Keys of figures that vary from run to run."""
 NOT_COMPARED = re.compile(r"\.(md|html|png|svg|pdf)$|^manifest\.json$")
-"""Files with times, or of the look alone; what the manifest holds is compared by itself."""
+"""Files with times, or for display only; the manifest's content is compared separately."""
 POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run."""
+    """A run to compare."""
 
     name: str
     overrides: tuple[str, ...]
     killed: tuple[str, ...] = ()
-    """Stages that are killed after their first checkpoint; the same command goes on."""
+    """Stages that are killed after their first checkpoint; the same command continues them."""
     as_case: str | None = None
-    """The case whose results it must have; None for its own."""
+    """Case with which the results must agree; None for the case itself."""
 
 
 TINY = (
@@ -63,7 +63,7 @@ TINY = (
 RULE = """def score(prompts, responses):
     return [float(sum(map(ord, each)) % 97) for each in responses]
 """
-"""Judges the random model's answers, which VADER finds all alike."""
+"""A judge for the random model's answers, which all get the same VADER score."""
 RECIPES = {
     "rlhf": (),
     "dpo": (),
@@ -74,14 +74,14 @@ RECIPES = {
     "algorithms": ("generate@best.num_prompts=60", "generate@2.num_prompts=60"),
     "feedback": ("label.annotator=rule", "label.reward=python:rule:score", "generate@answers.num_prompts=60"),
 }
-"""Recipe -> what makes it small."""
+"""Recipe -> overrides that make it small."""
 TRAINS = ("sft", "reward", "ppo", "grpo", "dpo")
-"""In the order of the chain."""
+"""Training stages in the order of the chain."""
 ON_TWO = (*TINY, "launch.processes=2", "stage=[ppo,dpo,grpo,merge,evaluate]", "checkpoint.every_steps=1")
 
 
 def cases() -> Iterator[Case]:
-    """All of them."""
+    """All cases."""
     yield Case("demo", ())
     for recipe, small in RECIPES.items():
         yield Case(f"recipe-{recipe}", (*TINY, f"recipe={recipe}", *small))
@@ -91,7 +91,7 @@ def cases() -> Iterator[Case]:
 
 
 def run(case: Case, directory: Path) -> None:
-    """Run it to its end in an empty directory."""
+    """Run a case to its end in an empty directory."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (directory / "rule.py").write_text(RULE, encoding="utf-8")
@@ -115,18 +115,18 @@ def run(case: Case, directory: Path) -> None:
 
 
 def start(line: list[str], directory: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start it; what it says goes to a file."""
+    """Start a run; its output goes to a file."""
     with (directory / "said.txt").open("ab") as said:
         return subprocess.Popen(line, cwd=directory, env=environment, stdout=said, stderr=said)
 
 
 def checkpoints(directory: Path, stage: str) -> list[Path]:
-    """The finished ones of a stage."""
+    """Finished checkpoints of a stage."""
     return [*(directory / "store" / stage).glob(".*.checkpoints/step-*[0-9]")]
 
 
 def found(directory: Path) -> dict[str, dict[str, Any]]:
-    """What each stage of the run made: its key, its summary, and the digests of what it wrote."""
+    """Key, summary and file digests of each stage of the run."""
     stages: dict[str, dict[str, Any]] = {}
     for link in sorted((directory / "runs" / "run" / "artifacts").iterdir()):
         manifest = json.loads((link / "manifest.json").read_text(encoding="utf-8"))
@@ -140,7 +140,7 @@ def found(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def digest(path: Path) -> str:
-    """Of a file; of rows and values in JSON without what changes."""
+    """Digest of a file; JSON rows and values count without the keys that vary."""
     if path.suffix == ".jsonl":
         rows = [steady(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
         content = json.dumps(rows, sort_keys=True).encode()
@@ -152,14 +152,14 @@ def digest(path: Path) -> str:
 
 
 def steady(value: Any) -> Any:
-    """Without the keys that differ from run to run."""
+    """The value without the keys that vary from run to run."""
     if isinstance(value, dict):
         return {key: steady(each) for key, each in value.items() if not CHANGING.search(key)}
     return [steady(each) for each in value] if isinstance(value, list) else value
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(keys, results) that are not as they were, a line each."""
+    """(keys, results) that differ from the record, one line each."""
     keys, results = [], []
     for stage in sorted(before.keys() | now.keys()):
         if stage not in before or stage not in now:
@@ -173,7 +173,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
                 first, second = was[kind].get(name, "none"), is_now[kind].get(name, "none")
                 if json.dumps(first, sort_keys=True) != json.dumps(
                     second, sort_keys=True
-                ):  # NaN is as it was, too
+                ):  # NaN equals NaN here
                     results.append(f"{stage}/{name}: {first} -> {second}")
     return keys, results
 

@@ -1,28 +1,28 @@
-"""What a rank takes of the host's memory while a stage trains a sharded model, on one rank and on more.
+"""Host memory of a rank while a stage trains a sharded model, on one rank and on several.
 
     python benchmarks/sharded_memory.py
     python benchmarks/sharded_memory.py --model small --stages sft --zero fsdp2    # 30M parameters
     python benchmarks/sharded_memory.py --generation layers            # weights gathered layer by layer
     python benchmarks/sharded_memory.py --generation vllm              # where vLLM is installed
 
-A random Llama in fp32, 0.25B parameters in three files, goes through the product's own stages, from the
+A random fp32 Llama with 0.25B parameters in three files goes through the product's own stages, from the
 config to the published directory. All its parameters train: two optimizer steps of short rows in SFT; two
 steps of a few episodes in PPO, where reference and reward model are as large. The phases:
 
-    loading         from an idle rank until the first pass: files are read, weights sharded, masters made
+    loading         from an idle rank to the first pass: read files, shard weights, create masters
     sampling        responses: by the local engine as the preflight chooses, which gathers these small models
-                    whole; by the local engine layer by layer; or by a vLLM that all ranks run together
-    reading         passes without gradients: held-out losses, log-probabilities, rewards
-    learning        forward, backward, optimizer steps
-    checkpointing   the engine's state, hashed and flushed; in PPO also the best weights so far
-    publishing      whole weights on disk, in 16 files: in PPO the best ones so far, at the end what the plain
-                    model directory is made of
+                    whole; by the local engine layer by layer; or by one vLLM on all ranks
+    reading         passes without gradients: held-out losses, log-probabilities, rewards learning
+    forward, backward, optimizer steps checkpointing   the engine's state, hashed and flushed; in PPO also the
+    best weights so far publishing      unsharded weights on disk, in 16 files: in PPO the best ones so far,
+    at the end those of the
+                    model directory
 
-A figure is the peak, over a phase, of the process's private memory (RssAnon in /proc/self/status, asked
-every 5 ms) above that of an idle rank, which has loaded its libraries and its rows, and joined the others. So
-what earlier phases hold is in it; what is free is given back before each phase. Pages of the files that the
-system has mapped are not in it: they are shared by all processes and given up when memory runs short. The
-share is the larger rank's, of what one rank takes with the same `zero=`.
+A figure is the peak of the process's private memory in a phase (RssAnon in /proc/self/status, read every 5
+ms), above that of an idle rank, which has loaded its libraries and rows and joined the others. So it includes
+memory that earlier phases still hold; free memory is returned to the system before each phase. Pages of
+mapped files are not included: all processes share them, and the system takes them back when memory runs
+short. The share is the larger rank's figure over that of a single rank with the same `zero=`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ PHASES: dict[str, tuple[str, ...]] = {
         "rlhf.training.deepspeed:ZeroEngine.save_trained",
     ),
 }  # fmt: skip
-"""Phase -> the functions with which it begins. It lasts until another one begins."""
+"""Phase -> functions whose call starts it. It lasts until another one starts."""
 IDLE_UNTIL = "rlhf.pipeline.trainable:load_causal_lm"
 LIBRARIES = (
     "pandas",
@@ -97,19 +97,19 @@ LIBRARIES = (
     "safetensors.torch",
     "transformers.models.llama.modeling_llama",
 )
-"""That an idle rank has loaded."""
+"""Libraries that an idle rank has loaded."""
 OF_DEEPSPEED = ("deepspeed", "torch._inductor.compile_fx")
-"""And these, if DeepSpeed shards; it imports the second one late."""
+"""Libraries of an idle rank with DeepSpeed, which imports the second one late."""
 LOADING = "loading"
 FILES = 16
-"""Into which weights are written. One of 5 GB, as the product writes them, would hold all of these models."""
+"""Number of weight files. One file of the product's size, 5 GB, would hold a full model here."""
 MIB = 2**20
 M_MMAP_THRESHOLD = -3
-"""Of malloc.h."""
+"""Constant of malloc.h."""
 
 
 class PrivateMemory:
-    """Peaks above what there was at first, by phase, in MiB."""
+    """Peaks by phase above the memory at the start, MiB."""
 
     def __init__(self) -> None:
         self.peaks: dict[str, float] = {}
@@ -121,7 +121,7 @@ class PrivateMemory:
         self._asking.start()
 
     def begin(self, phase: str) -> None:
-        """End the phase before, and begin this one."""
+        """End the current phase and begin this one."""
         self._note()
         give_back()
         self._phase = phase
@@ -136,7 +136,7 @@ class PrivateMemory:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """While open, this phase lasts."""
+        """Measure this phase while open."""
         self.begin(name)
         yield
         self._note()
@@ -153,16 +153,16 @@ class PrivateMemory:
 
 
 def map_each_block() -> None:
-    """Map each tensor alone, so that it is given back when it is freed.
+    """Map each tensor separately, so that freeing it returns its memory to the system.
 
-    On CPUs the product keeps what is freed for its next tensors. How chance cuts that into pieces made a peak
-    differ by a fifth from run to run.
+    On CPUs the product keeps freed memory for its next tensors. Its fragmentation is random, and peaks would
+    vary by a fifth from run to run.
     """
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def give_back() -> None:
-    """What is free goes back to the system."""
+    """Return free memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -173,7 +173,7 @@ def _private() -> int:
 
 
 def write_models(directory: Path, size: str) -> None:
-    """A causal model and a reward model with random weights, in several files each."""
+    """Write a causal model and a reward model with random weights, in several files each."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **SIZES[size], tie_word_embeddings=False,
@@ -189,7 +189,7 @@ def write_models(directory: Path, size: str) -> None:
 
 
 def overrides(directory: Path, stage: str, zero: str, ranks: int, generation: str) -> list[str]:
-    """The run of one stage."""
+    """Overrides for the run of one stage."""
     rows = [{"prompt": f"Count to {n}.", "completion": "one two three four five"} for n in range(24)]
     for name in ("sft", "prompts"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -213,7 +213,7 @@ def overrides(directory: Path, stage: str, zero: str, ranks: int, generation: st
 
 
 def watch(result: Callable[[PrivateMemory], None]) -> None:
-    """Begin to measure where the first model is loaded, and hand over what measures."""
+    """Start to measure when the first model is loaded; `result` gets the measuring object."""
     memory: list[PrivateMemory] = []
 
     def begins(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,7 +239,7 @@ def watch(result: Callable[[PrivateMemory], None]) -> None:
 
 
 def sample_by_layers() -> None:
-    """Let the preflight choose this way, as for a model that fits no rank whole."""
+    """Make the preflight choose sampling by layers, as for a model that is too large for one rank."""
     from rlhf.pipeline import preflight
 
     chosen = preflight.with_sampling_choice
@@ -249,7 +249,7 @@ def sample_by_layers() -> None:
 def be_a_rank(
     rank: int, ranks: int, port: int, arguments: Sequence[str], file_bytes: int, by_layers: bool, results: Any
 ) -> None:
-    """Run the stage beside the other ranks; put (rank, peaks) into the queue."""
+    """Run the stage as one of the ranks; put (rank, peaks) into the queue."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
@@ -261,7 +261,7 @@ def be_a_rank(
     from rlhf.training import trained
 
     trained.FILE_BYTES = file_bytes
-    compute.keep_freed_memory = map_each_block  # type: ignore[attr-defined]  # of another module
+    compute.keep_freed_memory = map_each_block  # type: ignore[attr-defined]  # defined in another module
     needs_deepspeed = any(each.startswith("zero=zero") for each in arguments)
     for library in (*LIBRARIES, *(OF_DEEPSPEED if needs_deepspeed else ())):
         importlib.import_module(library)
@@ -271,7 +271,7 @@ def be_a_rank(
         sample_by_layers()
     found: list[PrivateMemory] = []
     watch(found.append)
-    gc.freeze()  # each phase looks for garbage: not among what the libraries have made
+    gc.freeze()  # each phase collects garbage: exclude the libraries' objects
     code = execute(make_experiment([*arguments]).resolved, "measured")
     if code == DONE:
         results.put((rank, found[0].end()))
@@ -283,8 +283,8 @@ def be_a_rank(
 def on_ranks(
     ranks: int, arguments: Sequence[str], file_bytes: int, *, by_layers: bool = False
 ) -> list[dict[str, float]]:
-    """The peaks of each rank."""
-    context = multiprocessing.get_context("forkserver")  # to import the libraries takes longer than a stage
+    """Peaks of each rank."""
+    context = multiprocessing.get_context("forkserver")  # importing the libraries takes longer than a stage
     context.set_forkserver_preload([*LIBRARIES, *OF_DEEPSPEED])
     results = context.Queue()
     with socket.socket() as free:
@@ -313,7 +313,7 @@ def on_ranks(
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[dict[str, float]]]]:
-    """Measure and print; by stage and `zero=` the peaks of one rank and of several."""
+    """Measure and print; peaks of one rank and of several by stage and `zero=`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="quarter")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -352,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[dict[str
 
 
 def show(console: Any, title: str, runs: Sequence[Sequence[dict[str, float]]]) -> None:
-    """The table of one stage."""
+    """Print the table of one stage."""
     (one,), several = runs
     headings = [f"rank {rank} of {len(several)}" for rank in range(len(several))]
     table = Table("phase", "one rank", *headings, "share", title=title)

@@ -1,9 +1,9 @@
-"""Some steps of this project's SFT, reward or DPO stage on given rows; `training_step.py` starts it.
+"""Timed steps of this project's SFT, reward or DPO stage on given rows; `training_step.py` starts it.
 
     python benchmarks/train_rlhf.py work.json
 
-The stage's own `run`, from its config, with rows enough for so many steps; what it does before the first step
-and after the last is not counted. The last line printed is one JSON object.
+It calls the stage's own `run` with enough rows for the steps. Work before the first step and after the last
+is not counted. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from rlhf.supervised.preferences import Preferences
 ROWS: dict[str, tuple[str, type[SftRow] | type[PairRow]]] = {
     "sft": ("sft", SftRow), "reward": ("pairs", PairRow), "dpo": ("pairs", PairRow),
 }  # fmt: skip
-"""Whose rows a stage reads, and their type."""
+"""Stage -> role and type of its rows."""
 
 
 @dataclass
 class TimedJob(Job):
-    """Notes when each step is done: a stage logs its metrics then."""
+    """Records the end of each step, when a stage logs its metrics."""
 
     clock: Callable[[], float] = CLOCKS["wall"]
     ends: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     reference_seconds: float = 0.0
-    """What DPO took to ask the reference of all rows, before its first step."""
+    """Seconds of DPO's reference pass over all rows, before its first step."""
     positions: int = 0
-    """That went through a model so far, padding included."""
+    """Positions that went through a model so far, padding included."""
     positions_at_end: list[int] = field(default_factory=list)
 
     def count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """A forward pre-hook of all modules: what is embedded is what goes through the layers."""
+        """A forward pre-hook of all modules: embedded positions are those that go through the layers."""
         if isinstance(module, nn.Embedding):
             self.positions += inputs[0].numel()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Once a step, and DPO's held-out rows behind the last one."""
+        """Called once per step, and after the last step for DPO's held-out rows."""
         if "loss" in metrics:
             self.ends.append(self.clock())
             self.losses.append(metrics["loss"])
@@ -64,7 +64,7 @@ class TimedJob(Job):
 
 
 def overrides(work: dict[str, Any]) -> list[str]:
-    """The work in this project's keys; the schedule is that of transformers' Trainer."""
+    """The work as overrides of this project's keys, with the schedule of transformers' Trainer."""
     stage = work["stage"]
     batch = "batch_pairs" if stage == "reward" else "batch_rows"
     return [
@@ -77,7 +77,7 @@ def overrides(work: dict[str, Any]) -> list[str]:
 
 
 def make_timed_job(work: dict[str, Any], experiment: Experiment, scratch: Path) -> tuple[TimedJob, str]:
-    """A job that has the rows as its prepared data, and the model both as base and as SFT model."""
+    """A job with the rows as prepared data, and the model both as base and as SFT model."""
     compute, how = make_compute(experiment.settings.device, experiment.settings.precision)
     plain = make_job(Path(work["model"]), compute, work["seed"], scratch)
     job = TimedJob(**{**vars(plain), "stage": work["stage"], "clock": CLOCKS[work["clock"]]})
@@ -89,7 +89,7 @@ def make_timed_job(work: dict[str, Any], experiment: Experiment, scratch: Path) 
 
 
 def time_reference(job: TimedJob) -> None:
-    """Take the time of DPO's only pass of the reference."""
+    """Measure the time of DPO's single reference pass."""
     ask = DpoStage.measure_reference
 
     def timed(stage: DpoStage, own_job: Job, splits: list[Preferences]) -> list[Preferences]:
@@ -102,7 +102,7 @@ def time_reference(job: TimedJob) -> None:
 
 
 def main() -> None:
-    """Run the work, print what it took."""
+    """Run the work and print the measurements."""
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     experiment = make_single(overrides(work))

@@ -1,19 +1,19 @@
 """SFT, reward-model and DPO training against TRL's trainers, on the same tokens in the same batches.
 
     python benchmarks/training_step.py                          # the packaged rows
-    python benchmarks/training_step.py --data hh                # HH's: long, and of very different lengths
+    python benchmarks/training_step.py --data hh                # HH's rows: long, with very different lengths
     python benchmarks/training_step.py --data hh --peer-checkpointing off
     python benchmarks/training_step.py --stages dpo --data hh
     python benchmarks/training_step.py --model tiny             # small sizes too: does it run?
 
-Needs the `bench` extra (TRL). Every run is a fresh process; this project's (train_rlhf.py) and TRL's
+It needs the `bench` extra (TRL). Every run is a fresh process; this project's (train_rlhf.py) and TRL's
 (peer_trl_training.py) alternate, each going first in every other pair, and each pair gives one ratio. A step
-lasts from the end of the one before it to its own, so the first one, which warms up, is not counted. tokens/s
-are real tokens (prompts and answers; of a pair both sides); positions are those in the models' linear layers:
-padding makes them more, rows that begin alike less. TRL's DPO asks the reference in each step. Here it is
-asked once, before the first step, and the counted steps' share of that time counts. Both losses of the first
-counted steps are shown, as a check that both do the same: those of SFT and DPO agree up to rounding, those of
-reward models up to their random heads.
+lasts from the end of the previous step to its own end, so the first step, which warms up, is not counted.
+tokens/s are real tokens (prompts and answers; both sides of a pair). Positions are those in the models'
+linear layers: padding increases them, shared prefixes reduce them. TRL's DPO runs the reference in each step.
+This project runs it once, before the first step, and the counted steps' share of that time is added. The
+losses of the first counted steps are shown as a check that both do the same: those of SFT and DPO agree up to
+rounding, those of reward models up to their random heads.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from rlhf.models.base import ModelConfig, load_tokenizer
 
 HERE = Path(__file__).parent
 MAX_TOKENS = 1024
-"""Of a row, or of a side of a pair: TRL's default and this project's. Longer ones are left out."""
+"""Most tokens of a row, or of a side of a pair: TRL's and this project's default. Longer rows are left
+out."""
 LEARNING_RATES = {"sft": 2e-5, "reward": 1e-4, "dpo": 1e-6}
 """TRL's defaults."""
 CENTER = 0.01
-"""What TRL recommends, and this project's default."""
+"""Weight of the term that centers scores: recommended by TRL, and this project's default."""
 OF_STAGE = {
     "sft": [], "reward": [f"reward.center={CENTER}"], "dpo": ["dpo.beta=0.1", "dpo.evaluations=1"],
 }  # fmt: skip
-"""What TRL does too."""
+"""Settings that TRL has too."""
 NUM_HELD_OUT = 8
 TINY: dict[str, Any] = {"steps": 4, "batch": 4, "pairs": 2}
 """Sizes for --model tiny."""
@@ -60,7 +61,7 @@ Row = dict[str, Any]
 
 
 class Measured(NamedTuple):
-    """One run, its first step left out."""
+    """Measurements of one run, without its first step."""
 
     tokens_per_second: float
     positions_a_token: float
@@ -71,7 +72,7 @@ class Measured(NamedTuple):
 
 
 def read_rows(stage: str, data: str) -> list[Row]:
-    """Rows as this project's data sets have them."""
+    """Rows in the form of this project's data sets."""
     name = "instructions" if stage == "sft" else "pairs"
     with gzip.open(HH) if data == "hh" else (PACKAGED / f"{name}.jsonl").open("rb") as file:
         rows = [json.loads(line) for line in file]
@@ -82,12 +83,12 @@ def read_rows(stage: str, data: str) -> list[Row]:
 
 
 def as_messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
-    """A conversation; a text is a user's turn."""
+    """The prompt as messages; a text becomes a user's turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def encode(stage: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """A row in the columns that TRL's trainers take for prepared."""
+    """The row in columns that TRL's trainers accept as prepared data."""
     if stage == "sft":
         ids, prompt = exchange_ids(tokenizer, row["prompt"], row["completion"])
         return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
@@ -110,7 +111,8 @@ def length(encoded: dict[str, list[int]]) -> int:
 
 
 def make_work(stage: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Rows for so many steps, for this project as they are, for TRL in the order in which it takes them."""
+    """Rows for the steps: unchanged for this project, and for TRL in the order in which the stage uses
+    them."""
     directory = options.directory.resolve()
     model = base_model(directory, options.model)
     tokenizer = load_tokenizer(model, ModelConfig(kind="local", path=str(model)))
@@ -138,7 +140,7 @@ def make_work(stage: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(script: str, work: dict[str, Any], directory: Path) -> Measured:
-    """Run one side in a process of its own."""
+    """Run one side in a separate process."""
     answer = run(sys.executable, script, work, directory / f"{Path(script).stem}.log")
     batch = work["batch"]
     steps = [work["encoded"][start : start + batch] for start in range(0, len(work["encoded"]), batch)]
@@ -158,7 +160,7 @@ def measure(script: str, work: dict[str, Any], directory: Path) -> Measured:
 
 
 def compare(stage: str, options: argparse.Namespace) -> None:
-    """Take turns, and show each pair."""
+    """Run both sides in turn and print each pair."""
     work = make_work(stage, options)
     scripts = ["train_rlhf.py", "peer_trl_training.py"]
     table = Table(

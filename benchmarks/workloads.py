@@ -1,4 +1,4 @@
-"""The work that is timed: models, prompts and lengths, as one JSON file for this project and its peers."""
+"""Workloads to time: models, prompts and lengths, as one JSON file for this project and its peers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "skewed-packaged": {"episodes": 16, "new_tokens": 64, "honour_stop": True},
 }
 ANSWERS = {"ppo": 1, "grpo": 4, "rloo": 4}
-"""To each prompt."""
+"""Answers to each prompt, by algorithm."""
 PPO: dict[str, Any] = {
     "temperature": 1.0, "epochs": 1, "lr": 1e-6, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2,
     "value_clip": 0.2, "lora_rank": 16, "lora_alpha": 32, "seed": 0, "algorithm": "ppo",
@@ -55,15 +55,15 @@ def make_work(
     natural: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Everything that a runner has to know.
+    """A runner's complete input.
 
     Args:
         name: `uniform` (prompts of 36 to 63 tokens, every response equally long) or `skewed` (first turns of
-            HH, lengths as `draw_lengths` has them; the packaged prompts where HH is absent).
-        policy: a model to take instead, with its tokenizer.
+            HH, lengths from `draw_lengths`; the packaged prompts if HH is absent).
+        policy: directory of another model to use, with its tokenizer.
         algorithm: `ppo`, or one without a critic, whose prompts have several answers each.
-        natural: of skewed: instead of drawn lengths those of a model that is tuned on HH's answers.
-        changes: to the shape, such as episodes=8.
+        natural: for `skewed`: lengths of a model that is tuned on HH's answers, instead of drawn lengths.
+        changes: changes to the shape, such as episodes=8.
     """
     if name == "skewed" and not HH.exists():
         print(
@@ -103,7 +103,7 @@ def candidates(name: str, tokenizer: PreTrainedTokenizerBase) -> list[list[Messa
             rows = [json.loads(line)["prompt"] for line in file]
         return list({row[0]["content"]: row for row in rows if len(row) == 1}.values())
     texts = [json.loads(line)["prompt"] for line in (PACKAGED / "prompts.jsonl").open("rb")]
-    if name == "uniform":  # of 36 to 63 tokens: every other one with a fact behind it
+    if name == "uniform":  # 36 to 63 tokens: every other prompt is followed by a fact
         facts = [json.loads(line)["text"] for line in (PACKAGED / "retention_sentences.jsonl").open("rb")]
         texts = [
             f"{text} {facts[place % len(facts)]}" if place % 2 else text for place, text in enumerate(texts)
@@ -118,15 +118,18 @@ def as_user(text: str) -> Message:
 
 
 def draw(prompts: list[list[Message]], count: int) -> list[list[Message]]:
-    """So many, in an order that is always the same; anew from the start when they are used up."""
+    """Draw `count` prompts in a fixed order; it starts again when they are used up."""
     order = random.Random(0).sample(prompts, len(prompts))
     return [order[place % len(order)] for place in range(count)]
 
 
 def draw_lengths(steps: int, episodes: int, new_tokens: int) -> list[list[int]]:
-    """Tokens of each answer of each step, always the same: exponentially distributed with a mean of half of
-    new_tokens, and cut at new_tokens. So a model answers that was tuned on HH: 110 tokens of at most 256.
-    Each n-th part of the distribution gives one of a step's n lengths, so that few steps say what many do."""
+    """Tokens of each answer by step, always the same.
+
+    They are exponentially distributed with a mean of half of new_tokens, and cut at new_tokens, like the
+    answers of a model that was tuned on HH: 110 tokens of at most 256. A step of n answers draws one length
+    from each of n equal parts of the distribution, so that few steps are representative.
+    """
     drawn = random.Random(0)
 
     def of_step() -> list[int]:
@@ -154,7 +157,7 @@ def base_model(directory: Path, kind: str) -> Path:
 
 
 def short_template(directory: Path, kind: str) -> Path:
-    """The same model with the chat template that this project gives it: no system message."""
+    """The same model with this project's chat template for it, which has no system message."""
     target = directory / f"{kind}-short-template"
     if not (target / "config.json").exists():
         base = base_model(directory, kind)
@@ -166,8 +169,8 @@ def short_template(directory: Path, kind: str) -> Path:
 
 
 def tuned_model(directory: Path, kind: str, name: str) -> Path:
-    """A model that answers and then stops, which is what PPO starts from: tuned on HH's better answers, or on
-    the packaged ones. `python -m rlhf stage=sft` makes it, once."""
+    """The model from which PPO starts, which ends its answers: tuned on HH's better answers, or on the
+    packaged ones. `python -m rlhf stage=sft` creates it, once."""
     source = f"sft.data={{path: {HH.resolve()}, fields: {{completion: chosen}}}}"
     own = [source, "evaluate.prompts=samples:prompts", "sft.epochs=0.3", "prepare.on_bad_row=drop"]
     data = own if name == "skewed" else []
@@ -177,8 +180,8 @@ def tuned_model(directory: Path, kind: str, name: str) -> Path:
 
 
 def reward_model(directory: Path, policy: Path, peft: str) -> Path:
-    """The policy's trunk under a random head; with peft=lora a random adapter is merged into it, and lies
-    beside it as the reward stage leaves it there."""
+    """The policy's trunk with a random head. With peft=lora a random adapter is merged into it, and is also
+    saved next to it, as by the reward stage."""
     target = directory / f"reward_model-{peft}-{policy.name}"
     if not (target / "config.json").exists():
         config = ModelConfig(kind="local", path=str(policy))

@@ -42,7 +42,7 @@ from rlhf.compare.prompts import FewShotConfig, PromptMethod, Question, Retrieva
 from rlhf.config import Complaint, ConfigError
 from rlhf.costs.sampling import sampling_cost
 from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost, joined, one_after_the_other
+from rlhf.costs.stage_cost import StageCost, joined, sequential_cost
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import training_roles
 from rlhf.data.schema import PromptRow
@@ -201,7 +201,7 @@ class CompareStage(Stage):
                 micro_batch_tokens=self.micro_batch_tokens, policies=1, rollouts=asked.rows,
                 readings=models, measures=0, models=max(1, models), others=[known],
             ))  # fmt: skip
-        return one_after_the_other(costs)
+        return sequential_cost(costs)
 
     def contender_methods(self) -> list[PromptMethod]:
         """The prompting method of each contender."""

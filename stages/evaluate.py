@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rlhf.config import Complaint, did_you_mean
-from rlhf.costs.sampling import most_added, sampling_cost
+from rlhf.costs.sampling import max_virtual_tokens, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
@@ -280,7 +280,7 @@ class EvaluateStage(Stage):
         """Every policy answers and takes the retention tests; it, SFT and the rewards read its answers."""
         on = on.starting(directory_of(root_of("evaluate.init", self.init, chain)[1]))
         prompts = on.sizes("evaluate", "evaluation").first(self.num_prompts)
-        added = most_added(on, [peft_of(chain[name]) for name in self.policies if name in chain])
+        added = max_virtual_tokens(on, [peft_of(chain[name]) for name in self.policies if name in chain])
         references = on.sizes("sft", "held_out").first(self.num_references).cut(on.shape.context - added)
         retained = on.sizes("retention", "evaluation")
         rewards = [len(models_of(each)) for each in (self.reward, self.gold, self.judge)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from rlhf.config import Complaint, ConfigError
-from rlhf.costs.sampling import most_added, sampling_cost
+from rlhf.costs.sampling import max_virtual_tokens, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import LengthStats, PreparedData
@@ -170,7 +170,7 @@ class GenerateStage(MakesRows):
             on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
             batch_rows=self.batch_rows, micro_batch_tokens=self.micro_batch_tokens,
             policies=1, readings=scoring, measures=0, models=1 + scoring,
-            added=most_added(on, [peft_of(maker)] if maker else []),
+            added=max_virtual_tokens(on, [peft_of(maker)] if maker else []),
         )  # fmt: skip
 
     def run(self, job: Job) -> Mapping[str, float]:

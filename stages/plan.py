@@ -1,8 +1,8 @@
-"""Which way to adapt the model, before anything trains: what each way needs, what rules it out, and a choice.
+"""Compare the ways to adapt the model before any training: what each needs and what rules it out.
 
 Reads   the model's config, without weights; the lengths of the prepared data, unless they are given.
-Writes  plan.md (the table, with every figure's arithmetic) and experiment/planned.yaml, which does what is
-        recommended: python -m rlhf --config-dir RUN/artifacts/plan +experiment=planned
+Writes  plan.md (the table, with every figure's calculation) and experiment/planned.yaml, which runs the
+        recommended one: python -m rlhf --config-dir RUN/artifacts/plan +experiment=planned
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from rlhf.costs.hardware import (
     Machine,
     Speed,
     calibrated_speed,
-    found_machine,
+    local_machine,
 )
-from rlhf.costs.model_shape import ModelShape, counted
+from rlhf.costs.model_shape import ModelShape, shape_of_model
 from rlhf.costs.setup import CostContext, Sizes, pads_rows
 from rlhf.data.chat_template import exchange_ids, prompt_ids
 from rlhf.data.prepared import LengthStats
@@ -60,16 +60,16 @@ from rlhf.tracking.tables import Cells
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rlhf.planner.strategies import Strategy, Use
+    from rlhf.planner.strategies import Strategy, UseCase
 
 MEASURED_ROWS = 256
-"""Whose prompts and answers are counted apart."""
-HELD_OUT = 0.1
-"""Of given rows."""
+"""Rows whose prompt and answer tokens are measured."""
+HELD_OUT_FRACTION = 0.1
+"""Held-out share of given rows."""
 
 
 def _with_unit(unit: str) -> BeforeValidator:
-    """80 would be 80 bytes."""
+    """Refuse a number without a unit: pydantic reads 80 as 80 bytes."""
 
     def check(value: Any) -> Any:
         if isinstance(value, int | float) or re.fullmatch(r"[\d.]+", str(value).strip()):
@@ -82,10 +82,10 @@ def _with_unit(unit: str) -> BeforeValidator:
 Gibibytes = Annotated[ByteSize, _with_unit("GiB")]
 Gigabytes = Annotated[ByteSize, _with_unit("GB")]
 Terabytes = Annotated[ByteSize, _with_unit("TB")]
-OF_GPUS = ("gpu_memory", "host_memory", "gpu_tflops", "gpu_bandwidth", "gpu_link", "network", "disk")
+GPU_KEYS = ("gpu_memory", "host_memory", "gpu_tflops", "gpu_bandwidth", "gpu_link", "network", "disk")
 """Keys that are read only with `plan.gpus`."""
-ASSUMED = {"rows": 10_000, "prompt_tokens": 512, "answer_tokens": 512}
-"""For GPUs that are not here, where the data need not be either."""
+ASSUMED_LENGTHS = {"rows": 10_000, "prompt_tokens": 512, "answer_tokens": 512}
+"""Lengths for planned GPUs if none are given: the data need not exist then."""
 
 
 class PlanStage(TellsOfRuns):
@@ -98,23 +98,23 @@ class PlanStage(TellsOfRuns):
     }
 
     trains: list[str] | None = Field(min_length=1)
-    """The stages that are planned, of those that train (sft, reward, ppo, your own), with their data and
-    settings in this config. null plans sft; with `gpus` all three."""
+    """The training stages to plan (sft, reward, ppo, your own), with their data and settings in this config.
+    null plans sft; with `gpus` all three."""
     methods: list[MethodName] | None
-    """The only ways of tuning to weigh, such as [none] for all parameters; null weighs all, and those that
-    leave the weights as they are."""
+    """The only tuning methods to compare, such as [none] for all parameters. null compares all, and the ways
+    that leave the weights as they are."""
     rows: PositiveInt | Literal["prepared"] | None
-    """Training rows of each stage. null measures the prepared data, or with `gpus` takes 10000; `prepared`
-    measures in any case."""
+    """Training rows of each stage. null measures the prepared data, or takes 10000 with `gpus`; `prepared`
+    always measures."""
     prompt_tokens: PositiveInt | None
-    """Mean prompt tokens of a row; with `gpus` null takes 512, else give it together with `rows`."""
+    """Mean prompt tokens of a row. With `gpus` null takes 512; else give it together with `rows`."""
     answer_tokens: PositiveInt | None
-    """Mean answer tokens of a row and of PPO's answers; null as of `prompt_tokens`."""
+    """Mean answer tokens of a row and of PPO's answers; null as for `prompt_tokens`."""
     longest_answer: PositiveInt | None
-    """Tokens of PPO's longest answers; null takes twice `answer_tokens`. Read with `gpus`, where the lengths
-    are given or assumed."""
+    """Tokens of PPO's longest answers; null takes twice `answer_tokens`. Read only with `gpus`, if lengths
+    are not measured."""
     gpus: PositiveInt | None
-    """GPUs of each node, which need not be here; null plans for this machine."""
+    """GPUs of each node, which need not exist here; null plans for this machine."""
     nodes: PositiveInt
     """Number of nodes, with `gpus` GPUs each."""
     gpu_memory: Gibibytes
@@ -126,24 +126,25 @@ class PlanStage(TellsOfRuns):
     gpu_bandwidth: Terabytes
     """Bandwidth of a GPU's memory per second, such as 2.0TB."""
     gpu_link: Gigabytes
-    """What a GPU gets from the others of its node per second, such as 300GB."""
+    """Bytes per second that a GPU receives from other GPUs of its node, such as 300GB."""
     network: Gigabytes
-    """What a GPU gets from other nodes per second, such as 50GB."""
+    """Bytes per second that a GPU receives from other nodes, such as 50GB."""
     disk: Gigabytes
-    """What a node reads or writes per second, such as 1GB."""
+    """Bytes per second that a node reads from or writes to disk, such as 1GB."""
     hours: PositiveFloat | None
     """Longest training time, hours; null for no limit."""
     price_per_gpu_hour: PositiveFloat | None
     """Price of a GPU hour in any currency; without a GPU, of a rank hour."""
     max_added_latency: float | None = Field(ge=0)
-    """How many seconds longer than the base model's an answer may take; null for no limit."""
+    """Most seconds that an answer may take longer than the base model's; null for no limit."""
     deploy: Literal["merged", "many_adapters", "api_only"]
-    """One plain model; many tasks on one model in memory; or a model whose weights cannot be changed."""
+    """How the model is served: as one plain model; with many tasks on one model in memory; or behind an API,
+    where its weights cannot be changed."""
     explain: bool
-    """Show each figure's arithmetic on the terminal too."""
+    """Show each figure's calculation on the terminal too."""
 
     @model_validator(mode="after")
-    def _all_or_nothing(self) -> Self:
+    def _check_lengths(self) -> Self:
         given = (self.rows, self.prompt_tokens, self.answer_tokens)
         if self.gpus is None and None in given and any(given) and self.rows != "prepared":
             raise ValueError(
@@ -169,18 +170,18 @@ class PlanStage(TellsOfRuns):
 
     @property
     def measures(self) -> bool:
-        """Whether the prepared data's lengths are planned for, not given or assumed ones."""
+        """Whether the plan uses the lengths of the prepared data, not given or assumed ones."""
         return self.rows == "prepared" or (self.rows is None and self.gpus is None)
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Rows and tokens that are planned for where they are not measured."""
+        """Given or assumed rows and mean tokens, for plans that do not measure."""
         given = {"rows": self.rows, "prompt_tokens": self.prompt_tokens, "answer_tokens": self.answer_tokens}
-        return {key: ASSUMED[key] if value is None else int(value) for key, value in given.items()}
+        return {key: ASSUMED_LENGTHS[key] if value is None else int(value) for key, value in given.items()}
 
     @property
     def plans_answers(self) -> bool:
-        """Whether PPO's answers are as long as the plan says, whatever ppo.max_new_tokens says."""
+        """Whether the plan, not ppo.max_new_tokens, sets the length of PPO's answers."""
         return self.gpus is not None and not self.measures
 
     @property
@@ -189,23 +190,23 @@ class PlanStage(TellsOfRuns):
         return self.longest_answer or 2 * self.lengths["answer_tokens"]
 
     def planned(self, chain: Mapping[str, Stage]) -> list[str]:
-        """The stages that are planned, in the chain's order."""
+        """Names of the planned stages, in the chain's order."""
         names = self.trains or (["sft"] if self.gpus is None else ["sft", "reward", "ppo"])
         return [name for name in chain if name in names]
 
     def reads(self) -> Reads:
-        """The base model's config, and the lengths of what trains."""
+        """The base model's config, and the lengths of the training data."""
         return Reads(roles=training_roles(self.mount.roles) if self.measures else (), base=True)
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
-        """What the planned stages need; and sft.data, the task whose prompts and answers are measured."""
+        """The roles that the planned stages need, and sft, whose prompts and answers are measured."""
         if not self.measures:
             return ()
         planned = (chain[name] for name in self.planned(chain))
         return tuple(dict.fromkeys(("sft", *(role for stage in planned for role in stage.needs(chain)))))
 
     def complaints(self, view: View) -> Iterator[Complaint]:
-        """What is planned trains."""
+        """Refuse planned stages that do not train."""
         known = [name for name, stage in view.chain.items() if peft_of(stage) is not None]
         for name in self.trains or ():
             if name not in known:
@@ -217,22 +218,22 @@ class PlanStage(TellsOfRuns):
                 )
 
     def run(self, job: Job) -> Mapping[str, float]:
-        """Weigh every strategy, show the table, write the best one down."""
-        from rlhf.planner.strategies import out_of_reach, rank_strategies
+        """Compare all strategies, show the table, write the plan and the best strategy's experiment."""
+        from rlhf.planner.strategies import fitting_alternatives, rank_strategies
 
         experiment = job.experiment
         assert experiment is not None
-        self.check_read(experiment)
+        self.check_gpu_keys(experiment)
         chain = experiment.stages
         base, shape = self.base(job)
-        on, use = self.setting(job, experiment, shape), self.use(job, experiment)
+        on, use = self.cost_context(job, experiment, shape), self.use_case(job, experiment)
         planned = [chain[name] for name in self.planned(chain)]
         ranked = rank_strategies(planned, experiment, base, on, use, self.methods)
         best = ranked[0]
         cells = table(ranked, self.price_per_gpu_hour)
         reason = recommendation(best)
-        if best.against:
-            instead = [*out_of_reach(planned, experiment, base, on, use)]
+        if best.objections:
+            instead = [*fitting_alternatives(planned, experiment, base, on, use)]
             reason = f"Nothing here can be done: each row says why. {'; '.join(instead)}".rstrip()
         text = [
             f"# Plan\n\n{hardware_line(on)}\n",
@@ -240,31 +241,31 @@ class PlanStage(TellsOfRuns):
             f"\n{reason}\n",
             speeds(best).markdown(),
             "",
-            *(f"{line}\n" for line in assumptions(best, self.said_lengths())),
+            *(f"{line}\n" for line in assumptions(best, self.lengths_line())),
             phases(best).markdown(),
         ]
         if job.compute.is_main:
             content = "\n".join([*text, *explanation(ranked, self.price_per_gpu_hour)])
             (job.directory / "plan.md").write_text(f"{content}\n", encoding="utf-8")
-            if not best.against:
+            if not best.objections:
                 directory = job.directory / "experiment"
                 directory.mkdir()
                 content = experiment_file(redacted(experiment.resolved), best, reason)
                 (directory / "planned.yaml").write_text(content, encoding="utf-8")
         self.show(job, on, ranked, cells, reason)
-        figures = {"strategies": float(sum(not strategy.against for strategy in ranked))}
-        if best.against:
+        figures = {"strategies": float(sum(not strategy.objections for strategy in ranked))}
+        if best.objections:
             return figures
-        return figures | {"hours": best.most_hours, "peak_gib": peak_memory(best.cost, best.on)[1] / GIB}
+        return figures | {"hours": best.max_hours, "peak_gib": peak_memory(best.cost, best.on)[1] / GIB}
 
-    def check_read(self, experiment: Experiment) -> None:
-        """Refuse keys of GPUs where none are planned for.
+    def check_gpu_keys(self, experiment: Experiment) -> None:
+        """Refuse GPU keys without `plan.gpus`.
 
         Raises:
-            ConfigError: with those that were set.
+            ConfigError: such a key was set.
         """
         set_by_user = [change["key"] for change in changed_keys(experiment.composed)]
-        of_gpus = [f"plan.{key}" for key in OF_GPUS if f"plan.{key}" in set_by_user]
+        of_gpus = [f"plan.{key}" for key in GPU_KEYS if f"plan.{key}" in set_by_user]
         if self.gpus is None and of_gpus:
             raise ConfigError(
                 f"{', '.join(of_gpus)}: read only with plan.gpus, the GPUs of each node. Set it; without it "
@@ -272,25 +273,25 @@ class PlanStage(TellsOfRuns):
             )
 
     def base(self, job: Job) -> tuple[PreTrainedModel, ModelShape]:
-        """The base model without weights, and its sizes.
+        """The base model without weights, and its shape.
 
         Raises:
-            ConfigError: it is none that the formulas hold for.
+            ConfigError: the formulas do not hold for it.
         """
         try:
             base = skeleton(job.base.architecture, trust_remote_code=job.base.config.trust_remote_code)
-            return base, counted(base)
+            return base, shape_of_model(base)
         except UnknownShapeError as unknown:
             raise ConfigError(
                 f"stage=plan: {unknown}, so its memory cannot be computed. Plan for another model."
             ) from None
 
-    def setting(self, job: Job, experiment: Experiment, shape: ModelShape) -> CostContext:
-        """The model on the hardware that is planned for."""
+    def cost_context(self, job: Job, experiment: Experiment, shape: ModelShape) -> CostContext:
+        """The context of all costs: the model on the planned hardware."""
         settings = experiment.settings
         if self.gpus is None:
             speed = job.compute.main_only(lambda: calibrated_speed(job.compute, Path(settings.store_dir)))
-            machine, dtype_bytes = found_machine(job.compute, speed), job.compute.dtype.itemsize
+            machine, dtype_bytes = local_machine(job.compute, speed), job.compute.dtype.itemsize
         else:
             machine = Machine(
                 kind="cuda",
@@ -315,7 +316,7 @@ class PlanStage(TellsOfRuns):
         )  # fmt: skip
 
     def sizes(self, job: Job) -> Sizes:
-        """Of every role: the prepared ones, or those given."""
+        """Rows and lengths by role: prepared, given or assumed."""
         if self.measures:
             return job.data.size
         num_rows, prompt, answer = self.lengths.values()
@@ -323,35 +324,35 @@ class PlanStage(TellsOfRuns):
         def given(role: str, split: Split) -> LengthStats:
             has_answer = not issubclass(self.mount.roles[role].row_types[0], PromptRow)
             tokens = prompt + (answer if has_answer else 0)
-            rows = num_rows if split == "train" else max(1, round(HELD_OUT * num_rows))
+            rows = num_rows if split == "train" else max(1, round(HELD_OUT_FRACTION * num_rows))
             return LengthStats(rows, float(tokens), 0.0, tokens)
 
         return given
 
-    def said_lengths(self) -> str:
-        """What is planned for."""
+    def lengths_line(self) -> str:
+        """The plan's line about lengths."""
         if self.measures:
             return "Lengths: those of the prepared data."
         values = {key: f"plan.{key}={value}" for key, value in self.lengths.items()}
-        assumed = [said for key, said in values.items() if getattr(self, key) is None]
-        given = [said for said in values.values() if said not in assumed]
+        assumed = [text for key, text in values.items() if getattr(self, key) is None]
+        given = [text for text in values.values() if text not in assumed]
         parts = {"given": ", ".join(given), "assumed, as nothing was given": ", ".join(assumed)}
-        return f"Lengths {'; '.join(f'{how}: {which}' for how, which in parts.items() if which)}."
+        return f"Lengths {'; '.join(f'{source}: {keys}' for source, keys in parts.items() if keys)}."
 
-    def use(self, job: Job, experiment: Experiment) -> Use:
-        """The task and its limits."""
-        from rlhf.planner.strategies import Use
+    def use_case(self, job: Job, experiment: Experiment) -> UseCase:
+        """The task's lengths and the plan's limits."""
+        from rlhf.planner.strategies import UseCase
 
         compare = experiment.resolved["compare"]
         rows, mean_prompt, mean_answer, has_questions = *map(float, self.lengths.values()), True
         if self.measures:
-            found = job.data.rows("sft", "train")
-            rows, tokenizer = len(found), job.base.load_tokenizer()
-            some, has_questions = found[:MEASURED_ROWS], any(row.prompt for row in found)
-            mean_prompt = fmean(len(prompt_ids(tokenizer, row.prompt)) for row in some)
-            both = fmean(len(exchange_ids(tokenizer, row.prompt, row.completion)[0]) for row in some)
+            sft_rows = job.data.rows("sft", "train")
+            rows, tokenizer = len(sft_rows), job.base.load_tokenizer()
+            sample, has_questions = sft_rows[:MEASURED_ROWS], any(row.prompt for row in sft_rows)
+            mean_prompt = fmean(len(prompt_ids(tokenizer, row.prompt)) for row in sample)
+            both = fmean(len(exchange_ids(tokenizer, row.prompt, row.completion)[0]) for row in sample)
             mean_answer = both - mean_prompt
-        return Use(
+        return UseCase(
             round(rows), mean_prompt, mean_answer, longest=self.longest if self.plans_answers else None,
             wants_vllm=experiment.settings.generation == "vllm",
             examples=compare["few_shot"]["examples"], passages=compare["retrieval"]["passages"],
@@ -360,20 +361,20 @@ class PlanStage(TellsOfRuns):
         )  # fmt: skip
 
     def show(self, job: Job, on: CostContext, ranked: list[Strategy], cells: Cells, reason: str) -> None:
-        """On the terminal."""
+        """Print the plan on the terminal."""
         console = job.progress.console
         console.print(escape(hardware_line(on)), highlight=False)
         for each in (cells, phases(ranked[0]), *([speeds(ranked[0])] if ranked[0].costs else [])):
-            shown = Table(*each.headings, box=None, pad_edge=False, header_style="dim")
+            rich_table = Table(*each.headings, box=None, pad_edge=False, header_style="dim")
             for row in each.rows:
-                shown.add_row(*map(escape, row))
-            console.print(shown, highlight=False)
+                rich_table.add_row(*map(escape, row))
+            console.print(rich_table, highlight=False)
         if self.explain:
             console.print(escape("\n".join(explanation(ranked, self.price_per_gpu_hour))), highlight=False)
-        for line in assumptions(ranked[0], self.said_lengths()):
+        for line in assumptions(ranked[0], self.lengths_line()):
             console.print(escape(line), highlight=False)
         console.print(escape(reason), highlight=False, soft_wrap=True)
-        if not ranked[0].against:
+        if not ranked[0].objections:
             directory = job.run_directory / "artifacts" / self.name
             command = f"python -m rlhf --config-dir {directory} +experiment=planned"
             console.print(command, highlight=False, soft_wrap=True, markup=False)

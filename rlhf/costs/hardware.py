@@ -1,4 +1,4 @@
-"""The hardware, found here or planned. Its speed is measured once and kept."""
+"""The hardware, of this machine or planned. Speed is measured once and saved."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB
 """Bytes that a CUDA process holds before its first tensor."""
 NCCL_BUFFERS = 1.0 * GIB
-"""Bytes that NCCL holds on a GPU for what ranks send each other, where there are several: assumed."""
+"""Bytes of NCCL's buffers on a GPU, if there are several ranks: assumed."""
 CUDA_PROCESS = 2.0 * GIB
-"""Bytes that it holds in the host's memory: assumed."""
+"""Bytes that a CUDA process holds in the host's memory: assumed."""
 LIBRARIES = 0.25 * GIB
-"""Bytes that torch, oneDNN and others take on a CPU, apart from tensors."""
+"""Bytes that torch, oneDNN and other libraries take on a CPU, without tensors."""
 CALIBRATION_SECONDS = 10.0
 STREAM_BYTES = 2**28
 LOAD_BYTES = 0.3e9
-"""A second, of what is read from and written to a disk that was not measured."""
+"""Bytes per second that are read from or written to a disk that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Speed:
     """The speed of one rank."""
 
     gflops: float
-    """GFLOP/s of matrix products in the run's precision."""
+    """Speed of matrix products in the run's precision, GFLOP/s."""
     gbytes: float
-    """GB/s of memory that is read and written."""
+    """Memory bandwidth, read and written, GB/s."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Machine:
     kind: Literal["cpu", "cuda"]
     name: str
     memory: float
-    """Bytes that a rank may use: of its GPU, or its share of the host's."""
+    """Bytes that a rank may use: its GPU's memory, or its share of the host's."""
     host_memory: float
-    """Bytes of host memory that a rank may use beside its GPU; 0 on CPUs."""
+    """Bytes of host memory that a rank with a GPU may use; 0 on CPUs."""
     used: float
     """Bytes that a process holds before it loads a model."""
     ranks: int
@@ -63,37 +63,37 @@ class Machine:
     ranks_here: int = 1
     """Ranks that share this host's memory."""
     host_used: float = 0.0
-    """Bytes of the host's memory that a process on a GPU holds before it loads a model."""
+    """Bytes of host memory that a process with a GPU holds before it loads a model."""
     disk: float = LOAD_BYTES
-    """Bytes a second that a host reads or writes."""
+    """Bytes per second that a host reads from or writes to disk."""
     link: float = math.inf
-    """Bytes a second that a rank gets from others on its host; infinite where it is not counted."""
+    """Bytes per second that a rank receives from ranks of its host; infinite: not counted."""
     network: float = math.inf
-    """Bytes a second that a rank gets from other hosts; infinite where it is not counted."""
+    """Bytes per second that a rank receives from other hosts; infinite: not counted."""
 
     @property
     def nodes(self) -> int:
-        """Hosts with so many ranks."""
+        """Number of hosts."""
         return max(1, self.ranks // self.ranks_here)
 
 
-def found_machine(compute: Compute, speed: Speed) -> Machine:
-    """This rank's machine."""
+def local_machine(compute: Compute, speed: Speed) -> Machine:
+    """The machine that this rank runs on, with its free memory."""
     import torch
 
     ranks, ranks_here = compute.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     host = host_memory() / ranks_here
     if compute.device.type == "cuda":
-        torch.cuda.empty_cache()  # of what the calibration multiplied
-        free, _ = torch.cuda.mem_get_info(compute.device)  # beside this process's context
-        used = NCCL_BUFFERS if ranks > 1 else 0.0  # which it takes when ranks first talk
+        torch.cuda.empty_cache()  # the calibration's matrices
+        free, _ = torch.cuda.mem_get_info(compute.device)  # without this process's CUDA context
+        used = NCCL_BUFFERS if ranks > 1 else 0.0  # taken when ranks first communicate
         return Machine("cuda", hardware(), float(free), host, used, ranks, speed, ranks_here)
     used = float(psutil.Process().memory_info().rss)
     return Machine("cpu", hardware(), host + used, 0.0, used + LIBRARIES, ranks, speed, ranks_here)
 
 
 def quick_speed(compute: Compute) -> Speed:
-    """A first guess, in some hundred milliseconds, once in a process."""
+    """A rough measurement of some hundred milliseconds, made once per process."""
     return _first_guess(compute.dtype, compute.device)
 
 
@@ -103,7 +103,7 @@ def _first_guess(dtype: torch.dtype, device: torch.device) -> Speed:
 
 
 def stream_speed(device: torch.device) -> float:
-    """The best of a few additions to a large tensor, in GB/s read and written."""
+    """Memory bandwidth, read and written, GB/s: the fastest of a few additions to a large tensor."""
     import torch
 
     x = torch.zeros(STREAM_BYTES // 4, device=device)
@@ -118,22 +118,22 @@ def stream_speed(device: torch.device) -> float:
 
 
 def calibrated_speed(compute: Compute, directory: Path) -> Speed:
-    """Measure for ten seconds, and keep the result for this machine and precision."""
-    kept = kept_speed(compute, directory)
-    if kept is not None:
-        return kept
-    found, end = [], time.monotonic() + CALIBRATION_SECONDS
+    """The saved speed of this machine and precision; else measure for ten seconds and save it."""
+    saved = saved_speed(compute, directory)
+    if saved is not None:
+        return saved
+    speeds, end = [], time.monotonic() + CALIBRATION_SECONDS
     while time.monotonic() < end:
-        found.append(Speed(matmul_speed(compute.dtype, compute.device), stream_speed(compute.device)))
-    speed = Speed(max(each.gflops for each in found), max(each.gbytes for each in found))
+        speeds.append(Speed(matmul_speed(compute.dtype, compute.device), stream_speed(compute.device)))
+    speed = Speed(max(each.gflops for each in speeds), max(each.gbytes for each in speeds))
     path = _speed_file(compute, directory)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps({"machine": hardware(), **asdict(speed)}))
     return speed
 
 
-def kept_speed(compute: Compute, directory: Path) -> Speed | None:
-    """What an earlier calibration of this machine found."""
+def saved_speed(compute: Compute, directory: Path) -> Speed | None:
+    """The speed that an earlier calibration of this machine saved; None if there is none."""
     path = _speed_file(compute, directory)
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""A causal language model's sizes, from its config alone: no weights are read or made."""
+"""A causal language model's sizes, from its config alone. No weights are read or created."""
 
 from __future__ import annotations
 
@@ -14,70 +14,70 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-"""What transformers calls them, of whatever architecture."""
-
-
-PERSISTENT = 10**5
-"""Elements of the largest tensor that ZeRO-3 keeps whole on every rank: DeepSpeed's default."""
+SIZE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Required config keys, which transformers uses for every architecture."""
+MAX_PERSISTENT_ELEMENTS = 10**5
+"""Most elements of a tensor that ZeRO-3 does not shard: DeepSpeed's default."""
 
 
 class Linears(NamedTuple):
-    """The linear layers of one name, added up."""
+    """Totals over all linear layers of one name."""
 
     name: str
-    """As `target_modules` knows it."""
+    """Layer name as in `target_modules`."""
     sides: int
-    """Inputs plus outputs: a low-rank update has rank times as many parameters."""
+    """Inputs plus outputs; times the rank, this is the parameters of a low-rank update."""
     outputs: int
+    """Output features."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Counts of parameters, and sizes in elements."""
+    """Parameter counts of a model, and sizes in elements."""
 
     parameters: int
-    """All; an output layer that is tied to the embeddings counts once."""
+    """All parameters; tied embeddings and output layer count once."""
     is_tied: bool
     """Whether embeddings and output layer are the same weights."""
     layers: int
     hidden: int
     intermediate: int
-    """Of the MLP; of a mixture of experts, of those that a token passes through."""
+    """Width of the MLP; in a mixture of experts, summed over the experts that a token uses."""
     is_gated: bool
-    """The MLP multiplies two projections (SwiGLU), not one."""
+    """Whether the MLP multiplies two projections (SwiGLU)."""
     heads: int
     kv_heads: int
     head_size: int
     vocabulary: int
     context: int
-    """Tokens that prompt and response may have together."""
+    """Context length: most tokens of prompt and response together."""
     linear: int
-    """Parameters of the linear layers inside the backbone: those that a LoRA adapter stands beside."""
+    """Parameters of the backbone's linear layers, to which LoRA adds its adapters."""
     linears: tuple[Linears, ...]
-    """The same layers by their names, without those that a low-rank update leaves out."""
+    """The same layers by name, without those that a low-rank update excludes."""
     experts: int
-    """Parameters of a mixture's experts that one token passes through, where they are no linear layers."""
-    normalized: int
-    """Elements a token and layer that are normalised."""
+    """Parameters of the experts that one token uses, if experts are not linear layers; else 0."""
+    norm_elements: int
+    """Elements per token and layer that pass through norms."""
     has_fused_norm: bool
-    """LayerNorm, which keeps its input; an RMSNorm of transformers computes in fp32, and keeps that."""
+    """Whether norms are LayerNorm, of which autograd keeps the input. transformers' RMSNorm
+    computes in fp32, and autograd keeps fp32 tensors."""
     layer: int
     """Parameters of the largest decoder layer."""
     outside: int
-    """Parameters outside the decoder layers: embeddings, last norm, an output layer of its own."""
+    """Parameters outside the decoder layers: embeddings, last norm, an untied output layer."""
     largest: int
     """Parameters of the largest weight."""
     small: int
-    """Parameters of tensors with at most `PERSISTENT` elements, which ZeRO-3 does not shard."""
+    """Parameters of tensors of at most `MAX_PERSISTENT_ELEMENTS`, which ZeRO-3 does not shard."""
     full_layers: int
-    """Layers whose cache holds keys and values of all tokens; others attend to a window. At least one: what
-    is counted with it is the least that a row needs."""
+    """Layers whose cache holds keys and values of all tokens; other layers attend to a window. At least 1, so
+    that the cache of a row, a lower bound, is not 0."""
     is_lean: bool
-    """On CPUs `LeanDecoder` decodes it, from copies of bf16 weights."""
+    """Whether `LeanDecoder` decodes it on CPUs, from copies of bf16 weights."""
     can_pack: bool
-    """Rows can be laid end to end, as far as the model's kind tells: whether one leaks into the next is only
-    seen when it runs."""
+    """Whether rows can be packed, judged by the model's class. Only a run shows whether one row leaks into
+    the next."""
 
     @property
     def head(self) -> int:
@@ -86,33 +86,33 @@ class ModelShape:
 
     @property
     def own_head(self) -> int:
-        """Parameters of an output layer that is not the embeddings: a reward model or critic has none."""
+        """Parameters of an untied output layer, which a reward model or critic lacks; 0 if tied."""
         return 0 if self.is_tied else self.head
 
-    def updated(self, targets: str | Sequence[str]) -> list[Linears]:
-        """Those that `target_modules` names."""
+    def target_linears(self, targets: str | Sequence[str]) -> list[Linears]:
+        """The linear layers that `target_modules` names."""
         return [each for each in self.linears if targets == "all-linear" or each.name in targets]
 
     @property
     def kv_elements(self) -> int:
-        """Keys and values of one token, over all layers."""
+        """Elements of one token's keys and values, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
-    """Count from a config. Code of the model's own is not run.
+    """The shape of the model of a config. The model's own code is not run.
 
     Raises:
         UnknownShapeError: it is not a transformer's config.
     """
-    return counted(skeleton(config))
+    return shape_of_model(skeleton(config))
 
 
-def counted(model: PreTrainedModel) -> ModelShape:
-    """Count a model's parameters; its weights may be on the meta device.
+def shape_of_model(model: PreTrainedModel) -> ModelShape:
+    """The shape of a model, whose weights may be on the meta device.
 
     Raises:
-        UnknownShapeError: it is no transformer.
+        UnknownShapeError: it is not a transformer.
     """
     from torch import nn
 
@@ -122,7 +122,7 @@ def counted(model: PreTrainedModel) -> ModelShape:
     from rlhf.models.peft.target_modules import backbone_of, excluded_layers
 
     config, text = model.config, model.config.get_text_config()
-    for name in SIZES:
+    for name in SIZE_KEYS:
         if getattr(text, name, None) is None:
             raise UnknownShapeError(f"{type(config).__name__} names no {name}")
         if int(getattr(text, name)) < 1:
@@ -140,7 +140,7 @@ def counted(model: PreTrainedModel) -> ModelShape:
         if type(module).__name__ in set(model._no_split_modules or ())
     ] or [sum(parameter.numel() for parameter in backbone.parameters()) // layers] * layers
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    per_token = [_normalized(name, module, heads, kv_heads) for name, module in norms.items()]
+    per_token = [_norm_elements(name, module, heads, kv_heads) for name, module in norms.items()]
     return ModelShape(
         parameters=parameters,
         is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
@@ -154,14 +154,14 @@ def counted(model: PreTrainedModel) -> ModelShape:
         vocabulary=int(text.vocab_size),
         context=context_length(config),
         linear=sum(layer.weight.numel() for layers in linears.values() for layer in layers),
-        linears=tuple(_added_up(name, each) for name, each in linears.items() if name not in left_out),
+        linears=tuple(_sum_linears(name, each) for name, each in linears.items() if name not in left_out),
         experts=_experts(text, backbone),
-        normalized=sum(per_token) // layers,
+        norm_elements=sum(per_token) // layers,
         has_fused_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
         layer=max(each_layer),
         outside=parameters - sum(each_layer),
         largest=max(each.numel() for each in model.parameters()),
-        small=sum(each.numel() for each in model.parameters() if each.numel() <= PERSISTENT),
+        small=sum(each.numel() for each in model.parameters() if each.numel() <= MAX_PERSISTENT_ELEMENTS),
         full_layers=_full_layers(text),
         is_lean=is_lean_kind(model, growing_cache(model)),
         can_pack=may_pack(model),
@@ -170,7 +170,7 @@ def counted(model: PreTrainedModel) -> ModelShape:
 
 @cache
 def shape_in(directory: Path) -> ModelShape:
-    """The shape of the model in a directory. Code of the model's own is not run.
+    """The shape of the model in a directory. The model's own code is not run.
 
     Raises:
         UnknownShapeError: the config cannot be read, or the formulas do not hold for it.
@@ -187,17 +187,17 @@ def shape_in(directory: Path) -> ModelShape:
 def _linears(backbone: nn.Module) -> dict[str, list[Any]]:
     from rlhf.models.peft.target_modules import layer_name
 
-    found: dict[str, list[Any]] = {}
+    linears: dict[str, list[Any]] = {}
     for name, layer in backbone.named_modules():
         if type(layer).__name__ in ("Linear", "Conv1D"):
-            found.setdefault(layer_name(name), []).append(layer)
-    return found
+            linears.setdefault(layer_name(name), []).append(layer)
+    return linears
 
 
-def _added_up(name: str, layers: Sequence[Any]) -> Linears:
+def _sum_linears(name: str, layers: Sequence[Any]) -> Linears:
     from torch import nn
 
-    # GPT-2's Conv1D holds its weight the other way round
+    # GPT-2's Conv1D stores its weight transposed
     shapes = [
         layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape for layer in layers
     ]
@@ -206,7 +206,7 @@ def _added_up(name: str, layers: Sequence[Any]) -> Linears:
 
 def _full_layers(text: PreTrainedConfig) -> int:
     if getattr(text, "kv_lora_rank", None):
-        return 1  # a latent cache (DeepSeek's MLA), which is much smaller than heads of keys and values
+        return 1  # a latent cache (DeepSeek's MLA) is much smaller than keys and values of all heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * int(text.num_hidden_layers)
     return max(1, kinds.count("full_attention"))
 
@@ -215,8 +215,8 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm")
 
 
-def _normalized(name: str, module: nn.Module, heads: int, kv_heads: int) -> int:
-    """Elements a token that pass through; a norm of queries or keys is applied to each head."""
+def _norm_elements(name: str, module: nn.Module, heads: int, kv_heads: int) -> int:
+    """Elements per token that pass through a norm; a norm of queries or keys applies to each head."""
     size = sum(each.numel() for part, each in module.named_parameters() if part == "weight")
     if name.endswith("q_norm"):
         return size * heads
@@ -224,19 +224,19 @@ def _normalized(name: str, module: nn.Module, heads: int, kv_heads: int) -> int:
 
 
 def _experts(text: PreTrainedConfig, backbone: nn.Module) -> int:
-    """transformers holds all experts' projections of a layer in one tensor [experts, outputs, inputs]."""
-    held = [each for each in backbone.parameters() if each.dim() == 3]
-    if not held or not getattr(text, "num_experts_per_tok", None):
+    """Expert parameters that one token uses. transformers stacks a layer's: [experts, outputs, inputs]."""
+    stacked = [each for each in backbone.parameters() if each.dim() == 3]
+    if not stacked or not getattr(text, "num_experts_per_tok", None):
         return 0
-    return sum(each[0].numel() for each in held) * int(text.num_experts_per_tok)
+    return sum(each[0].numel() for each in stacked) * int(text.num_experts_per_tok)
 
 
 def _intermediate(text: PreTrainedConfig, hidden: int) -> int:
-    """Of the MLP that one token passes through; where the config is silent, four times the hidden size."""
+    """MLP width that one token uses; four times the hidden size if the config does not tell."""
     experts = getattr(text, "num_experts_per_tok", None)
     size = getattr(text, "moe_intermediate_size", None) if experts else None
     for name in ("intermediate_size", "ffn_dim", "n_inner"):
         size = size or getattr(text, name, None)
-    if isinstance(size, list):  # of each layer (Gemma 3n): the widest, for memory is asked layer by layer
+    if isinstance(size, list):  # one per layer (Gemma 3n): the widest, because memory is counted per layer
         size = max(size)
     return int(size or 4 * hidden) * int(experts or 1)

@@ -1,4 +1,4 @@
-"""What each tuning method trains, publishes and adds, by formula."""
+"""Parameters and memory of each tuning method, by formula."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from rlhf.costs.model_shape import ModelShape
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import MethodName
 
-Keeps = Literal["all", "inputs", "values", "last"]
-"""What a pass keeps for its gradients. all: what weights and activations need; inputs: of the linear layers
-that an adapter stands beside too; values: only what is needed on the way to what trains; last: as all, but of
-the layers that train."""
+KeptTensors = Literal["all", "inputs", "values", "last"]
+"""Tensors that autograd keeps of a pass. all: those for gradients of weights and activations; inputs: also
+the inputs of linear layers with an adapter; values: only those that gradients pass through on the way to
+trained parameters; last: as all, but only of the trained layers."""
 Count = Callable[[ModelShape, PeftConfig], int]
-"""Of parameters, or of tokens."""
-Kept = Callable[[ModelShape, int, PeftConfig], float]
-"""(shape, bytes of an element, knobs) -> bytes."""
+"""(shape, peft) -> number of parameters, or of tokens."""
+ByteCount = Callable[[ModelShape, int, PeftConfig], float]
+"""(shape, bytes of an element, peft) -> bytes."""
 
 
 @dataclass(frozen=True)
 class MethodCost:
-    """Of one way to tune."""
+    """Costs of one tuning method."""
 
     trained: Count
-    keeps: Keeps
-    keeps_too: Kept = lambda shape, b, peft: 0.0
-    """A token and layer, what its own layers keep for their gradients."""
+    """Trained parameters."""
+    keeps: KeptTensors
+    extra_kept: ByteCount = lambda shape, b, peft: 0.0
+    """Bytes per token and layer that autograd keeps of the method's own layers."""
     is_adapter: bool = True
-    """Whether many can stand on one model in memory."""
+    """Whether several tuned versions can share one model in memory."""
     added: Count = lambda shape, peft: 0
-    """Parameters that each token passes beside the weights, when it is served unmerged."""
+    """Additional parameters that each token passes through when the method is served unmerged."""
     added_kernels: float = 0.0
-    """Of a layer's (`LAYER_SECONDS`), when it is served unmerged: what `token_seconds` has more than
-    `token_seconds_base` in docs/methods.md. DoRA computes all weights' norms anew."""
+    """Additional time per token and layer when served unmerged, in units of `LAYER_SECONDS`: `token_seconds`
+    minus `token_seconds_base` in docs/methods.md. DoRA recomputes all weights' norms."""
     added_tokens: Count = lambda shape, peft: 0
-    """That stand before every prompt when it is served."""
+    """Virtual tokens before every prompt."""
     weight_bytes: float | None = None
-    """A frozen weight of the linear layers, where that differs from the precision's."""
+    """Bytes of a frozen weight in linear layers, if not those of the run's precision."""
 
     def published(self, shape: ModelShape, peft: PeftConfig) -> int:
-        """Parameters of what is kept: of soft tokens, not of the network that makes them."""
+        """Published parameters: for p-tuning the virtual tokens, not the network that produces them."""
         return (_prompt if peft.method == "p_tuning" else self.trained)(shape, peft)
 
 
@@ -50,44 +51,44 @@ def _all(shape: ModelShape, peft: PeftConfig) -> int:
 
 
 def _lora(shape: ModelShape, peft: PeftConfig) -> int:
-    return peft.rank * sum(each.sides for each in shape.updated(peft.target_modules))
+    return peft.rank * sum(each.sides for each in shape.target_linears(peft.target_modules))
 
 
 def _dora(shape: ModelShape, peft: PeftConfig) -> int:
-    return _lora(shape, peft) + sum(each.outputs for each in shape.updated(peft.target_modules))
+    return _lora(shape, peft) + sum(each.outputs for each in shape.target_linears(peft.target_modules))
 
 
 def _ia3(shape: ModelShape, peft: PeftConfig) -> int:
     return shape.kv_elements + shape.layers * shape.intermediate
 
 
-def _places(peft: PeftConfig) -> int:
+def _num_placements(peft: PeftConfig) -> int:
     return 2 if peft.placement == "houlsby" else 1
 
 
 def _bottlenecks(shape: ModelShape, peft: PeftConfig) -> int:
-    return _places(peft) * shape.layers * (2 * shape.hidden * peft.size + peft.size + shape.hidden)
+    return _num_placements(peft) * shape.layers * (2 * shape.hidden * peft.size + peft.size + shape.hidden)
 
 
 def _kept_by_updates(shape: ModelShape, b: int, peft: PeftConfig) -> float:
-    """Of seven linear layers, what `lora_A` makes."""
+    """The output of `lora_A` in seven linear layers."""
     return b * 7 * peft.rank
 
 
 def _kept_by_dora(shape: ModelShape, b: int, peft: PeftConfig) -> float:
-    """The frozen weight's result and the update's too: both are multiplied by a factor that trains."""
-    results = 2 * sum(each.outputs for each in shape.updated(peft.target_modules))
+    """As `_kept_by_updates`, and the outputs of frozen weight and update: a trained factor scales both."""
+    results = 2 * sum(each.outputs for each in shape.target_linears(peft.target_modules))
     return _kept_by_updates(shape, b, peft) + b * results / shape.layers
 
 
 def _kept_by_factors(shape: ModelShape, b: int, peft: PeftConfig) -> float:
-    """What they multiply: keys and values, and in the factors' fp32 what enters the second linear layer."""
+    """The tensors that the factors multiply: keys, values, and in fp32 the second linear layer's input."""
     return b * 2 * shape.kv_heads * shape.head_size + 4 * shape.intermediate
 
 
 def _kept_by_bottlenecks(shape: ModelShape, b: int, peft: PeftConfig) -> float:
     """The inputs of `down` and of `up`."""
-    return _places(peft) * b * (shape.hidden + peft.size)
+    return _num_placements(peft) * b * (shape.hidden + peft.size)
 
 
 def _prefix(shape: ModelShape, peft: PeftConfig) -> int:
@@ -126,4 +127,4 @@ COSTS: dict[MethodName, MethodCost] = {
     "p_tuning": MethodCost(_p_tuning, "values", added_tokens=_tokens),
     "freeze": MethodCost(_last, "last", is_adapter=False),
 }
-"""Of each of `rlhf.models.peft.methods.METHODS`."""
+"""Costs by method of `rlhf.models.peft.methods.METHODS`."""

@@ -1,10 +1,10 @@
-"""Costs of the stages that sample and measure: generate, evaluate, compare."""
+"""Costs of the stages that sample and score answers: generate, evaluate, compare."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rlhf.costs.memory import SAMPLING, MemoryPhase, beside_vllm, frozen_runs, logits, reading, sampling
+from rlhf.costs.memory import SAMPLING, MemoryPhase, frozen_runs, logits, reading, sampling, with_vllm
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel, joined
@@ -12,8 +12,8 @@ from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.config import PeftConfig
 
 
-def most_added(on: CostContext, tuned: Iterable[PeftConfig | None]) -> int:
-    """Virtual tokens that any of the models which are trained like this puts before its rows."""
+def max_virtual_tokens(on: CostContext, tuned: Iterable[PeftConfig | None]) -> int:
+    """Largest number of virtual tokens that a model of these tuning methods puts before its rows."""
     return max((COSTS[peft.method].added_tokens(on.shape, peft) for peft in tuned if peft), default=0)
 
 
@@ -33,21 +33,25 @@ def sampling_cost(
     added: int = 0,
     rollouts: float | None = None,
 ) -> StageCost:
-    """The policies answer every prompt one after the other, and each answer is read again.
+    """Cost of sampling answers to every prompt from each policy, and of reading each answer again.
 
     Args:
-        policies: that answer one after the other.
+        samples: answers per prompt.
+        new_tokens: most tokens of an answer.
+        batch_rows: answers that a rank samples together.
+        micro_batch_tokens: most tokens of a pass.
+        policies: number of policies, which answer one after the other.
         readings: reward models that read every answer.
         measures: passes over every answer for log-probabilities.
-        models: in memory while answers are scored.
-        others: texts whose log-probabilities each policy gives.
+        models: models in memory while answers are scored.
+        others: lengths of other texts whose log-probabilities each policy computes.
         added: virtual tokens before every sequence.
-        rollouts: how often vLLM is handed a policy; None for once each.
+        rollouts: number of times that vLLM receives weights; None for once per policy.
     """
     answers = prompts.rows * samples
-    of_others = prompts.mean - prompts.shared_prefix
+    unshared = prompts.mean - prompts.shared_prefix
     repeated = prompts._replace(
-        shared_prefix=prompts.mean - of_others / samples
+        shared_prefix=prompts.mean - unshared / samples
     )  # samples of a prompt share it
     sampled = on.answers(new_tokens if prompts.rows else 0)
     length = joined(repeated, sampled)
@@ -57,22 +61,22 @@ def sampling_cost(
     rows = min(batch_rows, answers / on.ranks)
     scored = on.pass_tokens(answers, length, micro_batch_tokens)
     texts = [(answers, length), *((each.rows, each) for each in others)]
-    most = max(on.pass_tokens(count, each, micro_batch_tokens) for count, each in texts)
+    largest = max(on.pass_tokens(count, each, micro_batch_tokens) for count, each in texts)
     phases = [
         MemoryPhase(SAMPLING, [model, *sampling(on, rows, prompts.longest, new_tokens, gathers=shards)]),
-        MemoryPhase("measuring", [*running, reading(on, most), logits(on, learns=False)]),
+        MemoryPhase("measuring", [*running, reading(on, largest), logits(on, learns=False)]),
         MemoryPhase("scoring", [*[model] * (models - 1), *running, reading(on, scored)]),
     ]
     worker = ThroughputModel(on)
-    answered = policies * answers
-    computed = on.computed(answered * length.mean, length)
+    all_answers = policies * answers
+    computed = on.computed(all_answers * length.mean, length)
     work = [
         worker.load(policies + readings, what="models"),
-        *worker.decode(answered, batch_rows, repeated, sampled, what="answers"),
-        *worker.rollouts(policies if rollouts is None else rollouts, answered, what="answers"),
+        *worker.decode(all_answers, batch_rows, repeated, sampled, what="answers"),
+        *worker.rollouts(policies if rollouts is None else rollouts, all_answers, what="answers"),
         *worker.gathering(policies * on.gathers_a_rollout(new_tokens), what="weights to sample from"),
         worker.read(
-            measures * computed, length.mean, predicted=measures * answered * sampled.mean,
+            measures * computed, length.mean, predicted=measures * all_answers * sampled.mean,
             what="log-probabilities of answers",
         ),
         worker.read(readings * computed, length.mean, what="scores"),
@@ -86,5 +90,5 @@ def sampling_cost(
     ]  # fmt: skip
     longest = added + max([length.longest, *(each.longest for each in others if added)])
     return StageCost(
-        beside_vllm(on, phases), work, longest=longest, sampled=length.longest, context=on.shape.context
+        with_vllm(on, phases), work, longest=longest, sampled=length.longest, context=on.shape.context
     )

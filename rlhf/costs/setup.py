@@ -24,18 +24,19 @@ if TYPE_CHECKING:
     from rlhf.generation.vllm import VllmConfig
 
 LocalSampling = Literal["whole", "layers"]
-"""Sharded weights are gathered whole for a rollout, which is fast; or layer by layer in each pass."""
+"""How sharded weights are gathered to sample. whole: once per rollout, which is fast; layers: layer by
+layer in each pass."""
 Sizes = Callable[[str, Split], LengthStats]
-"""(role, split) -> how many rows there are, and their lengths."""
-LARGEST_BATCH = 2.5
-"""Standard deviations by which the largest of some hundred batches passes the mean one."""
-DRAWN_BATCHES = 100
-"""At most, to find the largest pass of padded rows."""
+"""(role, split) -> number of rows and their lengths."""
+LARGEST_BATCH_DEVIATIONS = 2.5
+"""Standard deviations by which the largest of some hundred batches exceeds the mean batch."""
+MAX_DRAWN_BATCHES = 100
+"""Most batches that are drawn to find the largest pass of padded rows."""
 
 
 @dataclass(frozen=True)
 class CostContext:
-    """Everything that costs are computed from, except the stage's own keys."""
+    """All inputs of a cost, except the stage's own keys."""
 
     shape: ModelShape
     dtype_bytes: int
@@ -45,103 +46,112 @@ class CostContext:
     vllm: VllmConfig | None = None
     """vLLM's settings; None for the local engine."""
     has_sampled: bool = False
-    """An earlier stage of the run has sampled, so vLLM holds its memory from the beginning."""
+    """Whether an earlier stage of the run has sampled, so that vLLM holds its memory from the beginning."""
     pads: bool = False
-    """Rows are padded to the longest of a pass, not packed."""
+    """Whether rows are padded to the longest of a pass, not packed."""
     local_sampling: LocalSampling = "whole"
     """How the local engine samples from sharded weights. The preflight chooses."""
     answer_tokens: float | None = None
-    """Tokens of a mean sampled answer; None: each is as long as it may be."""
+    """Mean tokens of a sampled answer; None: every answer has the maximum length."""
 
     @property
     def on_cpu(self) -> bool:
-        """Tensors are in the host's memory."""
+        """Whether tensors are in the host's memory."""
         return self.machine.kind == "cpu"
 
     @property
     def ranks(self) -> int:
-        """Ranks on all nodes."""
+        """Number of ranks on all nodes."""
         return self.machine.ranks
 
     @property
     def shards_weights(self) -> bool:
-        """No rank has the whole model."""
+        """Whether weights are sharded, so that no rank has the full model."""
         return self.zero not in ("none", "zero1", "zero2")
 
     @property
     def shard_ranks(self) -> int:
-        """Ranks over which `zero=` shards: all of them, or with hsdp those of a node; 1 without sharding."""
+        """Ranks over which `zero=` shards: all ranks, or with hsdp those of a node; 1 without sharding."""
         if self.zero == "none":
             return 1
         return min(self.machine.ranks_here, self.ranks) if self.zero == "hsdp" else self.ranks
 
     def answers(self, longest: int) -> LengthStats:
-        """Sampled answers of at most so many tokens."""
+        """Lengths of sampled answers of at most `longest` tokens."""
         mean = min(float(longest), self.answer_tokens or longest)
         return LengthStats(0, mean, min(mean, longest - mean) / 2, longest)
 
     def gathers_a_rollout(self, new_tokens: int) -> int:
-        """How often sharded weights are gathered to sample: once, or for each token."""
+        """Number of times that a rollout gathers sharded weights: once, or once per token."""
         by_layers = self.vllm is None and self.local_sampling == "layers"
         return new_tokens if by_layers and self.shards_weights else 1
 
-    def pass_tokens(self, rows: float, lengths: LengthStats, most: int) -> float:
-        """Tokens of a rank's largest forward pass, padding included, where so many rows are a batch over all
-        ranks."""
+    def pass_tokens(self, rows: float, lengths: LengthStats, max_tokens: int) -> float:
+        """Tokens of a rank's largest forward pass, padding included.
+
+        Args:
+            rows: rows of a batch, over all ranks.
+            max_tokens: largest number of real tokens in a pass.
+        """
         if self.pads:
-            return largest_padded(max(1, math.ceil(rows / self.ranks)), lengths, most)
-        tokens = self._real_tokens(rows, lengths, most)
+            return largest_padded_pass(max(1, math.ceil(rows / self.ranks)), lengths, max_tokens)
+        tokens = self._real_tokens(rows, lengths, max_tokens)
         return max(float(lengths.longest), self.computed(tokens, lengths))
 
     def computed(self, tokens: float, lengths: LengthStats) -> float:
-        """Of so many tokens in rows of such lengths, those that go through a model: on CPUs what packed rows
-        begin with alike does once."""
+        """How many of these tokens go through the model: on CPUs a prefix that packed rows share is computed
+        once."""
         shares = self.on_cpu and not self.pads and lengths.mean > 0
         return tokens * (1 - lengths.shared_prefix / lengths.mean) if shares else tokens
 
-    def _real_tokens(self, rows: float, lengths: LengthStats, most: int) -> float:
-        mine = rows / self.ranks
-        batch = mine * lengths.mean + LARGEST_BATCH * math.sqrt(mine) * lengths.deviation
-        return max(float(lengths.longest), min(float(most), batch))
+    def _real_tokens(self, rows: float, lengths: LengthStats, max_tokens: int) -> float:
+        rank_rows = rows / self.ranks
+        batch = rank_rows * lengths.mean + LARGEST_BATCH_DEVIATIONS * math.sqrt(rank_rows) * lengths.deviation
+        return max(float(lengths.longest), min(float(max_tokens), batch))
 
-    def passes(self, rows: float, lengths: LengthStats, most: int) -> int:
-        """Forward passes of one rank for a batch."""
+    def passes(self, rows: float, lengths: LengthStats, max_tokens: int) -> int:
+        """Number of forward passes of one rank for a batch of `rows` rows over all ranks."""
         tokens = rows / self.ranks * lengths.mean
-        return max(1, math.ceil(tokens / max(1.0, self._real_tokens(rows, lengths, most))))
+        return max(1, math.ceil(tokens / max(1.0, self._real_tokens(rows, lengths, max_tokens))))
 
     def starting(self, directory: Path | None) -> CostContext:
-        """Where a model of the user's is trained or run instead of the base model: as large as that, where
-        its config does not tell."""
+        """This context with the model in a directory instead of the base model.
+
+        The shape stays that of the base model if the directory is None or its config does not tell.
+        """
         try:
             return self if directory is None else replace(self, shape=shape_in(directory))
         except UnknownShapeError:
             return self
 
     def tuned(self, peft: PeftConfig) -> CostContext:
-        """Where a model is tuned like this: rows behind virtual tokens are padded."""
+        """This context with a tuning method: rows with virtual tokens are padded."""
         return replace(self, pads=self.pads or METHODS[peft.method].pads)
 
 
 @cache
-def largest_padded(rows: int, lengths: LengthStats, most: int) -> int:
-    """Rows times the longest row, of the largest pass that batches of so many rows are split into.
+def largest_padded_pass(rows: int, lengths: LengthStats, max_tokens: int) -> int:
+    """Tokens of the largest pass, padding included, when batches of `rows` rows are split into passes.
 
-    Texts are many short ones and a few long ones: the lengths are drawn from the log-normal distribution of
-    that mean and deviation, and one of them is the longest there is.
+    Most texts are short and a few are long, so lengths are drawn from the log-normal distribution with the
+    mean and deviation of `lengths`. One row of the first batch has the longest length.
+
+    Args:
+        max_tokens: largest number of real tokens in a pass.
     """
-    chance, largest = Random(0), 0
+    random, largest = Random(0), 0
     variance = math.log1p((lengths.deviation / max(1.0, lengths.mean)) ** 2)
     middle = math.log(max(1.0, lengths.mean)) - variance / 2
-    for batch in range(max(1, min(DRAWN_BATCHES, lengths.rows // rows))):
-        drawn = [chance.lognormvariate(middle, math.sqrt(variance)) for _ in range(rows)]
+    for batch in range(max(1, min(MAX_DRAWN_BATCHES, lengths.rows // rows))):
+        drawn = [random.lognormvariate(middle, math.sqrt(variance)) for _ in range(rows)]
         tokens = [min(lengths.longest, max(1, round(each))) for each in drawn]
         if batch == 0:
             tokens[0] = lengths.longest
-        passes = token_budget_batches(tokens, most)  # the longest rows first, in each too
+        passes = token_budget_batches(tokens, max_tokens)  # longest row first, in each pass too
         largest = max(largest, *(len(each) * tokens[each[0]] for each in passes))
     return largest
 
 
 def pads_rows(model: ModelConfig, shape: ModelShape) -> bool:
-    """Whether rows are padded: by `model.attention`, or because the model cannot take packed rows."""
+    """Whether rows are padded: because of `model.attention`, or because the model cannot be packed."""
     return model.attention != ATTENTION and not (model.attention == "auto" and shape.can_pack)

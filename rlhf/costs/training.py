@@ -1,4 +1,4 @@
-"""What the stages that see fixed data need: SFT and the reward model."""
+"""Costs of the stages that train on fixed data: SFT, reward model, DPO."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ def training_cost(
     has_logits: bool,
     longest: int,
 ) -> StageCost:
-    """One engine that trains one model.
+    """Cost of training one model with one engine.
 
     Args:
-        train: of the sequences that go through the model.
-        has_logits: the output layer predicts each token; else a scalar head reads the last.
-        longest: tokens of one row.
+        train: lengths of the sequences that go through the model.
+        held_out: the same for held-out rows.
+        has_logits: the output layer predicts each token; else a scalar head reads the last token.
+        longest: tokens of the longest row.
     """
     on = on.tuned(peft)
     trained = Trained(on, peft, scalars=0 if has_logits else 1)
@@ -61,7 +62,7 @@ def training_cost(
         loading(on, trained),
         MemoryPhase("forward and backward", [*running, *trained.gradients(passes=passes), graph, *heads]),
         MemoryPhase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
-        MemoryPhase("publishing", [*states, *published(on, trained.parameters)]),
+        MemoryPhase("publishing", [*states, *publishing_memory(on, trained.parameters)]),
     ]
     if held_out.rows:
         read = reading(on, on.pass_tokens(held_out.rows, held_out, micro_batch_tokens))
@@ -93,38 +94,43 @@ def training_cost(
     )  # fmt: skip
 
 
-def published(on: CostContext, parameters: float) -> list[Allocation]:
-    """While the engine is still there: each rank gathers one weight at a time, and keeps on the host what
-    will be one file of its own. What rank 0 then makes of it is mapped from files."""
+def publishing_memory(on: CostContext, parameters: float) -> list[Allocation]:
+    """Memory of publishing, while the engine still exists.
+
+    Each rank gathers one weight at a time and holds the content of one file on the host. Rank 0 then maps the
+    files, which is not counted.
+    """
     from rlhf.training.trained import FILE_BYTES
 
     b = on.dtype_bytes
     own = min(FILE_BYTES, b * parameters / on.ranks)
-    how = f"trained: {billions(parameters)} x {b} B{over(on.ranks)}, at most a file of {amount(FILE_BYTES)}"
-    parts = [Allocation("weights", own, how, True)]
+    formula = (
+        f"trained: {billions(parameters)} x {b} B{over(on.ranks)}, at most a file of {amount(FILE_BYTES)}"
+    )
+    parts = [Allocation("weights", own, formula, True)]
     if on.shards_weights:
-        how = f"the largest weight, gathered to write it: {billions(on.shape.largest)} x {b} B"
-        parts.append(Allocation("weights", b * min(on.shape.largest, parameters), how))
+        formula = f"the largest weight, gathered to write it: {billions(on.shape.largest)} x {b} B"
+        parts.append(Allocation("weights", b * min(on.shape.largest, parameters), formula))
     return parts
 
 
 def artifact_bytes(on: CostContext, peft: PeftConfig, *, is_scalar: bool = False) -> float:
-    """On disk: the model where the method merges, and what trained beside it."""
-    beside = 0 if peft.method == "none" else on.dtype_bytes * COSTS[peft.method].published(on.shape, peft)
+    """Bytes of the artifact on disk: the model if the method merges, and the trained adapter."""
+    adapter = 0 if peft.method == "none" else on.dtype_bytes * COSTS[peft.method].published(on.shape, peft)
     model = frozen_weights(on, "published", is_scalar=is_scalar).size
-    return beside + (model if METHODS[peft.method].merges else 0)
+    return adapter + (model if METHODS[peft.method].merges else 0)
 
 
 def with_replayed(train: LengthStats, replay: LengthStats, fraction: float) -> LengthStats:
-    """Rows with others beside each.
+    """Lengths of rows when replayed rows are mixed in; the number of rows stays.
 
     Args:
-        fraction: of all tokens, those of the others.
+        fraction: share of replayed tokens in all tokens.
     """
-    beside = train.mean * fraction / (1 - fraction)  # tokens to each row
+    replayed = train.mean * fraction / (1 - fraction)  # tokens per row
     return train._replace(
-        mean=train.mean + beside, longest=max(train.longest, replay.longest),
-        deviation=math.sqrt(train.deviation**2 + beside / replay.mean * replay.deviation**2),
+        mean=train.mean + replayed, longest=max(train.longest, replay.longest),
+        deviation=math.sqrt(train.deviation**2 + replayed / replay.mean * replay.deviation**2),
     )  # fmt: skip
 
 
@@ -138,11 +144,11 @@ def with_reference(
     others: float,
     micro_batch_tokens: int,
 ) -> StageCost:
-    """A cost behind a frozen model that reads all rows before the one that trains is loaded.
+    """The cost with that of a frozen reference, which reads all rows before the trained model is loaded.
 
     Args:
-        passes: so often it reads them.
-        others: tokens that are read beside them.
+        passes: number of times that the reference reads all rows.
+        others: further tokens that it reads.
     """
     worker = ThroughputModel(on)
     read = on.pass_tokens(train.rows, train, micro_batch_tokens)

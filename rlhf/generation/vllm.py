@@ -38,7 +38,7 @@ WEIGHTS, CACHE = "weights", "kv_cache"
 """vLLM's tags of the memory that it frees while it sleeps. Each can be woken separately."""
 BATCHED_TOKENS = 8192
 """Prompt tokens that an engine on a GPU reads in one pass. A new engine tries such a pass, to check that the
-memory is sufficient: `rlhf.costs.memory.beside_vllm` counts that memory."""
+memory is sufficient: `rlhf.costs.memory.with_vllm` counts that memory."""
 BLOCK_TOKENS = {"cuda": 16, "cpu": 128}
 """Device type -> tokens in one block of vLLM's KV cache."""
 MIN_PORTIONS = 8

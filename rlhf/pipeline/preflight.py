@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from rlhf.config import ConfigError, in_user_keys
-from rlhf.costs.hardware import GIB, found_machine, kept_speed, quick_speed
+from rlhf.costs.hardware import GIB, local_machine, quick_speed, saved_speed
 from rlhf.costs.memory import SAMPLING, Allocation, MemoryPhase, amount, over, vllm_row, weight_bytes
-from rlhf.costs.model_shape import ModelShape, counted
+from rlhf.costs.model_shape import ModelShape, shape_of_model
 from rlhf.costs.setup import CostContext, LocalSampling, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost, Task
 from rlhf.data.prepared import PreparedData
@@ -109,7 +109,7 @@ def check_before_loading(
             check_tuning(stage, models[stage.name], check_attachable if is_known else check_publishable)
         for line in adapter_notes(stages, models):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        on = cost_context(settings, counted(model), compute, data.size)
+        on = cost_context(settings, shape_of_model(model), compute, data.size)
     except UnknownShapeError as unknown:
         unchecked = f"Memory, time, disk and context are not checked: {unknown}."
         console.print(unchecked, style="yellow", highlight=False)
@@ -585,12 +585,12 @@ def checkpoint_note(cost: StageCost, on: CostContext) -> str:
 
 def cost_context(settings: Settings, shape: ModelShape, compute: Compute, sizes: Sizes) -> CostContext:
     """The context of this run's costs, with the base model's shape."""
-    speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
+    speed = saved_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
     return CostContext(
         shape=shape,
         dtype_bytes=compute.dtype.itemsize,
         zero=settings.zero,
-        machine=found_machine(compute, speed),
+        machine=local_machine(compute, speed),
         sizes=sizes,
         vllm=settings.vllm if settings.generation == "vllm" else None,
         pads=pads_rows(settings.model, shape),

@@ -1,5 +1,8 @@
-"""What a policy gradient needs: for PPO four models, and an engine that trains two of them; without a critic
-three, of which one trains."""
+"""Costs of the policy-gradient stages.
+
+PPO has four models, of which one engine trains two (policy and critic). Without a critic there are three
+models, of which one trains.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from rlhf.costs.memory import (
     MemoryPhase,
     Trained,
     activations,
-    beside_vllm,
     folded,
     frozen_runs,
     frozen_weights,
@@ -22,31 +24,33 @@ from rlhf.costs.memory import (
     logits,
     reading,
     sampling,
+    with_vllm,
 )
 from rlhf.costs.model_shape import ModelShape
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, Task, ThroughputModel, joined
-from rlhf.costs.training import artifact_bytes, published
+from rlhf.costs.training import artifact_bytes, publishing_memory
 from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import directory_of
 from rlhf.ppo.config import PolicyConfig, PpoConfig
 from rlhf.rewards.kinds import RewardPart, models_of, stage_of
 
-FOLDED = ("lora", "dora", "ia3")
+FOLDED_METHODS = ("lora", "dora", "ia3")
 """Methods whose adapters are merged into copies of the weights while the policy samples."""
 
 
 def policy_cost(
     config: PolicyConfig, on: CostContext, *, reward_method: str | None, reward_init: str | None = None
 ) -> StageCost:
-    """All models read each episode, and policy and critic learn from it. Three models read each evaluated
-    answer.
+    """Cost of a policy-gradient stage.
+
+    All models read each episode; policy and critic learn from it. Three models read each evaluated answer.
 
     Args:
-        reward_method: how the reward stage tuned its model; None if another model or a rule scores.
-        reward_init: what that stage started from; None if it is the policy's start.
+        reward_method: tuning method of the reward stage; None if another model or a rule scores.
+        reward_init: the reward stage's initial model; None if it is the policy's.
     """
     base, same_start = on, reward_init in (None, config.init)
     on = on.starting(directory_of(config.init)).tuned(config.peft)
@@ -55,15 +59,15 @@ def policy_cost(
         scorer = on if same_start else base.starting(directory_of(reward_init or config.init))
     prompts = on.sizes("ppo", "train")
     length = joined(prompts, on.answers(config.max_new_tokens))
-    batch, mini, most = config.batch_episodes, config.minibatch_episodes, config.micro_batch_tokens
-    scored = on.pass_tokens(batch, length, most)
-    once = mini == batch and on.passes(batch, length, most) == 1
-    passes = on.passes(mini, length, most)
+    batch, minibatch, max_tokens = config.batch_episodes, config.minibatch_episodes, config.micro_batch_tokens
+    scored = on.pass_tokens(batch, length, max_tokens)
+    once = minibatch == batch and on.passes(batch, length, max_tokens) == 1
+    passes = on.passes(minibatch, length, max_tokens)
 
     method = METHODS[config.peft.method]
     shares = method.shares and on.zero == "none"
     folds = shares and reward_method == "lora" and same_start
-    """The reward model is the policy's start with an adapter."""
+    """Whether the reward model is the policy's initial model with an adapter."""
     own_reward = scorer is not None and not folds
     with_critic = config if isinstance(config, PpoConfig) else None
     critic_on_reward = own_reward and with_critic is not None and with_critic.critic_on_reward
@@ -74,46 +78,49 @@ def policy_cost(
     if critic is not None:
         sets = 1 + (critic_on_reward if shares else 1)
         trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)
-    named = "policy" if critic is None else "policy and critic"
-    states = [*trained.weights(named), trained.optimizer(), *trained.buffers()]
-    placed = config.placement(shards_weights=on.shards_weights)
+    name = "policy" if critic is None else "policy and critic"
+    states = [*trained.weights(name), trained.optimizer(), *trained.buffers()]
+    placement = config.placement(shards_weights=on.shards_weights)
     of_reference, of_reward = [], []
-    if config.shares_reference(shards_weights=on.shards_weights):  # what is gathered of the policy's weights
+    if config.shares_reference(shards_weights=on.shards_weights):
+        # only the gathered layers: the weights are the policy's
         of_reference = frozen_runs(on, "reference")[1:]
     elif not shares:
-        held, *of_reference = frozen_runs(on, "reference", placed)
-        states.append(held)
+        weights, *of_reference = frozen_runs(on, "reference", placement)
+        states.append(weights)
     others = []
     if scorer is not None and own_reward and not (shares and critic_on_reward):
-        held, *of_reward = frozen_runs(scorer, "reward model", placed, is_scalar=True)
-        states.append(held)
-        read_as = "sharded" if placed == "sharded" else "replicated"
+        weights, *of_reward = frozen_runs(scorer, "reward model", placement, is_scalar=True)
+        states.append(weights)
+        read_as = "sharded" if placement == "sharded" else "replicated"
         others = [frozen_weights(scorer, "reward model", read_as, is_scalar=True)]
-    for more in more_scorers(config, on):
-        states.append(frozen_runs(more, "reward model", placed, is_scalar=True)[0])
-        others.append(frozen_weights(more, "reward model", "replicated", is_scalar=True))
-    best = on.dtype_bytes * trained.of_one
-    """Bytes of the best policy so far, which is on disk."""
+    for extra in more_scorers(config, on):
+        states.append(frozen_runs(extra, "reward model", placement, is_scalar=True)[0])
+        others.append(frozen_weights(extra, "reward model", "replicated", is_scalar=True))
+    best_policy_bytes = on.dtype_bytes * trained.parameters_per_model
+    """Size of the best policy so far, which is stored on disk."""
 
     running = [*states, *trained.gathered()]
-    learned = on.pass_tokens(mini, length, most)
+    learned = on.pass_tokens(minibatch, length, max_tokens)
 
-    def graph(of: CostContext, beside: ModelShape | None = None) -> Allocation:
+    def graph(of: CostContext, second_shape: ModelShape | None = None) -> Allocation:
         return activations(
             of, learned, length.longest, config.peft, checkpointing=config.activation_checkpointing,
-            beside=beside,
+            second_shape=second_shape,
         )  # fmt: skip
 
-    both = once or on.zero not in ("none", "fsdp2", "hsdp")
-    kept = graph(on)
+    keeps_both = once or on.zero not in ("none", "fsdp2", "hsdp")
+    graphs = graph(on)
     if critic is not None:
-        kept = graph(on, critic.shape) if both else max(kept, graph(critic), key=lambda part: part.size)
+        graphs = (
+            graph(on, critic.shape) if keeps_both else max(graphs, graph(critic), key=lambda part: part.size)
+        )
     rows = decoded_rows(config, on, max(batch, config.evaluate_prompts))
     decoding = sampling(
-        on, rows, prompts.longest, config.max_new_tokens, folds=config.peft.method in FOLDED,
+        on, rows, prompts.longest, config.max_new_tokens, folds=config.peft.method in FOLDED_METHODS,
         gathers=on.shards_weights,
     )  # fmt: skip
-    mix = list(mixed(with_critic, on, once=once)) if with_critic is not None else []
+    mix = list(mix_activations(with_critic, on, once=once)) if with_critic is not None else []
     phases = [
         loading(on, trained, *others),
         MemoryPhase(SAMPLING, [*states, *decoding]),
@@ -124,17 +131,23 @@ def policy_cost(
         MemoryPhase("reference", [*states, *of_reference, reading(on, scored), logits(on, learns=False)]),
         MemoryPhase(
             "learning",
-            [*running, *trained.gradients(passes=passes, together=once), kept, *mix, logits(on, learns=True)],
+            [
+                *running,
+                *trained.gradients(passes=passes, together=once),
+                graphs,
+                *mix,
+                logits(on, learns=True),
+            ],
         ),
         MemoryPhase(
             "optimizer step", [*states, *trained.gradients(passes=passes, at_step=True, together=once)]
         ),
-        MemoryPhase("publishing", [*states, *published(on, trained.of_one)]),
+        MemoryPhase("publishing", [*states, *publishing_memory(on, trained.parameters_per_model)]),
     ]
     return StageCost(
-        beside_vllm(on, phases), policy_work(config, on, scorer, critic, trained, once=once),
+        with_vllm(on, phases), policy_work(config, on, scorer, critic, trained, once=once),
         artifact=artifact_bytes(on, config.peft),
-        checkpoint=3 * FP32 * trained.parameters + best,
+        checkpoint=3 * FP32 * trained.parameters + best_policy_bytes,
         longest=length.longest + COSTS[config.peft.method].added_tokens(on.shape, config.peft),
         sampled=length.longest, context=on.shape.context,
         tokens=config.steps * batch * length.mean,
@@ -142,8 +155,10 @@ def policy_cost(
 
 
 def own_scorer(config: PolicyConfig, on: CostContext) -> CostContext | None:
-    """The shape of the first `model:DIR` that scores, where the reward stage's does not; None if rules score
-    alone."""
+    """Context with the shape of the first `model:DIR` that scores.
+
+    None if the reward stage's model scores, or if only rules score.
+    """
     models = models_of(config.reward)
     if not models or any(stage_of(part.source) for part in models):
         return None
@@ -151,26 +166,31 @@ def own_scorer(config: PolicyConfig, on: CostContext) -> CostContext | None:
 
 
 def more_scorers(config: PolicyConfig, on: CostContext) -> list[CostContext]:
-    """The shapes of the other models that score: those of an ensemble."""
+    """Contexts with the shapes of an ensemble's further models."""
     models = models_of(config.reward)
     first = next((part for part in models if stage_of(part.source)), models[0] if models else None)
     return [_shape(part, on) for part in models if part is not first]
 
 
 def _shape(part: RewardPart, on: CostContext) -> CostContext:
-    """The policy's, if a model's config does not say."""
+    """Context with the shape of a reward model; the policy's shape if the model's config does not tell."""
     return on if stage_of(part.source) else on.starting(Path(part.source.removeprefix("model:")))
 
 
 def decoded_rows(config: PolicyConfig, on: CostContext, rows: int) -> float:
-    """How many of all ranks' rows one rank decodes together."""
+    """Rows that one rank decodes together.
+
+    Args:
+        rows: rows of all ranks.
+    """
     return min(config.batch_rows or rows, rows / on.ranks)
 
 
-def mixed(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocation]:
-    """Activations of the pretraining mix that are in memory together with those of PPO's losses.
+def mix_activations(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocation]:
+    """Activations of the pretraining mix that are in memory in addition to those of PPO's own losses.
 
-    One pass if the rollout's pass was kept, all passes under DeepSpeed; else none, and the larger counts.
+    One pass of the mix if the rollout's pass is kept; all its passes under DeepSpeed. Else the two are not in
+    memory together: only the part by which the mix is larger.
     """
     if not config.ptx.coef:
         return
@@ -186,15 +206,15 @@ def mixed(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocat
 
 
 def mix_lengths(config: PpoConfig, on: CostContext) -> LengthStats:
-    """Lengths of the mix's rows, cut to the context beside virtual tokens."""
-    room = on.shape.context - COSTS[config.peft.method].added_tokens(on.shape, config.peft)
-    return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(room)
+    """Lengths of the mix's rows, cut to the context without virtual tokens."""
+    max_tokens = on.shape.context - COSTS[config.peft.method].added_tokens(on.shape, config.peft)
+    return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(max_tokens)
 
 
-def in_groups(prompts: LengthStats, size: int) -> LengthStats:
-    """Prompts of which each is answered so often: all but one of a group share the whole prompt."""
-    own = prompts.mean - prompts.shared_prefix
-    return prompts._replace(shared_prefix=prompts.mean - own / size)
+def grouped_prompts(prompts: LengthStats, size: int) -> LengthStats:
+    """Lengths of prompts with `size` answers each: all but one answer of a group share the full prompt."""
+    unshared = prompts.mean - prompts.shared_prefix
+    return prompts._replace(shared_prefix=prompts.mean - unshared / size)
 
 
 def policy_work(
@@ -206,19 +226,23 @@ def policy_work(
     *,
     once: bool,
 ) -> list[Task]:
-    """The work of all steps."""
+    """The tasks of all steps and evaluations.
+
+    Args:
+        once: one pass covers the whole batch, so the pass that scores a rollout is the one that learns.
+    """
     worker, answers = ThroughputModel(on), on.answers(config.max_new_tokens)
     new = answers.mean
-    asked = on.sizes("ppo", "train")
-    prompts = in_groups(asked, config.group_size)
+    single_prompts = on.sizes("ppo", "train")
+    prompts = grouped_prompts(single_prompts, config.group_size)
     both = joined(prompts, answers)
     length, computed = both.mean, on.computed(both.mean, both)
-    """The tokens of a row, and how many of them a model computes."""
+    """Mean tokens of a row, and how many of them go through a model."""
     episodes = config.steps * config.batch_episodes
     evaluations = 1 + math.ceil(config.steps / config.evaluate_every)
     evaluated = evaluations * min(config.evaluate_prompts, on.sizes("ppo", "held_out").rows)
-    by_policies = episodes + 2 * evaluated  # the reference; in evaluations the policy too
-    by_policies += 0 if once else episodes  # they score before they learn
+    scored_rows = episodes + 2 * evaluated  # the reference reads all; the policy also reads evaluations
+    scored_rows += 0 if once else episodes  # policies score before they learn
     learned = config.epochs * episodes
     updates = config.steps * config.epochs * math.ceil(config.batch_episodes / config.minibatch_episodes)
     mixed_in = []
@@ -236,7 +260,7 @@ def policy_work(
     updating = updates * on.passes(config.minibatch_episodes, both, config.micro_batch_tokens)
     readings = [
         worker.read(
-            by_policies * computed, length, predicted=by_policies * new, what="log-probabilities"
+            scored_rows * computed, length, predicted=scored_rows * new, what="log-probabilities"
         ),
     ]  # fmt: skip
     learning = [
@@ -254,8 +278,8 @@ def policy_work(
             what="critic",
         ))  # fmt: skip
         loads.insert(0, model.load(1, what="critic"))
-    of_policy = 1 if critic is None else 2
-    models = 1 + len(scorers) + (0 if once else of_policy)  # reward and reference; policy, critic
+    num_trained = 1 if critic is None else 2
+    models = 1 + len(scorers) + (0 if once else num_trained)  # reference and reward models; policy and critic
     return [
         worker.load(3, what="policy, reference, published model"),
         *loads,
@@ -264,14 +288,17 @@ def policy_work(
             episodes, decoded_rows(config, on, config.batch_episodes), prompts, answers, what="episodes"
         ),
         *worker.decode(
-            evaluated, decoded_rows(config, on, config.evaluate_prompts), asked, answers, what="evaluations",
+            evaluated, decoded_rows(config, on, config.evaluate_prompts), single_prompts, answers,
+            what="evaluations",
         ),
         *worker.rollouts(config.steps + evaluations, episodes + evaluated, what="episodes"),
         *readings,
         *worker.gathering(models * passes, what="scoring"),
         *worker.gathering(config.steps * on.gathers_a_rollout(answers.longest), what="sampled weights"),
         *learning,
-        *worker.exchanging(of_policy * updating, updates, trained.parameters / of_policy, what="learning"),
+        *worker.exchanging(
+            num_trained * updating, updates, trained.parameters / num_trained, what="learning"
+        ),
         *mixed_in,
         worker.optimize(trained.parameters, updates),
     ]  # fmt: skip

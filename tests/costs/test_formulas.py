@@ -29,7 +29,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import MethodName
 from rlhf.pipeline.costing import cost_of
 from rlhf.planner.report import explanation, phases, table
-from rlhf.planner.strategies import Figure, Strategy, Use, prefill, served
+from rlhf.planner.strategies import Figure, Strategy, UseCase, added_latency, prefill
 from rlhf.training.trained import FILE_BYTES
 
 TEN, HUNDRED = LengthStats(0, 10.0, 0.0, 10), LengthStats(0, 100.0, 0.0, 100)
@@ -84,7 +84,7 @@ def test_planned_steps_are_those_that_are_taken() -> None:
     (update,) = (
         task for task in cost_of(found.stages["sft"], on, found.stages).work if task.activity == "optimizer"
     )
-    assert update.how.startswith("55 x ")  # 1.1 x 50 > 55 in floats
+    assert update.formula.startswith("55 x ")  # 1.1 x 50 > 55 in floats
 
 
 def test_work_by_hand() -> None:
@@ -121,18 +121,20 @@ def test_added_latency_by_hand() -> None:
                     intermediate=20)  # fmt: skip
     machine = replace(gpus(80).machine, speed=Speed(gflops=1e-3, gbytes=1e-3))
     on = replace(gpus(80), shape=shape, machine=machine)
-    use = Use(rows=9, prompt=6.0, answer=8.0, examples=0, passages=0, has_questions=True,
+    use = UseCase(rows=9, prompt=6.0, answer=8.0, examples=0, passages=0, has_questions=True,
               deploy="many_adapters", hours=None, max_added_latency=None)  # fmt: skip
     # 7 tokens, each of 2 x 1000 + 4 x 2 x 4 x 5 x 7 operations, at 0.39 of 1e6 a second
     assert prefill(on, 7).value == pytest.approx(7 * 3120 / 0.39e6)
     # factors of 2 layers' keys and values of 5 and 20 more, 2 bytes each at 1e6 a second; and for each of 8
     # tokens the kernels of half a layer's 2e-4 s, of two layers
     ia3 = PeftConfig(method="ia3")
-    assert served(on, ia3, use).value == pytest.approx(8 * (2 * (2 * 2 * 5 + 2 * 20) / 1e6 + 2 * 2e-4 * 0.5))
-    assert served(on, ia3, use._replace(deploy="merged")).value == 0.0
+    assert added_latency(on, ia3, use).value == pytest.approx(
+        8 * (2 * (2 * 2 * 5 + 2 * 20) / 1e6 + 2 * 2e-4 * 0.5)
+    )
+    assert added_latency(on, ia3, use._replace(deploy="merged")).value == 0.0
     # virtual tokens are read before each answer, also where all else is merged
     prefix = PeftConfig(method="prefix", tokens=7)
-    assert served(on, prefix, use._replace(deploy="merged")).value == pytest.approx(7 * 3120 / 0.39e6)
+    assert added_latency(on, prefix, use._replace(deploy="merged")).value == pytest.approx(7 * 3120 / 0.39e6)
 
 
 def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
@@ -207,7 +209,7 @@ def test_rows_that_ranks_decode_together_are_their_own() -> None:
 
     def passes(ranks: int, rows: int) -> str:
         _, decoding = ThroughputModel(gpus(80, ranks=ranks)).decode(rows, 64, TEN, HUNDRED, what="answers")
-        return decoding.how.partition(" times")[0]
+        return decoding.formula.partition(" times")[0]
 
     assert passes(1, 64) == passes(8, 512) == "answers: 100"
     assert passes(1, 512) == "answers: 800"
@@ -224,7 +226,7 @@ def test_vllm_ends_with_the_longest_answer() -> None:
 
     def steps(rows: int) -> str:
         _, decoding = ThroughputModel(on).decode(rows, 64, TEN, answers, what="answers")
-        return decoding.how.partition(" times")[0]
+        return decoding.formula.partition(" times")[0]
 
     assert steps(8) == steps(64) == "answers: 400"
     assert steps(640) == f"answers: {10 * 100 + 300}"
@@ -250,8 +252,8 @@ def test_a_gpu_may_be_slower_but_its_disk_is_not() -> None:
         work=[Task("train", 90.0, ""), Task("load", 10.0, "")], checkpoint=4e9, tokens=1800.0
     ).with_checkpoints(replace(gpus(80).machine, disk=1e9), 50.0)
     assert cost.work[-1] == ("checkpoint", 2 * 4.0, "2 x 4e+09 B at 1 GB/s a node")
-    assert cost.seconds == 108 and cost.at_most().seconds == 3 * 98 + 10
-    assert cost.throughput(2) == pytest.approx(3 * cost.at_most().throughput(2))
+    assert cost.seconds == 108 and cost.at_worst().seconds == 3 * 98 + 10
+    assert cost.throughput(2) == pytest.approx(3 * cost.at_worst().throughput(2))
     assert cost.with_checkpoints(gpus(80).machine, None) == cost
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from helpers.jobs import on_cpu
-from rlhf.costs.hardware import LIBRARIES, NCCL_BUFFERS, Speed, found_machine
+from rlhf.costs.hardware import LIBRARIES, NCCL_BUFFERS, Speed, local_machine
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.device import cgroup_memory_left, host_memory
 
@@ -25,7 +25,7 @@ def test_a_control_group_counts_what_the_kernel_would_not_give_up(tmp_path: Path
 
 
 def test_a_rank_on_a_cpu_may_have_what_is_left_and_what_it_has() -> None:
-    machine = found_machine(on_cpu(), Speed(1.0, 1.0))
+    machine = local_machine(on_cpu(), Speed(1.0, 1.0))
     own = psutil.Process().memory_info().rss
     assert 0.5 * own < machine.used - LIBRARIES < 2 * own
     assert machine.used < machine.memory <= psutil.virtual_memory().total
@@ -44,7 +44,7 @@ def test_of_a_gpu_a_rank_may_have_what_is_free_once_the_calibration_has_given_ba
 
     monkeypatch.setattr("torch.cuda.empty_cache", give_back)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 8e9))
-    machine = found_machine(Compute("cuda", "bfloat16"), Speed(1.0, 1.0))
+    machine = local_machine(Compute("cuda", "bfloat16"), Speed(1.0, 1.0))
     assert (machine.memory, machine.used) == (7e9, 0.0)
-    among_others = found_machine(Compute("cuda", "bfloat16", world_size=2), Speed(1.0, 1.0))
+    among_others = local_machine(Compute("cuda", "bfloat16", world_size=2), Speed(1.0, 1.0))
     assert among_others.used == NCCL_BUFFERS  # which nothing holds before ranks talk

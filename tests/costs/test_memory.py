@@ -30,12 +30,12 @@ from rlhf.costs.memory import (
     MemoryPhase,
     Trained,
     activations,
-    beside_vllm,
     kept_per_layer,
     kept_per_token,
     sampling,
     vllm_pass,
     vllm_row,
+    with_vllm,
     working_per_token,
 )
 from rlhf.costs.model_shape import shape_of
@@ -187,10 +187,10 @@ def test_the_optimizer_holds_what_is_predicted(peft: PeftConfig) -> None:
 def test_what_is_sharded(zero: Zero, weights: float, gradients: float, optimizer: float) -> None:
     trained = Trained(setting(zero, ranks=4), FULL)
     count = trained.parameters
-    held = [part.size for part in trained.weights("model") if "small" not in part.how]
+    held = [part.size for part in trained.weights("model") if "small" not in part.formula]
     assert sum(held) == pytest.approx(weights * count)
     parts = [*trained.buffers(), *trained.gradients(passes=2)]
-    held = [part.size for part in parts if not re.search("bucket|sent|part of it", part.how)]
+    held = [part.size for part in parts if not re.search("bucket|sent|part of it", part.formula)]
     assert sum(held) == pytest.approx(gradients * count)
     assert trained.optimizer().size == pytest.approx(optimizer * count)
 
@@ -211,7 +211,7 @@ def test_fsdp2_sends_a_layers_gradients_and_at_the_end_those_outside_the_layers(
     trained = Trained(on, FULL, models=2, weight_sets=2, scalars=1)
 
     def sent(**how: bool) -> float:
-        return sum(part.size for part in trained.gradients(passes=1, **how) if "sent" in part.how)
+        return sum(part.size for part in trained.gradients(passes=1, **how) if "sent" in part.formula)
 
     assert sent() == (2 + 4) * 1000 + 2 * 10
     assert sent(together=True) == (2 + 4) * 1000 + 2 * 20
@@ -222,7 +222,7 @@ def test_fsdp2_sends_a_layers_gradients_and_at_the_end_those_outside_the_layers(
 def test_deepspeeds_step_lays_gradients_of_one_model_at_a_time_end_to_end() -> None:
     for zero in ("zero2", "zero3"):
         trained = Trained(setting(zero, ranks=2), FULL, models=2, weight_sets=2)
-        parts = [each for each in trained.gradients(passes=2, at_step=True) if "one model" in each.how]
+        parts = [each for each in trained.gradients(passes=2, at_step=True) if "one model" in each.formula]
         assert sum(part.size for part in parts) == 4 * trained.parameters / 2 / 2
 
 
@@ -230,7 +230,7 @@ def test_deepspeeds_norm_of_a_large_weight_takes_more_than_that() -> None:
     def norm(zero: Zero, largest: int) -> list[float]:
         on = setting(zero, ranks=2)
         trained = Trained(replace(on, shape=replace(on.shape, largest=largest)), FULL)
-        return [part.size for part in trained.gradients(passes=2, at_step=True) if "norm" in part.how]
+        return [part.size for part in trained.gradients(passes=2, at_step=True) if "norm" in part.formula]
 
     count = setting().shape.parameters
     assert norm("zero2", count // 2) == [8 * (count // 2)] and norm("zero2", count // 4) == []
@@ -241,7 +241,7 @@ def test_a_weight_beyond_deepspeeds_bucket_is_sent_by_itself() -> None:
     def alone(largest: int, peft: PeftConfig) -> list[float]:
         on = setting("zero3", ranks=2)
         trained = Trained(replace(on, shape=replace(on.shape, largest=largest)), peft)
-        return [each.size for each in trained.gradients(passes=2) if "by itself" in each.how]
+        return [each.size for each in trained.gradients(passes=2) if "by itself" in each.formula]
 
     bucket = bucket_elements(setting().shape.parameters)
     assert alone(bucket + 1, FULL) == [(2 + 4) * (bucket + 1)]
@@ -256,13 +256,13 @@ def test_vllm_on_a_gpu_tries_its_largest_pass_when_it_is_built() -> None:
 
     def held(kind: Literal["cpu", "cuda"]) -> list[list[str]]:
         on = replace(setting(kind=kind), vllm=vllm)
-        return [[each.kind for each in phase.parts] for phase in beside_vllm(on, phases)]
+        return [[each.kind for each in phase.parts] for phase in with_vllm(on, phases)]
 
     assert held("cuda") == [["weights", "KV cache", "activations", "logits"], []]
     assert held("cpu") == [["weights", "KV cache"]] * 2
     on = replace(setting(kind="cuda"), vllm=vllm)
     layer, sampled = vllm_pass(on, vllm)
-    assert layer.size == BATCHED_TOKENS * working_per_token(on.shape, 2, parts=2)
+    assert layer.size == BATCHED_TOKENS * working_per_token(on.shape, 2, mlp_ranks=2)
     assert sampled.size == 100 * on.shape.vocabulary * (2 + 6 * 4)
     many = vllm.model_copy(update={"max_num_seqs": 2 * BATCHED_TOKENS})
     assert next(vllm_pass(on, many)).size == 2 * layer.size
@@ -373,11 +373,11 @@ def test_deepspeed_holds_the_gradients_that_are_predicted(tmp_path: Path, zero: 
 def test_the_largest_pass_is_within_the_budget_but_holds_the_longest_row() -> None:
     on = setting(ranks=2)
     rows = LengthStats(rows=100, mean=50.0, deviation=0.0, longest=60)
-    assert on.pass_tokens(16, rows, most=4096) == 8 * 50  # a rank's half of the batch
-    assert on.pass_tokens(16, rows, most=128) == 128
-    assert on.pass_tokens(16, rows, most=16) == 60
-    assert (on.passes(16, rows, most=4096), on.passes(16, rows, most=128)) == (1, 4)
-    assert on.pass_tokens(16, rows._replace(deviation=10.0), most=4096) > 8 * 50
+    assert on.pass_tokens(16, rows, max_tokens=4096) == 8 * 50  # a rank's half of the batch
+    assert on.pass_tokens(16, rows, max_tokens=128) == 128
+    assert on.pass_tokens(16, rows, max_tokens=16) == 60
+    assert (on.passes(16, rows, max_tokens=4096), on.passes(16, rows, max_tokens=128)) == (1, 4)
+    assert on.pass_tokens(16, rows._replace(deviation=10.0), max_tokens=4096) > 8 * 50
 
 
 LENGTHS = {
@@ -426,8 +426,8 @@ def test_a_prompt_and_its_answer_stand_behind_each_other() -> None:
 def test_what_rows_begin_with_alike_is_computed_once_where_rows_are_packed_on_a_cpu() -> None:
     rows = LengthStats(rows=100, mean=50.0, deviation=0.0, longest=60, shared_prefix=20.0)
     assert setting().computed(1000, rows) == 600
-    assert setting().pass_tokens(16, rows, most=4096) == 16 * 30
-    assert setting().pass_tokens(1, rows, most=4096) == 60
+    assert setting().pass_tokens(16, rows, max_tokens=4096) == 16 * 30
+    assert setting().pass_tokens(1, rows, max_tokens=4096) == 60
     for on in (setting(kind="cuda"), setting(pads=True)):
         assert on.computed(1000, rows) == 1000
     assert joined(rows, rows).shared_prefix == 40.0
@@ -448,7 +448,7 @@ def test_sampling_holds_a_cache_that_grows_with_rows_and_tokens() -> None:
 def test_only_the_lean_decoder_copies_weights(lean: bool, rows: int, copies: int) -> None:
     on = setting()
     on = replace(on, shape=replace(on.shape, is_lean=lean))
-    parts = [part for part in sampling(on, rows, 10, 26) if part.how.startswith("laid out")]
+    parts = [part for part in sampling(on, rows, 10, 26) if part.formula.startswith("laid out")]
     assert len(parts) == copies * multiplies_bf16()
 
 

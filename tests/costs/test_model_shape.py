@@ -135,7 +135,7 @@ def test_what_the_lean_decoder_runs() -> None:
 
 def test_norms_of_queries_and_keys_count_for_each_head() -> None:
     # 2 norms of 32, one of 4 heads of 16 and one of 2; the last norm stands behind all three layers
-    assert shape_of(CONFIGS["wide heads"]).normalized == 2 * 32 + 4 * 16 + 2 * 16 + 32 // 3
+    assert shape_of(CONFIGS["wide heads"]).norm_elements == 2 * 32 + 4 * 16 + 2 * 16 + 32 // 3
 
 
 def test_the_base_models_config_needs_no_weights(tmp_path: Path, tiny_model: Path) -> None:

@@ -23,7 +23,7 @@ from helpers.jobs import on_cpu
 from helpers.models import FAMILIES, REFUSED, tiny_family
 from helpers.trained import write_trained
 from rlhf.config import ConfigError
-from rlhf.costs.model_shape import counted
+from rlhf.costs.model_shape import shape_of_model
 from rlhf.generation.decoding_check import check_decoding
 from rlhf.generation.sampler import generate
 from rlhf.models.base import ModelConfig, load_tokenizer, skeleton
@@ -224,4 +224,4 @@ def test_the_documents_table_has_all_families() -> None:
 
 
 def test_sizes_are_counted_without_weights(family: Family) -> None:
-    assert counted(skeleton(family.model.config)).parameters == count_parameters(family.model)[1]
+    assert shape_of_model(skeleton(family.model.config)).parameters == count_parameters(family.model)[1]

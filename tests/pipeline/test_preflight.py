@@ -175,7 +175,7 @@ def test_ranks_that_run_one_engine_together_share_its_weights(tmp_path: Path) ->
         on = replace(gpus(8000), vllm=vllm)
         chain = build("stage=generate").stages
         cost = cost_of(chain["generate"], on, chain)
-        return sum(part.size for part in cost.phases[0].parts if part.how.startswith("vLLM's own"))
+        return sum(part.size for part in cost.phases[0].parts if part.formula.startswith("vLLM's own"))
 
     assert held(2) == held(1) / 2 > 0
 
@@ -227,7 +227,7 @@ def test_what_vllm_holds_stays_until_the_run_ends_unless_it_sleeps(
         """Stage -> the phases that have vLLM's copy of the weights and its cache."""
         whole = {"vLLM's own: 8.19e9 x 2 B", "vllm.kv_cache_gib"}
         return {
-            name: {phase.name for phase in cost.phases if whole <= {part.how for part in phase.parts}}
+            name: {phase.name for phase in cost.phases if whole <= {part.formula for part in phase.parts}}
             for name, cost in costs.items()
         }
 

@@ -21,9 +21,9 @@ from rlhf.distributed.compute import Zero
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.costing import cost_of
-from rlhf.planner.strategies import Use, with_method
+from rlhf.planner.strategies import UseCase, with_method
 from rlhf.ppo.config import PpoConfig
-from rlhf.ppo.cost import mix_lengths, mixed, policy_cost
+from rlhf.ppo.cost import mix_activations, mix_lengths, policy_cost
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_it_reads_as_fast_as_its_own_size_allows(other_reward: tuple[ModelShape,
     def scoring(*overrides: str) -> list[float]:
         found = build("ppo.critic.init=sft", "ppo.score.normalize=none", *overrides)
         work = cost_of(found.stages["ppo"], gpus(80), found.stages).work
-        return [task.seconds for task in work if "scores: " in task.how]
+        return [task.seconds for task in work if "scores: " in task.formula]
 
     shape, reward = other_reward
     ((own,), (learned,)) = scoring(reward), scoring()
@@ -144,7 +144,7 @@ def test_loras_reference_holds_no_weights(zero: Zero) -> None:
         parts = [
             part for phase in cost_of(found.stages["ppo"], on, found.stages).phases for part in phase.parts
         ]
-        return [part.how for part in parts if part.how.startswith("reference")]
+        return [part.formula for part in parts if part.formula.startswith("reference")]
 
     assert not held()
     assert bool(held("ppo.frozen_placement=replicated")) == (zero != "zero2")
@@ -203,7 +203,7 @@ def test_the_work_of_ppo_by_hand() -> None:
     """12 x 48 = 576 episodes, 3 x 48 = 144 answers of evaluations; prompts of 400 tokens, answers of 40."""
     found = build(*EVERYTHING)
     work = cost_of(found.stages["ppo"], gpus(80), found.stages).work
-    assert [(task.activity, task.how.lstrip("(").partition(":")[0]) for task in work] == [
+    assert [(task.activity, task.formula.lstrip("(").partition(":")[0]) for task in work] == [
         ("load", "policy, reference, published model"), ("load", "critic"), ("load", "reward model"),
         ("read", "scores"), ("read", "episodes"), ("decode", "episodes"), ("read", "evaluations"),
         ("decode", "evaluations"), ("host", "episodes"), ("read", "log-probabilities"), ("read", "values"),
@@ -212,7 +212,11 @@ def test_the_work_of_ppo_by_hand() -> None:
     ]  # fmt: skip
     (host,) = (task.seconds for task in work if task.activity == "host")
     assert host == (576 + 144) * ROW_SECONDS
-    tokens = {task.how.lstrip("(").partition(":")[0]: task.how for task in work if " tokens " in task.how}
+    tokens = {
+        task.formula.lstrip("(").partition(":")[0]: task.formula
+        for task in work
+        if " tokens " in task.formula
+    }
     expected = {
         "scores": (576 + 144) * 440, "episodes": 576 * 400, "evaluations": 144 * 400,
         # the reference reads all, the policy what it is evaluated on, and its episodes before it learns
@@ -230,7 +234,7 @@ def test_what_ppo_holds_and_when_by_hand() -> None:
 
     def parts(phase: str) -> list[str]:
         (held,) = [each.parts for each in cost.phases if each.name == phase]
-        return [part.how.partition(":")[0] for part in held]
+        return [part.formula.partition(":")[0] for part in held]
 
     assert [phase.name for phase in cost.phases] == [
         "loading", "sampling", "reward model", "reference", "learning", "optimizer step", "publishing",
@@ -252,7 +256,7 @@ def work_of(on: CostContext, *overrides: str) -> dict[str, float]:
     stage = build(*RULED, *overrides).stages["ppo"]
     assert isinstance(stage, PpoConfig)
     work = policy_cost(stage, on, reward_method=None).work
-    return {task.how.lstrip("(").partition(":")[0]: task.seconds for task in work}
+    return {task.formula.lstrip("(").partition(":")[0]: task.seconds for task in work}
 
 
 def test_a_rollout_that_is_one_pass_is_not_scored_before_it_is_learned_from() -> None:
@@ -277,7 +281,7 @@ def test_the_mix_lies_beside_a_minibatch_under_deepspeed_alone() -> None:
     sizes = {}
     zeros: tuple[Zero, ...] = ("none", "fsdp2", "zero2")
     for zero in zeros:
-        (found,) = mixed(stage, replace(gpus(80), zero=zero), once=False)
+        (found,) = mix_activations(stage, replace(gpus(80), zero=zero), once=False)
         sizes[zero] = found.size
     assert sizes["none"] == sizes["fsdp2"] < sizes["zero2"]
 
@@ -295,7 +299,7 @@ def test_without_a_critic_there_is_none_of_its_memory_and_work() -> None:
     scalar = EIGHT.parameters - EIGHT.head
     assert weights[0] - weights[1] == 2 * scalar
     assert optimizers[0] - optimizers[1] == pytest.approx(3 * 4 * scalar, rel=1e-3)
-    named = {task.how.lstrip("(").partition(":")[0] for task in grpo.work}
+    named = {task.formula.lstrip("(").partition(":")[0] for task in grpo.work}
     assert not {"values", "critic"} & named and "policy" in named
 
 
@@ -308,7 +312,7 @@ def test_on_a_cpu_a_group_reads_its_prompt_once() -> None:
         sizes = (f"grpo.samples_per_prompt={samples}", "grpo.batch_episodes=48", "grpo.minibatch_episodes=24")
         stages = build(*RULED, *sizes, "grpo.advantage=reinforce_plus_plus").stages
         work = cost_of(stages["grpo"], on, stages).work
-        (found,) = (task.seconds for task in work if task.how.lstrip("(").startswith("policy:"))
+        (found,) = (task.seconds for task in work if task.formula.lstrip("(").startswith("policy:"))
         return found
 
     assert seconds(8) < 0.35 * seconds(1)
@@ -316,6 +320,6 @@ def test_on_a_cpu_a_group_reads_its_prompt_once() -> None:
 
 def test_proposed_batches_have_whole_groups() -> None:
     """Over 5 ranks the planner takes multiples of 20, not of 5."""
-    use = Use(100, 10.0, 10.0, 1, 1, True, "many_adapters", None, None)
+    use = UseCase(100, 10.0, 10.0, 1, 1, True, "many_adapters", None, None)
     planned = dict(with_method(build(*RULED).stages["grpo"], "lora", 0, "lora", gpus(80, ranks=5), use))
     assert (planned["batch_episodes"], planned["minibatch_episodes"]) == (60, 40)

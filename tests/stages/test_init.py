@@ -331,8 +331,10 @@ def test_the_planner_counts_the_model_that_is_trained(tiny_model: Path) -> None:
         .peak()
         .size()
     )
-    shared = {part.how for phase in cost("ppo", "reward.peft=lora").phases for part in phase.parts}
+    shared = {part.formula for phase in cost("ppo", "reward.peft=lora").phases for part in phase.parts}
     apart = {
-        part.how for phase in cost("ppo", "reward.peft=lora", "ppo.init=base").phases for part in phase.parts
+        part.formula
+        for phase in cost("ppo", "reward.peft=lora", "ppo.init=base").phases
+        for part in phase.parts
     }
     assert any("2 whole models" in how for how in apart - shared)

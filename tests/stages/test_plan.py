@@ -18,7 +18,7 @@ from helpers.chains import Chain, Outcome, run_main
 from helpers.experiments import build
 from helpers.jobs import on_cpu, tiny_base
 from rlhf.costs.hardware import GIB, Machine, Speed, calibrated_speed
-from rlhf.costs.model_shape import counted
+from rlhf.costs.model_shape import shape_of_model
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
@@ -27,7 +27,7 @@ from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import peft_of
 from rlhf.planner.report import experiment_file
-from rlhf.planner.strategies import Use, rank_strategies
+from rlhf.planner.strategies import UseCase, rank_strategies
 
 GIVEN = ("plan.rows=10000", "plan.prompt_tokens=200", "plan.answer_tokens=300")
 VIRTUAL: tuple[MethodName, ...] = ("prefix", "prompt", "p_tuning")
@@ -275,14 +275,16 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
     before = build_here("model=tiny", "stage=prepare", *given)
     base = skeleton(tiny_base(tiny_model).architecture)
     machine = Machine("cuda", "a test", 80 * GIB, 80 * GIB, 0.0, 1, Speed(1000.0, 1000.0))
-    on = CostContext(counted(base), 2, "none", machine, lambda role, split: LengthStats(100, 20.0, 0.0, 20))
-    use = Use(100, 10.0, 10.0, 1, 1, True, "many_adapters", None, None)
+    on = CostContext(
+        shape_of_model(base), 2, "none", machine, lambda role, split: LengthStats(100, 20.0, 0.0, 20)
+    )
+    use = UseCase(100, 10.0, 10.0, 1, 1, True, "many_adapters", None, None)
     ranked = rank_strategies([before.stages[name] for name in trains], before, base, on, use)
     found = {}
     (tmp_path / "experiment").mkdir()
     for name, method in METHODS.items():
         (strategy,) = [each for each in ranked if each.name == method.title]
-        assert not [why for why in strategy.against if "peft" in why or "ppo." in why], strategy.against
+        assert not [why for why in strategy.objections if "peft" in why or "ppo." in why], strategy.objections
         (tmp_path / "experiment" / f"{name}.yaml").write_text(experiment_file(before.resolved, strategy, ""))
         experiment = build_here(f"+experiment={name}")
         peft = peft_of(experiment.stages[trains[-1]])
