@@ -255,7 +255,7 @@ COLUMN_SYNONYMS = {
 
 
 def column_mapping(raw: Raw, columns: Sequence[str], fields: Mapping[str, str]) -> str:
-    """Our names -> the source's columns that are read, such as `{prompt: question, completion: answer}`.
+    """YAML text: our names -> the source's columns read, such as `{prompt: question, completion: answer}`.
 
     Args:
         raw: a row whose columns `fields` has already renamed.

@@ -2,8 +2,8 @@
 
 Texts are compared by their runs of three words, as in deduplication of data sets (Lee et al. 2022,
 arXiv:2107.06499). Runs that many of the texts share do not count: they come from a system prompt or a
-template. Each other run leads to a few texts, so the search is exact, unlike MinHash. Texts without spaces
-between words, such as Chinese ones, are not compared.
+template. Each other run leads to a few texts, so nothing is left to chance, as it would be with MinHash.
+Texts without spaces between words, such as Chinese ones, are not compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From sources to prepared rows: reads, checks, measures and splits each role, counts removed rows."""
+"""From sources to prepared rows: reads, checks, measures and splits each role, and counts removed rows."""
 
 from __future__ import annotations
 

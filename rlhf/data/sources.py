@@ -39,8 +39,8 @@ SAMPLES_PACKAGE = "rlhf.samples"
 ROW_COLUMNS = {*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"}
 """Every row has at least one of these columns, unless `fields` names others."""
 MAX_ROW_BYTES, MAX_JSON_BYTES = 4 << 20, 1 << 30
-"""Largest row, about a million tokens; and largest .json file, which is read at once. Both count bytes, or
-characters in other encodings than UTF-8."""
+"""Largest row in bytes (in characters for other encodings than UTF-8): about a million tokens; and largest
+.json file in bytes, because it is read at once."""
 SEPARATORS = re.compile(r"[\s,]*")
 """Characters between the rows of an array."""
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
@@ -153,12 +153,11 @@ class SourceConfig(Strict):
             raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}). {READ_ADVICE}") from None
 
     def reading_digest(self, key: str) -> str:
-        """Digest of the rows that this source gives: of its content and of the keys that choose and rename
-        rows."""
+        """Digest of the rows that this source gives: of its content, `limit`, `fields` and `encoding`."""
         return digest_of([self.fingerprint(key), self.limit, self.fields, self.encoding])
 
     def with_fields(self, key: str, columns: Sequence[str], raw: Mapping[str, Any]) -> str:
-        """An argument with guessed `fields`: `sft.data='{path: FILE, fields: {prompt: question, ...}}'`.
+        """A shell argument with guessed `fields`: `sft.data='{path: FILE, fields: {prompt: question, ...}}'`.
 
         Args:
             columns: columns that a row needs, by our names.
@@ -400,7 +399,8 @@ def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     """The rows of a JSON array. Other .json files are read as JSON lines, which many of them are.
 
     Raises:
-        ConfigError: the file is one object that contains the rows or spans several lines.
+        ConfigError: the file is too large, not valid JSON, or one object that contains the rows or spans
+            several lines.
     """
     content = bytearray()
     for _, line in _lines(path, key, encoding, MAX_JSON_BYTES):

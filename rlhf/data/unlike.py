@@ -31,8 +31,8 @@ FORMS: Mapping[str, Callable[[str], bool]] = {
 }
 """Features of a text other than words and marks."""
 MIN_COMMON_SHARE, MAX_RARE_SHARE = 0.6, 0.01
-"""Shares of texts. The first is above 0.57, the share of a mark in one of the demo's data sets that another,
-which belongs to it, lacks."""
+"""Smallest share of texts in one set, and largest in the other, for a feature to be reported. In two sets of
+the demo that belong together, a mark has the shares 0.57 and 0; this must not be reported."""
 MIN_TEXTS = 20
 """Fewest texts of a data set that is compared. A share of fewer texts is too uncertain."""
 MAX_ROWS, MAX_CHARACTERS = 2000, 5000
@@ -97,8 +97,8 @@ def find_differences(rows: Mapping[str, Sequence[Row]], roles: Roles = ROLES) ->
 def describe_difference(
     name: str, shares: Counter[str], other_name: str, lacking: Counter[str]
 ) -> Iterator[str]:
-    """A sentence with the features that most of the one texts and almost none of the others have. The most
-    frequent come first, then the longest."""
+    """A sentence with the features that most texts of one set and almost none of the other have: the most
+    frequent first; of equally frequent ones, the longest first."""
     order = sorted(shares, key=lambda each: (-shares[each], -len(each), each))
     common = [each for each in order if shares[each] >= MIN_COMMON_SHARE and lacking[each] <= MAX_RARE_SHARE][
         :MAX_SHOWN_WORDS

@@ -15,8 +15,8 @@ from rlhf.rl.rollout import Rollout
 PROMPT_TOKENS, ANSWER_TOKENS, BATCH_ROWS = (6, 4, 3, 2, 1), 6, 3
 """Tokens of each prompt, most tokens of an answer, and rows decoded together: two batches of padded rows."""
 MAX_ERROR_FP32, MAX_ERROR_16_BITS = 0.01, 0.25
-"""Largest accepted error of a row's log-probabilities in fp32 and in 16 bits, as a share of the context's
-effect on them.
+"""Largest accepted error of a row's log-probabilities in fp32 and in 16 bits, as a share of the effect that
+the context without its last token has on them.
 
 A model that loses its state has an error of 0.25 or more. Correct models only round: by 1e-5 in fp32; in bf16
 by 0.02, or by 0.11 if a router of experts flips."""
@@ -67,7 +67,7 @@ def _refused(model: PreTrainedModel, reason: str) -> UndecodableError:
 
 def _measured(model: PreTrainedModel, copies: bool, together: Compute | None) -> tuple[float, float]:
     """In nats per token: the largest mean |difference| of a row between decoding and one pass, and the mean
-    effect of the context on that pass."""
+    effect on that pass of the context without its last token."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
     prompts = [torch.randint(size, (length,), generator=generator) for length in PROMPT_TOKENS]

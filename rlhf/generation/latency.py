@@ -19,8 +19,8 @@ only slow a round down."""
 
 def token_seconds(model: PreTrainedModel, compute: Compute) -> dict[str, float]:
     """Summary metrics: seconds per decoded token of one row, greedily and with a KV cache, with and without
-    the adapters. Rank 0 measures. Empty if the weights are sharded, the model has no adapters, or the local
-    engine cannot decode it."""
+    the adapters. Rank 0 measures. Empty if `zero` is not none, if the model has no adapters, or if the
+    local engine cannot decode it."""
     if compute.zero != "none" or not has_adapters(model):
         return {}
     return compute.main_only(lambda: _measured(model))

@@ -43,7 +43,7 @@ class PolicyModel:
         """Combine a model and its tokenizer.
 
         Args:
-            access: how to reach the model's weights.
+            access: how to run the model.
             vllm: the engine that samples; None for the local engine.
             local_sampling: how the local engine samples from sharded weights: `whole` gathers all weights for
                 the rollout, `layers` gathers them layer by layer, with all ranks in step. See

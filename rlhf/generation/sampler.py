@@ -94,7 +94,7 @@ def generate(
     responses, logps = (
         [ids.clone() for ids in responses],
         [logp.clone() for logp in logps],
-    )  # clones are no inference tensors, so autograd can save them
+    )  # clones are not inference tensors, so autograd can save them
     return Rollout(list(prompts), responses, stopped, logps)
 
 

@@ -346,7 +346,7 @@ class Vllm:
                     generation_config="vllm",  # only our sampling settings
                     logprobs_mode="processed_logprobs",  # at the sampling temperature
                     kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
-                    gpu_memory_utilization=0.01,  # memory that must be free, but is not used
+                    gpu_memory_utilization=0.01,  # vLLM requires this share to be free, but does not use it
                     max_num_seqs=config.max_num_seqs,
                     max_num_batched_tokens=None if compute.device.type == "cpu" else batched_tokens(config),
                     max_model_len=config.max_model_len or self.longest,

@@ -57,9 +57,8 @@ def load_causal_lm(
         model.generation_config = GenerationConfig.from_pretrained(directory)
         return model
     with reading(directory), files_as_loaded(directory, config, dtype, device, compute, scratch) as files:
-        if (
-            directory / "generation_config.json"
-        ).exists():  # transformers would silently ignore a damaged one
+        # transformers would silently ignore a damaged one
+        if (directory / "generation_config.json").exists():
             GenerationConfig.from_pretrained(directory)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files,

@@ -162,9 +162,9 @@ def _of_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 
 
 def _needs_key_copies(q: Tensor, k: Tensor) -> bool:
-    """Whether keys and values must be copied for each head, because fewer key heads than query heads exist.
-    On GPUs only FlashAttention supports such groups, and it has no fp32. Without the copies torch would take
-    its math path, which holds all attention weights of a pass."""
+    """Whether each query head needs its own copy of keys and values, because there are fewer key heads. On
+    GPUs only FlashAttention supports such groups, and it has no fp32. Without the copies torch would take its
+    math path, which holds all attention weights of a pass."""
     return q.device.type != "cpu" and q.dtype == torch.float32 and len(k) != len(q)
 
 
@@ -254,7 +254,8 @@ class _Gather(torch.autograd.Function):
 
 
 CACHED_WEIGHTS = 1 << 20
-"""Largest number of attention weights in memory at once, so that they fit into the CPU's cache."""
+"""Most attention weights of a group of rows, so that they fit into the CPU's cache. One row alone may
+have more."""
 QUERY_CHUNK = 128
 """Number of query tokens per row in one matrix product."""
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from rlhf.distributed.batching import equal_tokens
 
 ALIGNMENT = 32
-"""Tokens to whose multiple lengths are rounded up: torch's softmax on CPUs is slow for other lengths."""
+"""Lengths are rounded up to a multiple of this many tokens: torch's softmax on CPUs is slow for others."""
 
 
 def aligned(length: int) -> int:
@@ -53,7 +53,7 @@ class Packed:
         self._mask_biases: dict[tuple[Any, ...], Tensor] = {}
         self.ids_T = torch.cat(list(rows)).to(device)
         self.shared_prefix = [0] * len(rows)
-        """For each row: how many of its first tokens it shares with an earlier row."""
+        """For each row: how many of its first tokens it shares with the row before it in sorted order."""
         self.token_T = torch.arange(len(self.ids_T), device=self.ids_T.device)
         """[T]: index of each token among the U different tokens."""
         if self.ids_T.device.type == "cpu":
@@ -115,8 +115,9 @@ class Packed:
         return row_T.to(self.ids_T.device) * self.longest + self.positions_T
 
     def groups(self, max_weights: int, queries: int) -> list[Group]:
-        """Groups of similar rows. With `queries` queries per row, a group of several rows has at most
-        `max_weights` attention weights."""
+        """Groups of neighbouring rows. If rows share tokens, they are first sorted by shared prefix and
+        length. With `queries` queries per row, a group of several rows has at most `max_weights` attention
+        weights per head."""
         groups: list[Group] = []
         order = [row for row, length in enumerate(self.lengths) if self.shared_prefix[row] < length]
         if self.has_shared:

@@ -28,7 +28,7 @@ BASE = "base"
 
 class ModelDirectory(str):
     """A directory with a model of the user: the value of a `Model` key that is neither `base` nor a stage
-    that makes a policy. If a directory has the name of such a stage, write it as `./NAME`."""
+    that makes a policy. If a directory has one of these names, write it as `./NAME`."""
 
     __slots__ = ()
 

@@ -306,6 +306,6 @@ def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, d
     transformers has a class for its family and the tokenizer's pad token is not its eos token. Format:
     docs/models.md."""
     assert float(scalar.offset.detach()) == 0.0, "a classification head has no bias to keep the offset in"
-    scalar.model.config.pad_token_id = tokenizer.pad_token_id  # transformers pools at the last other token
+    scalar.model.config.pad_token_id = tokenizer.pad_token_id  # transformers pools at the last non-pad token
     write_model(scalar.model, directory)
     tokenizer.save_pretrained(directory)

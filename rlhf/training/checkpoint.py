@@ -74,7 +74,7 @@ class CheckpointConfig(Strict):
 
 
 def verify_checkpoint(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
-    """The manifest of a checkpoint, and an empty text; or None, and what is wrong with its files."""
+    """The manifest of an intact checkpoint, and an empty text; otherwise None, and what is wrong."""
     try:
         manifest: dict[str, Any] = json.loads(content_of(checkpoint / MANIFEST))
         if manifest["format"] != CHECKPOINT_FORMAT:

@@ -28,7 +28,7 @@ Gather = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
 
 
 class Access(NamedTuple):
-    """How to run a model. Each field opens a context in which the model can run."""
+    """How to run a model, or read its weights. Each field opens a context for this."""
 
     alone: Callable[[], AbstractContextManager[None]] = nullcontext
     """Each rank runs the model independently, any number of times."""
@@ -40,8 +40,8 @@ class Access(NamedTuple):
 
     @property
     def reading(self) -> Callable[[], AbstractContextManager[None]]:
-        """The context for passes that all ranks make equally often. If it can, it gathers only one layer at a
-        time."""
+        """The context for passes that all ranks make equally often. Sharded weights are gathered layer by
+        layer."""
         return self.together or self.alone
 
 

@@ -1,4 +1,4 @@
-"""The optimizer of every stage: AdamW on fp32 masters, a linear schedule, clipping, learning-rate groups."""
+"""The optimizer of every stage: AdamW on fp32 masters, schedules, clipping, learning-rate groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from rlhf.training.config import OptimConfig, Schedule
 
 COPIED_SETTINGS = ("lr", "eps")
-"""Settings copied from the outer parameter groups, where a schedule sets them, to the groups of AdamW."""
+"""Settings copied at each step from the outer parameter groups, which a schedule changes, to AdamW's own."""
 
 NUM_THRESHOLDS, GOLDEN_STRIDE = 1 << 16, 40503
 """NUM_THRESHOLDS: number of thresholds for rounding to bf16, which is the number of fp32 steps in a bf16
@@ -28,7 +28,8 @@ QUIET_NAN = 0x7FC00000
 UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 BUCKET_ELEMENTS = 25_000_000
-"""Elements of gradients that are added up over ranks at once. It limits both the messages and the copies."""
+"""About how many gradient elements are added up over ranks at once: enough for few messages, and small
+copies."""
 
 SQUARED_ELEMENTS = 1 << 22
 """Elements of gradients that are squared at once, in double precision. This takes 64 MiB."""
@@ -243,8 +244,8 @@ def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
 def decay(weights: Sequence[Tensor], group: Mapping[str, Any]) -> None:
     """AdamW's decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2).
 
-    Only matrices decay, while each group is clipped as one. Biases and the gains of norms have one dimension
-    and do not decay.
+    It is done here, not by torch's AdamW, so that only matrices decay while each group is clipped as one.
+    Biases and the gains of norms have one dimension and do not decay.
     """
     if weights and group["decay"]:
         torch._foreach_mul_(list(weights), 1 - group["lr"] * group["decay"])

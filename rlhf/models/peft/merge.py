@@ -41,7 +41,8 @@ def publish_policy(
     dtype: torch.dtype,
     peft: PeftConfig,
 ) -> dict[str, float]:
-    """Write the trained adapter into `adapter/`. If the method can be merged, also write the merged model.
+    """Write the trained adapter into `adapter/`, unless all weights were trained. If the method can be
+    merged, also write the merged model.
 
     Args:
         artifact: directory to write to.

@@ -168,7 +168,7 @@ def _names_experts(model: PreTrainedModel, name: str) -> bool:
 
 
 def fused_weights(model: PreTrainedModel) -> list[str]:
-    """Modules of the backbone that hold several matrices in one 3-D weight, such as experts."""
+    """Names of the backbone's modules that hold several matrices in one 3-D weight, such as experts."""
     return sorted(
         {
             layer_name(path)
