@@ -1,4 +1,4 @@
-"""Text for people: escaped control characters, durations and quantities."""
+"""Text for people: control characters of data and answers made safe for a terminal; durations; quantities."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def print_lead(experiment: Experiment, directory: Path, compute_note: str, conso
 
 def run_chain(pipeline: Pipeline, console: Console) -> None:
     """Run the stages. If an error or a signal ends the run, first write the page of the finished stages.
-    After a failed gate, the caller writes it."""
+    After a failed gate, the caller writes it; after a closed output, no page is written."""
     from rlhf.pipeline.run import GateError
     from rlhf.report.summary import write_page_too
 

@@ -67,7 +67,8 @@ def keys(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         The exit code.
 
     Raises:
-        ConfigError: there is no such key, or the schema cannot be written.
+        ConfigError: there is no such key.
+        OSError: the schema cannot be written.
     """
     parsed = read_words("keys", arguments, {"schema": ""}, HELP)
     if parsed is None:

@@ -77,9 +77,8 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int, *, 
         quiet: print nothing. Rank 0's output goes to RUN_DIR/ranks/ too.
     """
     run = Run(run_directory)
-    with run.locked(
-        ".launcher.lock"
-    ):  # held all the time; the ranks take the run's own lock when they are up
+    # the launcher holds its lock all the time; the ranks take the run's own lock when they are up
+    with run.locked(".launcher.lock"):
         with run.locked():  # otherwise the files of a running run's ranks would be deleted below
             pass
         with TemporaryDirectory(prefix="rlhf-") as rendezvous:  # only this user can read it
@@ -177,7 +176,7 @@ def _exit_code(codes: Mapping[int, int], directory: Path, quiet: bool) -> int:
         return 0
 
     def failure_time(rank: int) -> float:
-        """Time at which a rank failed; 0 for a rank that was killed and wrote no time."""
+        """Time at which a rank failed. A rank without a time was killed, and counts as the first: 0."""
         note = directory / f"rank{rank}.failed"
         return float(note.read_text(encoding="utf-8")) if note.exists() else 0.0
 

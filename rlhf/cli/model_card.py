@@ -29,7 +29,7 @@ CARD_METRICS = (
     "gold_mean", "gold_gain", "win_rate", "score_mean", "kl", "length_mean", "stop_rate", "distinct_2",
     "retention_perplexity_ratio", "question_accuracy",
 )  # fmt: skip
-"""Metrics of `evaluate` that exist for each policy."""
+"""Metrics of `evaluate` that the card shows for each policy."""
 
 
 def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, base_name: str | None) -> str:
@@ -159,8 +159,8 @@ def roles_of(manifests: Sequence[Manifest]) -> list[str]:
 
 
 def sources_of(run: RunFiles, role: str) -> Iterator[tuple[str, Any]]:
-    """Key and source of a role's data, as the config names them. If the value is another data key, such as
-    the prompts of `sft.data`, gives that key's sources."""
+    """Key and source of a role's data, as the config names them. If the source is another data key (such as
+    `ppo.prompts=sft.data`), gives that key's source."""
     kind, at, label = role.partition("@")
     if kind not in ROLES:
         yield role, "named by that stage"

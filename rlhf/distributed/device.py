@@ -113,8 +113,8 @@ def choose_precision(device: str) -> tuple[str, str]:
     """The precision and the reason: bf16 if it is faster than fp32 on this device.
 
     CPUs with AVX512-BF16 or AMX multiply bf16 several times faster than fp32; other CPUs emulate it. The
-    CPU's flags decide, if the system shows them. A measurement depends on the load of the machine, and the
-    precision is part of every artifact's key. Without flags, a short measurement decides.
+    CPU's flags decide, if the system shows them; otherwise a short measurement does. Flags are better: the
+    load of the machine must not change the precision, which is part of every artifact's key.
     """
     if device != "cpu":
         import torch

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from rlhf.pipeline.experiment import Settings
 
 MAX_MEMORY_SHARE = 0.9
-"""Largest share of the memory that a stage may need: the rest is for predictions that are too low."""
+"""Largest share of the memory that counts as fitting: the rest is for predictions that are too low. The run
+warns of a stage that needs more."""
 MAX_OVERESTIMATE = 1.15
 """Factor by which a prediction may be too high: a run is refused only if it would not fit even then."""
 

@@ -141,7 +141,7 @@ def is_derived(kind: type[Stage], other: type[Stage]) -> bool:
 
 
 def check_typed_instances(config: Keys, needed: Sequence[str]) -> None:
-    """Refuse keys of the command line for an instance that does not run: its name has a typo.
+    """Refuse keys of the command line for an instance that does not run: its name is probably a typo.
 
     Args:
         config: as it was composed.

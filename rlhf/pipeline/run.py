@@ -56,7 +56,7 @@ class GateResult:
 
     @property
     def outcome(self) -> GateOutcome:
-        """passed if the whole interval lies in the bound, failed if none of it does, else cannot tell."""
+        """passed if the whole interval is in the bound, failed if no part of it is, else cannot tell."""
         if self.not_checked is not None:
             return "not checked"
         sampled, bound = self.sampled, self.bound

@@ -225,7 +225,7 @@ class Pipeline:
     ) -> Artifact:
         """The stage's artifact, from the store or made now."""
         stage, run = self.experiment.stages[name], self.results
-        # a record may be on rank 0's disk alone
+        # a record may be only on rank 0's disk
         recipe = self.compute.main_only(lambda: self.recipe(stage, artifacts))
         key = recipe_key(recipe)
         self.position.update(key=key, now=True)
@@ -417,7 +417,7 @@ class Pipeline:
         return None
 
     def check_external(self, stage: Stage, base: BaseModelFiles) -> None:
-        """Check that what lies outside the store has not changed since the key was computed.
+        """Check that what is outside the store has not changed since the key was computed.
 
         Raises:
             ConfigError: it has changed since the run began; or the Hub's cache is damaged.
@@ -464,7 +464,7 @@ class Pipeline:
             check_tokenizer(base, self.experiment.settings.model.user_key)
 
     def check_pending(self, prepared: Artifact, base: BaseModelFiles) -> None:
-        """Refuse what cannot run here, before anything trains; if all stages are reused, refuse nothing."""
+        """Refuse what cannot run here, before anything trains. If no stage runs, refuse only missing rows."""
         chain = self.experiment.stages
         data = PreparedData(prepared.path, roles=roles_of(chain))
         stages = [chain[name] for name in self.experiment.needed()]

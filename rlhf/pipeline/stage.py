@@ -81,8 +81,8 @@ class Stage(Strict, ABC):
     null turns a bound off."""
 
     def model_post_init(self, context: Any) -> None:
-        """Store the context of the validation: where the stage is mounted. A subclass with its own calls
-        this."""
+        """Store the context of the validation: where the stage is mounted. A subclass that overrides this
+        method must call it."""
         if isinstance(context, Mount):
             self._mount = context
 

@@ -342,9 +342,7 @@ class Store:
         """How this recipe differs from that of the most similar artifact of the stage; None if there is no
         artifact."""
         differences: list[list[Change]] = []
-        for path in (self.root / stage).glob(
-            f"[!.]*/{MANIFEST}"
-        ):  # without hidden ones, which are being made
+        for path in (self.root / stage).glob(f"[!.]*/{MANIFEST}"):  # hidden ones are being made
             with suppress(OSError, ValidationError):  # another run replaces it just now, or it is damaged
                 differences.append([*changes(Manifest.model_validate_json(content_of(path)).recipe, recipe)])
         return min(differences, key=len, default=None)

@@ -127,8 +127,10 @@ class WandbSink:
             ) from None
         self._stages: set[str] = set()
         self._tables = SampleTables()
-        self._table_rows: dict[str, int] = known.get("samples", {}) if known.get("config") == content else {}
-        """Stage -> rows of its table when it was last written."""
+        self._written_samples: dict[str, int] = (
+            known.get("samples", {}) if known.get("config") == content else {}
+        )
+        """Stage -> number of its texts (not only those in its table) when the table was last written."""
         self._make_table = wandb.Table
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
@@ -157,13 +159,13 @@ class WandbSink:
         """Write the tables that have grown, finish the wandb run and end wandb's own process. `finish` may
         return before that process has written everything to the disk."""
         for stage, count in self._tables.counts.items():
-            if count != self._table_rows.get(stage):
+            if count != self._written_samples.get(stage):
                 columns: list[str | int] = [*self._tables.columns(stage)]
                 table = self._make_table(
                     columns=columns, data=self._tables.rows(stage), allow_mixed_types=True
                 )
                 self._run.log({f"{stage}/samples": table})
-        self._table_rows |= self._tables.counts
+        self._written_samples |= self._tables.counts
         self._write_note()
         self._run.finish()
         self._teardown()
@@ -173,7 +175,7 @@ class WandbSink:
             "id": self._id,
             "config": self._content,
             "lines": self._wandb_lines,
-            "samples": self._table_rows,
+            "samples": self._written_samples,
         }
         self._note.write_text(json.dumps(note), encoding="utf-8")
 
