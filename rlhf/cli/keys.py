@@ -67,15 +67,19 @@ def keys(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         The exit code.
 
     Raises:
-        ConfigError: there is no such key.
-        OSError: the schema cannot be written.
+        ConfigError: there is no such key, or the schema cannot be written.
     """
     parsed = read_words("keys", arguments, {"schema": ""}, HELP)
     if parsed is None:
         return DONE
     names, target = parsed[0], parsed[1]["schema"]
     if target:
-        Path(target).write_text(json_schema(), encoding="utf-8")
+        try:
+            Path(target).write_text(json_schema(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"schema={target}: it cannot be written ({error.strerror}). Name another file."
+            ) from None
         print(f"Written: {target}. To use it, name it in an experiment file's first line: docs/data.md")
         if not names:
             return DONE

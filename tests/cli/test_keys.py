@@ -48,6 +48,11 @@ def test_the_schema_is_written_for_editors(tmp_path: Path) -> None:
     assert "ppo" in json.loads((tmp_path / "rlhf.json").read_text())["properties"]
 
 
+def test_a_schema_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"it cannot be written \(No such file or directory\)"):
+        keys([f"schema={tmp_path / 'missing' / 'rlhf.json'}"], {})
+
+
 def test_the_page_of_keys_shows_shared_sections_once() -> None:
     page = markdown_page()
     assert page.count("The highest learning rate") == 1 and "[optim](#optim)" in page
