@@ -105,12 +105,12 @@ class Trained:
         count = sum(each.shape.parameters for each, _ in self.sets)
         adapters = self.parameters if COSTS[self.peft.method].is_adapter else 0
         total += on.dtype_bytes * adapters
-        formula, on_host = f"{name}: {billions(count)} x {on.dtype_bytes} B", on.zero == "zero3_offload"
+        formula, on_host = f"{name}: {billions(count)} x {on.dtype_bytes} B", on.sharding.offloads
         if not on.shards_weights:
             yield Allocation("weights", total, formula)
             return
         yield Allocation("weights", total / on.shard_ranks, f"{formula}{over(on.shard_ranks)}", on_host)
-        if is_deepspeed_zero3(on):
+        if on.sharding.is_zero3:
             small = sum(each.shape.small for each, _ in self.sets) + adapters
             formula = f"whole on every rank, because they are small: {billions(small)} x {on.dtype_bytes} B"
             yield Allocation("weights", on.dtype_bytes * small, formula)
@@ -128,9 +128,7 @@ class Trained:
         """fp32 master weights and Adam's two moments."""
         on, share = self.on, self.on.shard_ranks
         formula = f"{billions(self.parameters)} trained x (4 master + 4 + 4 moments) B{over(share)}"
-        return Allocation(
-            "optimizer", 3 * FP32 * self.parameters / share, formula, on.zero == "zero3_offload"
-        )
+        return Allocation("optimizer", 3 * FP32 * self.parameters / share, formula, on.sharding.offloads)
 
     def buffers(self) -> Iterator[Allocation]:
         """Gradient memory that DeepSpeed's stage 3 holds for the whole stage, whether it trains or not.
@@ -138,9 +136,9 @@ class Trained:
         This rank's share of the gradients, a second copy on the host with offloading, and the bucket.
         """
         on, count = self.on, self.parameters
-        if on.zero not in ("zero3", "zero3_offload"):
+        if not on.sharding.is_zero3:
             return
-        offloads = on.zero == "zero3_offload"
+        offloads = on.sharding.offloads
         times = 2 if offloads else 1
         formula = f"ZeRO-3's: {billions(count)} trained x {times * FP32} B{over(on.ranks)}"
         yield Allocation("gradients", times * FP32 * count / on.ranks, formula, offloads)
@@ -160,14 +158,14 @@ class Trained:
         from rlhf.training.deepspeed import bucket_elements
 
         on, largest = self.on, max(each.shape.largest for each, _ in self.sets)
-        is_alone = is_deepspeed_zero3(on) and self._trains_all
+        is_alone = on.sharding.is_zero3 and self._trains_all
         if is_alone and largest > bucket_elements(self.parameters):
             each = on.dtype_bytes + FP32
             formula = f"the largest weight, sent by itself: {billions(largest)} x {each} B"
             yield Allocation("gradients", each * largest, formula)
             return
         yield self._bucket("the bucket as it is sent")
-        if is_deepspeed_zero3(on):
+        if on.sharding.is_zero3:
             count = bucket_elements(self.parameters)
             formula = f"this rank's part of it: {billions(count)} x {FP32} B{over(on.ranks)}"
             yield Allocation("gradients", FP32 * count / on.ranks, formula)
@@ -180,11 +178,11 @@ class Trained:
         they are contiguous already.
         """
         on, count = self.on, self.parameters / self.models
-        if on.zero == "zero3_offload":
+        if on.sharding.offloads:
             return
         concatenated = FP32 * count / on.ranks
         largest = max(each.shape.largest for each, _ in self.sets) if self._trains_all else 0
-        share = on.ranks if is_deepspeed_zero3(on) else 1
+        share = on.ranks if on.sharding.is_zero3 else 1
         norm = 2 * FP32 * largest / share
         formula = f"one model's, laid end to end: {billions(count)} x {FP32} B{over(on.ranks)}"
         if norm > concatenated:
@@ -202,13 +200,13 @@ class Trained:
             together: one backward pass goes through all models.
         """
         on, count = self.on, self.parameters
-        if on.zero in ("zero3", "zero3_offload"):
+        if on.sharding.is_zero3:
             if not at_step:
                 yield from self._sent_bucket()
             else:
                 yield from self._step_buffers()
             return
-        if on.zero in ("zero1", "zero2"):
+        if on.sharding.library == "deepspeed":
             if at_step:
                 yield from self._step_buffers()
             else:
@@ -216,7 +214,7 @@ class Trained:
                 yield from self._sent_bucket()
         if on.shards_weights:
             yield self._fsdp2_gradients(at_step=at_step, together=together)
-        share = on.shard_ranks if on.zero != "zero1" else 1
+        share = on.shard_ranks if on.sharding.gradients else 1
         if passes == 1 and not at_step and on.zero == "none":
             # gradients grow while activations are freed; at the peak only the output layer's exist
             count = on.shape.head if self._trains_all else count
@@ -257,11 +255,6 @@ def weight_bytes(on: CostContext, method: MethodName = "none", *, is_scalar: boo
     return on.dtype_bytes * (count - shape.linear) + quantized * shape.linear
 
 
-def is_deepspeed_zero3(on: CostContext) -> bool:
-    """Whether DeepSpeed's stage 3 shards the weights, not FSDP2."""
-    return on.zero in ("zero3", "zero3_offload")
-
-
 def gathered_layers(on: CostContext, shape: ModelShape, outside: float) -> Allocation:
     """Weights that each rank gathers, layer by layer, in a pass through a sharded model.
 
@@ -271,7 +264,7 @@ def gathered_layers(on: CostContext, shape: ModelShape, outside: float) -> Alloc
     Args:
         outside: parameters outside the layers, which FSDP2 gathers once for the whole pass.
     """
-    if is_deepspeed_zero3(on):
+    if on.sharding.is_zero3:
         from rlhf.training.deepspeed import live_elements
 
         count: float = max(live_elements(shape.parameters), shape.layer)
@@ -317,10 +310,10 @@ def frozen_weights(
     if placement != "sharded":
         formula = f"{name}: {billions(count)} x {b} B"
         return Allocation("weights", b * count, formula, placement == "offloaded")
-    whole = on.shape.small if is_deepspeed_zero3(on) else 0
+    whole = on.shape.small if on.sharding.is_zero3 else 0
     share = on.shard_ranks if on.shards_weights else on.ranks
     formula = f"{name}: {billions(count - whole)} x {b} B{over(share)}, and {billions(whole)} x {b} B whole"
-    return Allocation("weights", b * ((count - whole) / share + whole), formula, on.zero == "zero3_offload")
+    return Allocation("weights", b * ((count - whole) / share + whole), formula, on.sharding.offloads)
 
 
 def frozen_runs(
@@ -346,7 +339,7 @@ def loading(on: CostContext, trained: Trained, *others: Allocation) -> MemoryPha
     size = sum(weight_bytes(each, trained.peft.method, is_scalar=scalar) for each, scalar in trained.sets)
     formula = f"{trained.weight_sets} {'sharded' if on.shards_weights else 'whole'} models"
     size /= on.shard_ranks if on.shards_weights else 1
-    return MemoryPhase(LOADING, [Allocation("weights", size, formula, on.zero == "zero3_offload"), *others])
+    return MemoryPhase(LOADING, [Allocation("weights", size, formula, on.sharding.offloads), *others])
 
 
 def activations(

@@ -15,7 +15,7 @@ from rlhf.costs.model_shape import ModelShape, shape_in
 from rlhf.data.prepared import LengthStats
 from rlhf.data.schema import Split
 from rlhf.distributed.batching import token_budget_batches
-from rlhf.distributed.compute import Zero
+from rlhf.distributed.compute import SHARDINGS, Sharding, Zero
 from rlhf.models.base import ATTENTION, ModelConfig, UnknownShapeError
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
@@ -65,16 +65,21 @@ class CostContext:
         return self.machine.ranks
 
     @property
+    def sharding(self) -> Sharding:
+        """What `zero=` shards."""
+        return SHARDINGS[self.zero]
+
+    @property
     def shards_weights(self) -> bool:
         """Whether weights are sharded, so that no rank has the full model."""
-        return self.zero not in ("none", "zero1", "zero2")
+        return self.sharding.weights
 
     @property
     def shard_ranks(self) -> int:
         """Ranks over which `zero=` shards: all ranks, or with hsdp those of a node; 1 without sharding."""
         if self.zero == "none":
             return 1
-        return min(self.machine.ranks_here, self.ranks) if self.zero == "hsdp" else self.ranks
+        return min(self.machine.ranks_here, self.ranks) if self.sharding.within_node else self.ranks
 
     def answers(self, longest: int) -> LengthStats:
         """Lengths of sampled answers of at most `longest` tokens."""

@@ -174,7 +174,7 @@ class ThroughputModel:
     def optimize(self, parameters: float, steps: float) -> Task:
         """Optimizer steps, limited by memory bandwidth; with offloading by that of PCIe."""
         share = self.on.ranks if self.on.zero != "none" else 1
-        rate = PCIE_GBYTES if self.on.zero == "zero3_offload" else self.speed.gbytes
+        rate = PCIE_GBYTES if self.on.sharding.offloads else self.speed.gbytes
         seconds = steps * OPTIMIZER_BYTES * parameters / share / (rate * 1e9)
         formula = f"{steps:.0f} x {parameters / share:.3g} parameters x {OPTIMIZER_BYTES} B / {rate:.0f} GB/s"
         return Task("optimizer", seconds, formula)
@@ -276,7 +276,7 @@ class ThroughputModel:
         """
         on, sizes = self.on, {}
         share, gradients = on.shard_ranks, FP32 * trained
-        if on.zero in ("none", "zero1"):
+        if not on.sharding.gradients:
             sizes[on.ranks] = steps * 2 * gradients * _remote_share(on.ranks)
         else:
             weights = 2 * passes * on.shape.parameters if on.shards_weights else steps * trained

@@ -33,6 +33,37 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp"]
+
+
+class Sharding(NamedTuple):
+    """What a value of `zero=` shards over the ranks, beside the optimizer's states."""
+
+    library: Literal["deepspeed", "torch"] | None = None
+    """The library that shards; None: nothing is sharded."""
+    gradients: bool = False
+    """Whether gradients are sharded."""
+    weights: bool = False
+    """Whether weights are sharded, those of frozen models too."""
+    offloads: bool = False
+    """Whether weights, gradients and optimizer states are in the host's memory."""
+    within_node: bool = False
+    """Whether each node has a full copy, sharded over its own ranks."""
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether DeepSpeed shards the weights, not torch."""
+        return self.library == "deepspeed" and self.weights
+
+
+SHARDINGS: Mapping[Zero, Sharding] = {
+    "none": Sharding(),
+    "zero1": Sharding("deepspeed"),
+    "zero2": Sharding("deepspeed", gradients=True),
+    "zero3": Sharding("deepspeed", gradients=True, weights=True),
+    "zero3_offload": Sharding("deepspeed", gradients=True, weights=True, offloads=True),
+    "fsdp2": Sharding("torch", gradients=True, weights=True),
+    "hsdp": Sharding("torch", gradients=True, weights=True, within_node=True),
+}
 LOOPBACK = "lo"
 """The loopback network interface, which no other host can reach."""
 TURN_SECONDS = 1.0
@@ -99,17 +130,17 @@ class Compute:
     @property
     def shards_weights(self) -> bool:
         """Whether the weights are sharded, so that no rank has the whole model."""
-        return self.zero in ("zero3", "zero3_offload") or self.uses_fsdp
+        return SHARDINGS[self.zero].weights
 
     @property
     def uses_fsdp(self) -> bool:
         """Whether torch's FSDP2 shards the model, and not DeepSpeed."""
-        return self.zero in ("fsdp2", "hsdp")
+        return SHARDINGS[self.zero].library == "torch"
 
     @property
     def num_shards(self) -> int:
         """Number of ranks that share one copy of the model: with hsdp the ranks of a node, otherwise all."""
-        return self.node_ranks if self.zero == "hsdp" else self.world_size
+        return self.node_ranks if SHARDINGS[self.zero].within_node else self.world_size
 
     @property
     def shard(self) -> int:
@@ -339,7 +370,7 @@ def make_compute(
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[name]
     ranks = f", {world_size} ranks" if world_size > 1 else ""
     node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
-    if zero == "hsdp":
+    if SHARDINGS[zero].within_node:
         check_nodes(rank, world_size, node_ranks)
     sharding = f", {zero}" if zero != "none" else ""
     if zero == "hsdp" and node_ranks == world_size:

@@ -527,7 +527,11 @@ def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
 def with_checkpoint_copy(cost: StageCost, on: CostContext, config: CheckpointConfig) -> StageCost:
     """The cost plus the copy of the state on the host from which `checkpoint.background=true` writes. `auto`
     makes a copy only if there is memory for it; DeepSpeed makes none."""
-    if config.background is not True or on.zero.startswith("zero") or not checkpoint_bytes(cost, config):
+    if (
+        config.background is not True
+        or on.sharding.library == "deepspeed"
+        or not checkpoint_bytes(cost, config)
+    ):
         return cost
     size = cost.checkpoint / on.shard_ranks  # if nothing is sharded, rank 0 has all of it
     how = f"what checkpoint.background=true writes from: {amount(cost.checkpoint)}{over(on.shard_ranks)}"

@@ -109,7 +109,7 @@ def policy_cost(
             second_shape=second_shape,
         )  # fmt: skip
 
-    keeps_both = once or on.zero not in ("none", "fsdp2", "hsdp")
+    keeps_both = once or on.sharding.library == "deepspeed"
     graphs = graph(on)
     if critic is not None:
         graphs = (
@@ -196,7 +196,7 @@ def mix_activations(config: PpoConfig, on: CostContext, *, once: bool) -> Iterat
         return
     lengths = mix_lengths(config, on)
     tokens = on.pass_tokens(config.ptx.rows, lengths, config.micro_batch_tokens)
-    if on.zero not in ("none", "fsdp2", "hsdp"):
+    if on.sharding.library == "deepspeed":
         tokens = max(tokens, config.ptx.rows / on.ranks * lengths.mean)
     elif not once:
         length = joined(on.sizes("ppo", "train"), on.answers(config.max_new_tokens))

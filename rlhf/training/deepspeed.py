@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import serialization
 
 from rlhf.config import ConfigError
-from rlhf.distributed.compute import Compute
+from rlhf.distributed.compute import SHARDINGS, Compute
 from rlhf.training.engine import Access, Engine, Groups
 from rlhf.training.optimizer import ClippedAdamW, parameter_group
 
@@ -224,7 +224,7 @@ def zero_config(compute: Compute, trained: int, total: int) -> dict[str, Any]:
         "reduce_bucket_size": bucket_elements(trained),
         **gather_settings(total),
     }
-    if compute.zero == "zero3_offload":
+    if SHARDINGS[compute.zero].offloads:
         zero |= {"offload_optimizer": host_offload(compute), "offload_param": host_offload(compute)}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # our loops count their own micro-batches
