@@ -87,7 +87,7 @@ class CompareStage(Stage):
     corpus: Annotated[SourceConfig | None, UNKEYED]
     """What retrieval searches: texts, or questions with answers; null uses the training rows of sft.data."""
     num_questions: PositiveInt | None
-    """Number of questions, from the first on; null uses all."""
+    """Number of questions, the first ones; null uses all."""
     methods: Annotated[list[PromptMethod], Field(min_length=1), AfterValidator(_no_repeats)]
     """Prompting methods of the base model. Win rates are against the first one."""
     artifacts: Annotated[list[str], AfterValidator(_no_repeats)]

@@ -3,7 +3,7 @@
 Reads   the SFT model, or what `dpo.init` names instead (policy and reference); preferences: `dpo.data`, or
         the pairs of `reward.pairs`.
 Writes  a plain causal-LM directory: the policy with the lowest loss on one half of the held-out rows, judged
-        on the other; with any dpo.peft but none also the trained adapter, in `adapter/`; and the
+        on the other; unless dpo.peft is none, the trained weights alone too, in `adapter/`; and the
         reference's log-probabilities of each training row, in `reference.arrow`.
 """
 

@@ -116,10 +116,9 @@ class EvaluateStage(Stage):
     smallest_gain: Annotated[NonNegativeFloat, UNKEYED]
     """The smallest gain worth having, in deviations of the score over the answers of PPO's start."""
     num_prompts: PositiveInt | None
-    """Number of evaluation prompts, from the first on; null uses all."""
+    """Number of evaluation prompts, the first ones; null uses all."""
     num_references: PositiveInt | None
-    """Number of held-out answers of sft.data that measure what was learned, from the first on; null uses
-    all."""
+    """Number of held-out answers of sft.data that measure what was learned, the first ones; null uses all."""
     subject: str
     """The policy that gates check: its win rate, gains and forgetting are logged without a policy's name.
     `auto` uses the only policy that is neither base nor what PPO started from; if there are several, ppo; if
@@ -133,7 +132,7 @@ class EvaluateStage(Stage):
     batch_rows: PositiveInt
     """Rows that are decoded together."""
     num_shown: Annotated[int, UNKEYED] = Field(ge=0)
-    """Number of prompts that the report shows side by side, from the first on."""
+    """Number of prompts that the report shows side by side, the first ones."""
     micro_batch_tokens: Memory
     """Tokens per forward pass that measures; lower it when memory runs out."""
 

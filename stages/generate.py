@@ -70,7 +70,7 @@ class GenerateStage(MakesRows):
     splits: list[Literal["train", "held_out"]] = Field(min_length=1)
     """Splits of `ppo.prompts` that are answered."""
     num_prompts: PositiveInt | None
-    """Number of prompts over all splits, from the first of each split on; null uses all."""
+    """Number of prompts over all splits, the first ones of each split; null uses all."""
     samples_per_prompt: PositiveInt
     """Responses to each prompt."""
     max_new_tokens: PositiveInt
@@ -97,9 +97,8 @@ class GenerateStage(MakesRows):
 
     def max_raised(self, answers: int) -> int:
         """Largest number of answers for which a function may raise."""
-        return math.floor(
-            Fraction(str(self.max_unscored)) * answers
-        )  # exact: in floats 0.29 x 100 is less than 29
+        # exact: in floats 0.29 x 100 is less than 29
+        return math.floor(Fraction(str(self.max_unscored)) * answers)
 
     def not_checked(self) -> dict[str, str]:
         """Without a reward there are no scores; a single answer to a prompt has no other to differ from."""
@@ -218,9 +217,8 @@ class GenerateStage(MakesRows):
         metrics = {
             "responses": len(texts),
             **share(echoes_BS.mean(-1)).metrics("echo_rate"),
-            **share(stopped_BS.mean(-1)).metrics(
-                "stop_rate"
-            ),  # one mean per prompt: its samples are not independent
+            # one mean per prompt: its samples are not independent
+            **share(stopped_BS.mean(-1)).metrics("stop_rate"),
             "length_mean": float(rollout.response_lengths.float().mean()),
             "distinct_2": distinct_n([ids.tolist() for ids in rollout.response_ids], 2),
         }

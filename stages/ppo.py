@@ -2,8 +2,8 @@
 
 Reads   the SFT model, or what `ppo.init` names instead (policy and reference); a reward; prompts
         (`ppo.prompts`); the score's moments.
-Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
-        any ppo.peft but none also the trained adapter, in `adapter/`; and its answers to held-out prompts,
+Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; unless
+        ppo.peft is none, its trained weights alone too, in `adapter/`; and its answers to held-out prompts,
         evaluation by evaluation, in held_out_answers.jsonl.
 A step is rlhf/ppo/trainer.py; what is learned from a rollout is rlhf/ppo/objective.py.
 """

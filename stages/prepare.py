@@ -105,7 +105,7 @@ class PrepareStage(Stage):
         """The preparation of these sources with the config's settings.
 
         Args:
-            scratch: a directory for rows in work.
+            scratch: a directory for temporary files.
         """
         return Preparation(
             sources, self.held_out_fraction, self.evaluation_fraction, self.judge_fraction, self.on_bad_row,

@@ -1,10 +1,10 @@
 """Train the reward model on preference pairs.
 
 Reads   the SFT model, or what `reward.init` names instead; preference pairs (`reward.pairs`).
-Writes  a sequence-classification model with one label, and how well it ranks held-out pairs; with any
-        reward.peft but none also the trained adapter, in `adapter/` (PPO puts a LoRA adapter on the policy's
-        weights, if both started from the same model); and calibration.jsonl: how often it is right, by how
-        sure it is.
+Writes  a sequence-classification model with one label, and how well it ranks held-out pairs; unless
+        reward.peft is none, the trained weights alone too, in `adapter/` (PPO puts a LoRA adapter on the
+        policy's weights, if both started from the same model); and calibration.jsonl: how often it is right,
+        by how sure it is.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ class RewardStage(Stage):
         }
 
     def save(self, job: Job, weights: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-        """Publish the trained adapter, and a plain classification model if the method merges.
+        """Publish the trained weights alone, unless all were trained; and a plain classification model if the
+        method merges.
 
         Args:
             weights: of `Learner.weights`.

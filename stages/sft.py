@@ -2,8 +2,8 @@
 
 Reads   the base model, or what `sft.init` names instead; prompt/completion rows (`sft.data`);
         general data to replay (`sft.replay`).
-Writes  a plain causal-LM directory, and the held-out loss before and after; with any sft.peft but none also
-        the trained adapter, in `adapter/`.
+Writes  a plain causal-LM directory, and the held-out loss before and after; unless sft.peft is none, the
+        trained weights alone too, in `adapter/`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_ROWS_CHECKED_FOR_CUTS = 1000
-"""Number of training rows, from the first on, that are checked for cut-off answers."""
+"""Number of training rows, the first ones, that are checked for cut-off answers."""
 
 
 class SftStage(Stage):

@@ -192,7 +192,8 @@ class Trained:
     def gradients(
         self, *, passes: int, at_step: bool = False, together: bool = False
     ) -> Iterator[Allocation]:
-        """Gradients without `buffers`: in fp32; under `none` a single pass keeps the model's precision.
+        """Gradients without `buffers`, in fp32. Under `none`, those of a single pass are in the model's
+        precision until the optimizer step.
 
         Args:
             passes: micro-batches per optimizer step.

@@ -41,7 +41,7 @@ With a tiny model on a CPU, sampling and scoring 512 answers takes 0.7 s."""
 HAND_OVER_SECONDS = 2e-3
 """Seconds of the host's work per weight that is handed to vLLM: assumed."""
 LAYER_WEIGHTS = 12
-"""Weights of a layer, about."""
+"""Approximate number of weights in a layer."""
 WAKE_SECONDS = 1.0
 """Seconds per rollout for vLLM to go to sleep and wake: assumed."""
 FP32 = 4

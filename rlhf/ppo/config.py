@@ -110,7 +110,7 @@ class PolicyConfig(Strict):
     kl: KlConfig
     score: ScoreConfig
     clip: float = Field(gt=0, lt=1)
-    """Distance of the probability ratio from 1 beyond which a token gets no gradient."""
+    """Distance of the probability ratio from 1 beyond which a token gets no gradient to move further away."""
     clip_high: PositiveFloat | None
     """The same distance for ratios above 1; null uses clip."""
     dual_clip: float | None = Field(gt=1)
@@ -123,7 +123,7 @@ class PolicyConfig(Strict):
     """Steps between evaluations on held-out prompts; the policy with the best score on one half of them is
     published, and judged on the other half."""
     evaluate_prompts: int = Field(ge=2)
-    """Number of held-out prompts that are evaluated, from the first one on."""
+    """Number of held-out prompts that are evaluated, the first ones."""
     max_bad_steps: Annotated[NonNegativeInt, UNKEYED]
     """Most steps that may be skipped because a reward, loss or gradient is not finite. One more ends the
     run."""
@@ -203,8 +203,8 @@ class PpoConfig(PolicyConfig):
     critic: CriticConfig
     ptx: PtxConfig
     advantage: Annotated[str, Function("gae")]
-    """The advantage estimator. gae: generalized advantage estimation, with
-    gamma and lam. Or your own, `python:MODULE:FUNCTION`."""
+    """The advantage estimator. gae: generalized advantage estimation, with gamma and lam. Or your own,
+    `python:MODULE:FUNCTION`."""
     policy_loss: Annotated[str, Function("clip")]
     """The policy's loss on a micro-batch. clip: the clipped objective, with each token's probability ratio.
     Or your own, `python:MODULE:FUNCTION`."""
@@ -213,8 +213,8 @@ class PpoConfig(PolicyConfig):
     lam: float = Field(ge=0, le=1)
     """Lambda of GAE: 0 relies on the critic only, 1 on the sampled rewards only."""
     value_clip: PositiveFloat | None
-    """Distance of a value from the rollout's value beyond which it gets no gradient, in units of the
-    normalised reward; null for no limit."""
+    """Distance of a value from the rollout's value beyond which it gets no gradient to move further away, in
+    units of the normalised reward; null for no limit."""
 
     @property
     def warmup_steps(self) -> int:

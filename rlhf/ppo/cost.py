@@ -294,7 +294,9 @@ def policy_work(
         *worker.rollouts(config.steps + evaluations, episodes + evaluated, what="episodes"),
         *readings,
         *worker.gathering(models * passes, what="scoring"),
-        *worker.gathering(config.steps * on.gathers_a_rollout(answers.longest), what="sampled weights"),
+        *worker.gathering(
+            config.steps * on.gathers_a_rollout(answers.longest), what="weights to sample from"
+        ),
         *learning,
         *worker.exchanging(
             num_trained * updating, updates, trained.parameters / num_trained, what="learning"

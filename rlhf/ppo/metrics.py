@@ -200,7 +200,7 @@ def evaluate_policy(
     """Sample one response per prompt, always with the same seed, and measure the responses.
 
     Returns:
-        The measurements, the answers as JSON values, and of several rewards each one's metrics.
+        The measurements, the answers as JSON values, and the metrics of each of several rewards.
 
     Raises:
         RewardError: no response of one half of the prompts got a finite score.

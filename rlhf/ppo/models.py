@@ -78,7 +78,7 @@ def load_models(config: PolicyConfig, job: Job) -> Models:
 def pretraining_mix(
     config: PpoConfig, job: Job, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> PretrainingMix:
-    """The pretraining mix. Rows whose prompt fills the context are left out.
+    """The pretraining mix. Rows without anything to learn are left out: their prompt fills the context.
 
     Raises:
         ConfigError: no row is left.

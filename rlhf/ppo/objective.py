@@ -57,7 +57,7 @@ class Rewarded(NamedTuple):
 
 
 class Estimator(Protocol):
-    """From rewards to advantages."""
+    """Computes advantages from rewards."""
 
     def __call__(self, rewarded: Rewarded, config: Any, /) -> Tensor | Advantages:
         """
@@ -107,12 +107,12 @@ def rloo(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
 
 
 def reinforce_plus_plus(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
-    """Returns, whitened over all tokens of the batch."""
+    """The sum of rewards from each token on, whitened over all tokens of the batch."""
     return batch_advantage(rewarded.reward_BR, rewarded.mask_BR, None)
 
 
 def reinforce_plus_plus_baseline(rewarded: Rewarded, config: GrpoConfig) -> Tensor:
-    """Returns minus the group's mean, whitened over all tokens of the batch."""
+    """The same sums minus the group's mean, whitened over all tokens of the batch."""
     return batch_advantage(rewarded.reward_BR, rewarded.mask_BR, rewarded.group_B)
 
 
@@ -189,7 +189,7 @@ class Objective(ABC):
         )  # fmt: skip
 
     def advantages(self, reward_BR: Tensor, mask_BR: Tensor, *, value_BR: Tensor | None) -> Advantages:
-        """The estimator named by `STAGE.advantage`, for `make_experience`."""
+        """Advantages of rewards by the estimator of `STAGE.advantage`: see `make_experience`."""
         rewarded = Rewarded(reward_BR, mask_BR, self._config.group_size, value_BR)
         found = self._advantage(rewarded, self._config)
         return found if isinstance(found, Advantages) else Advantages(found, None)
@@ -247,7 +247,7 @@ class Objective(ABC):
     def token_loss(
         self, logp_BR: Tensor, part: Experience, mask_BR: Tensor, total_tokens: int, weight_B: Tensor | None
     ) -> PolicyLoss:
-        """The loss named by `STAGE.policy_loss`. Arguments: see `clipped_policy_loss`."""
+        """The loss of a micro-batch by `STAGE.policy_loss`. Arguments: see `clipped_policy_loss`."""
         device = logp_BR.device
         found = self.loss(
             logp_BR, part.logp_BR.to(device), part.advantage_BR.to(device), mask_BR,

@@ -166,7 +166,7 @@ class PolicyStage(PolicyConfig, Stage):
 
     @abstractmethod
     def objective(self) -> Objective:
-        """How advantages and losses are made of a rollout."""
+        """How advantages and losses are computed from a rollout."""
 
     def trainer(self, job: Job) -> PolicyTrainer:
         """The trainer with its models, before the first step."""

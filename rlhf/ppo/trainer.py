@@ -520,7 +520,7 @@ class Answered(NamedTuple):
     rollout: Rollout
     score_B: Tensor
     parts: dict[str, Tensor]
-    """Of several rewards, each one's scores."""
+    """Reward -> its scores; empty for a single reward."""
     usage: dict[str, float]
     """Counts by the rewards, such as a judge's tokens."""
     resampled: int = 0
@@ -553,7 +553,7 @@ def answers_file(step: int) -> str:
 
 
 def repeated(rows: Sequence[PromptRow], times: int) -> list[PromptRow]:
-    """Each row `times` times, one copy next to the other."""
+    """Each row `times` times, its copies next to each other."""
     return [row for row in rows for _ in range(times)]
 
 

@@ -143,8 +143,8 @@ def code_on_disk(module: str) -> dict[str, str]:
 
 
 def _digest_of_code(path: Path) -> str:
-    """Digest of a file. Of a module's syntax tree, so that a changed docstring or comment retrains nothing.
-    Docstrings count if the module reads any."""
+    """Digest of a file. For a Python module it is that of the syntax tree, so that a changed docstring or
+    comment retrains nothing. Docstrings count if the module reads any."""
     content = path.read_bytes()
     try:
         tree = ast.parse(content) if path.suffix == ".py" else None

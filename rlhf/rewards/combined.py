@@ -160,7 +160,7 @@ def scored(reward: Reward, prompts: Prompts, completions: Sequence[str]) -> Scor
 
 
 def usable_scores(reward: Reward, prompts: Prompts, completions: Sequence[str], name: str) -> Scores:
-    """Finite scores, at least one of them a number.
+    """The scores of a reward: none is infinite, and at least one is a number.
 
     Args:
         name: the reward as the user wrote it, such as `generate.reward=vader`.

@@ -36,7 +36,7 @@ FIX_SERVER = "Fix the URL or the server, and run the same command again."
 
 
 class RewardServerConfig(Strict):
-    """`reward_server.*`: how the run calls a reward at http://.... Values: conf/config.yaml."""
+    """`reward_server.*`: how the run calls rewards at URLs and judges. Values: conf/config.yaml."""
 
     timeout: PositiveFloat
     """Longest wait for the server's whole answer, in seconds, before the next attempt."""

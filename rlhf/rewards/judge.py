@@ -218,7 +218,7 @@ class Judge:
 
 
 def verdict(reply: str) -> str | None:
-    """A, B or T: the one in the last line; T if it holds all three. Else None."""
+    """The only one of A, B and T in the last line; T if all three are there. Else None."""
     last = reply.strip().rpartition("\n")[2]
     named = {*VERDICT.findall(TIE.sub("T", last))}
     return named.pop() if len(named) == 1 else "T" if len(named) == 3 else None

@@ -53,7 +53,7 @@ class RewardKind:
     check_args: Callable[[str, Mapping[str, Any]], None] = _no_args
     """Raises ValueError for `args` that the source does not take."""
     needs: Callable[[RewardPart], frozenset[str]] = lambda part: frozenset()
-    """Columns that every prompt row must have."""
+    """Columns of the prompts that it requires: at least one row must have each of them."""
 
     not_in_key: frozenset[str] = frozenset()
     """Names of `args` that do not change a score."""
@@ -179,7 +179,7 @@ RewardSource = Annotated[
 """One reward, or several of them. One of: `learned` (the model of stage `reward`; `learned@2`: of its
 instance `reward@2`), `vader`, `model:DIRECTORY` (a sequence-classification model with one label, a linear
 `score` head (Llama, Mistral, Qwen, Gemma, ...), its own tokenizer and template), `python:MODULE:FUNCTION`,
-`trl:FUNCTION`, `verify:NAME`, or the URL of a server (rlhf/rewards/http.py)."""
+`trl:FUNCTION`, `verify:NAME`, `judge:URL`, or the URL of a server (rlhf/rewards/http.py)."""
 
 
 def parts_of(source: str | RewardMix) -> list[RewardPart]:
@@ -206,7 +206,7 @@ def models_of(source: str | RewardMix | None) -> list[RewardPart]:
 
 
 def columns_needed(source: str | RewardMix) -> frozenset[str]:
-    """Columns that every prompt row must have for its rewards."""
+    """Columns of the prompts that its rewards require: at least one row must have each of them."""
     return frozenset[str]().union(*(reward_kind(part.source).needs(part) for part in parts_of(source)))
 
 

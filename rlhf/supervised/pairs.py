@@ -42,7 +42,7 @@ class Pairs(Sequence[EncodedPair]):
 
         Args:
             ids: token ids of the rows.
-            row_numbers: the rows to use, of these alone; by default those that are short enough.
+            row_numbers: use these rows only; by default, all that are short enough.
         """
         import numpy
 
@@ -79,9 +79,8 @@ class Pairs(Sequence[EncodedPair]):
     @property
     def answer_lengths(self) -> NDArray[numpy.int64]:
         """Tokens of both answers without the prompt, [pairs, 2]."""
-        lengths: NDArray[numpy.int64] = (
-            self._ids.lengths - self._ids.spans[:, 0]
-        )  # an answer ends its sequence
+        # an answer ends its sequence
+        lengths: NDArray[numpy.int64] = self._ids.lengths - self._ids.spans[:, 0]
         return lengths.reshape(-1, 2)[self._row_numbers]
 
     def gold_gaps(self) -> Iterator[float]:

@@ -223,11 +223,10 @@ class PreferenceConfig(Strict):
     Ethayarajh et al. 2024, learns from answers with a thumb up or down, and from pairs as one of each. simpo:
     Meng et al. 2024, needs no reference."""
     beta: PositiveFloat
-    """dpo, ipo, kto: strength that holds the policy near the reference; larger is nearer. simpo: scale of the
-    log-probabilities per token, 2 to 10."""
+    """dpo, ipo, kto: how strongly the policy is held near the reference; larger is nearer. simpo: scale of
+    the log-probabilities per token, 2 to 10."""
     label_smoothing: float = Field(ge=0, le=0.5)
-    """dpo and simpo: assumed share of pairs with a wrong preference (conservative DPO, Mitchell
-    2023)."""
+    """dpo and simpo: assumed share of pairs with a wrong preference (conservative DPO, Mitchell 2023)."""
     gamma: NonNegativeFloat
     """simpo: target margin of the chosen answer, usually 0.3 to 0.5 of beta."""
     desirable_weight: PositiveFloat
