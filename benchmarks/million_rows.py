@@ -171,7 +171,7 @@ def watched_prepare(command: Sequence[str], results: Any) -> None:
     watches.watch(Examiner, "_examine_piece", "ids and texts as columns")
     watches.watch(Examiner, "_examine_row", "parsing, checking, deduplicating")
     watches.watch(Examiner, "_sequences", "ids and texts as columns")
-    watches.watch(chat_template, "_rendered", "chat template")
+    watches.watch(chat_template, "_render", "chat template")
     watches.watch(chat_template, "_encode", "tokenizing")
     sys.argv = ["rlhf", *command]
     try:
@@ -187,10 +187,10 @@ def parts_of_prepare(command: Sequence[str]) -> dict[str, float]:
     results = context.Queue()
     process = context.Process(target=watched_prepare, args=(command, results))
     process.start()
-    parts: dict[str, float] = results.get(timeout=3600)
     process.join()
     if process.exitcode:
         sys.exit("`prepare` failed: see above.")
+    parts: dict[str, float] = results.get()
     return parts
 
 
