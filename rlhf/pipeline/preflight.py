@@ -53,8 +53,7 @@ class RunEstimate(NamedTuple):
     """What the stages that will run need, as far as it is known in advance."""
 
     sampling_modes: Mapping[str, LocalSampling] = {}
-    """Stage -> how the local engine samples from sharded weights; a missing stage samples by layers. Equal on
-    all ranks."""
+    """Stage -> how the local engine samples from sharded weights; by layers if missing. Same on all ranks."""
     stages: Mapping[str, Prediction] = {}
     """Stage -> how long it takes."""
     longest: int | None = None
@@ -319,8 +318,7 @@ def preflight(
 
 
 def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None, float]:
-    """The phase that needs the largest share of the available memory, whether it is the host's memory (None
-    without a GPU), and the share."""
+    """The phase with the largest share of its memory, whether it is the host's (None: no GPU), the share."""
     machine = on.machine
     if machine.kind == "cpu":
         phase = cost.peak()
@@ -337,8 +335,7 @@ def shortage(cost: StageCost, on: CostContext) -> float:
 
 
 def peak_memory(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, float]:
-    """The phase that needs most memory of the GPU (without a GPU: of the host), and its bytes, including what
-    the process holds anyway."""
+    """The phase that needs most GPU memory (without a GPU: host memory), and its bytes with the process."""
     on_host = None if on.on_cpu else False
     phase = cost.peak(on_host=on_host)
     return phase, phase.size(on_host=on_host) + on.machine.used
