@@ -127,7 +127,9 @@ def _call(piece: Any) -> Any:
         if _stopped.poll():  # it came between two pieces
             raise KeyboardInterrupt
         return _function(piece)
-    except Exception as error:  # sent to the parent, which raises it
-        raise portable(error) from None
+    except Exception as error:  # any error of the function: the parent raises it
+        if (sent := portable(error)) is error:
+            raise
+        raise sent from error  # whose traceback travels with it
     finally:
         _is_working = False
