@@ -13,8 +13,9 @@ from pathlib import Path
 
 from look import THEMES, save
 
+from rlhf.evaluation.references import Quality
 from rlhf.evaluation.sampled import Sampled
-from rlhf.report.compare import PROMPT_METHODS, QUALITIES, ROWS, Quality, draw
+from rlhf.report.compare import METHOD_WORDS, QUALITIES, ROWS, draw
 from rlhf.report.pareto import Point
 from rlhf.report.pareto import draw as draw_pareto
 from rlhf.report.policies import GAINS, Cost
@@ -44,16 +45,18 @@ def comparison(first: str) -> dict[str, float]:
     """A table of `stage=compare` as metrics."""
     (_, *names), *rows = table("should-you-fine-tune.md", first)
     keys = {words: key for key, (words, _) in ROWS.items()}
-    contenders = [{words: key for key, words in PROMPT_METHODS.items()}.get(name, name) for name in names]
+    methods = {f", {words}": f"+{method}" for method, words in METHOD_WORDS.items()}
+    for words, method in methods.items():
+        names = [name.replace(words, method) for name in names]
     metrics: dict[str, float] = {}
     key = ""
     for words, *cells in rows:
-        for name, cell in zip(contenders, cells, strict=True):
+        for name, cell in zip(names, cells, strict=True):
             if words == "95% interval" and cell != "-":
                 low, high = cell.split("..")
                 metrics |= {f"{key}_low/{name}": float(low), f"{key}_high/{name}": float(high)}
             elif words in keys and cell != "-":
-                scale = 1e6 if keys[words] == "storage_bytes" else 1.0
+                scale = 1e6 if keys[words].endswith("_bytes") else 1.0
                 metrics[f"{keys[words]}/{name}"] = float(cell.replace(",", "")) * scale
         key = keys.get(words, key)
     return metrics
@@ -95,7 +98,7 @@ def main() -> None:
     }
     for name, (first, quality) in found.items():
         metrics = comparison(first)
-        assert f"{quality}_low/sft" in metrics, f"{name}: no interval of {QUALITIES[quality]}"
+        assert f"{quality}_low/sft" in metrics, f"{name}: no interval of {QUALITIES[quality][1]}"
         save(partial(draw, metrics, quality), images / f"{name}.svg")
     axes = ("task gain, nats per token", "retention loss, nats per token")
     save(lambda: draw_pareto(forgetting(), *axes), images / "forgetting.svg")

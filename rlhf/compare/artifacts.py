@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rlhf.compare.prompts import PromptMethod
 from rlhf.config import ConfigError
 from rlhf.digests import DirectoryDigest
 from rlhf.models.intact import check_weights
@@ -19,16 +18,12 @@ NAMES = (
 )
 
 
-def is_of_this_run(name: str) -> bool:
-    """Whether a name in `compare.artifacts` is a stage of this run. Directories contain a slash."""
-    return "/" not in name
-
-
-def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
+def tuned_artifact(directory: str, stage: str, *, read: bool = False) -> Artifact | Path:
     """The artifact in a directory of a store, or behind a run's link to it; or the path of a plain
     `save_pretrained` directory, which has no manifest.
 
     Args:
+        stage: the stage that names it, for errors.
         read: whether to read all files of an artifact and verify their digests.
 
     Raises:
@@ -41,32 +36,33 @@ def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
         if artifact is not None and read:
             store.verify(artifact, read=True)
     elif (path / "config.json").is_file():
-        check_weights(path, f"compare.artifacts={directory}")
+        check_weights(path, f"{stage}: {directory}")
         if not any(path.glob("*.safetensors")):
             raise ConfigError(
-                f"compare.artifacts: {directory}: no *.safetensors there; other formats are not read. "
+                f"{stage}: {directory}: no *.safetensors there; other formats are not read. "
                 "Save it again with save_pretrained."
             )
         return path
     if artifact is None:
         raise ConfigError(
-            f"compare.artifacts: {directory}: no finished artifact there, and no plain model (config.json, "
+            f"{stage}: {directory}: no finished artifact there, and no plain model (config.json, "
             f"*.safetensors). {NAMES}"
         )
     return artifact
 
 
-def check_policy(directory: str, tuned: Artifact | Path, chain: Mapping[str, Stage]) -> None:
+def check_policy(directory: str, tuned: Artifact | Path, chain: Mapping[str, Stage], asks: str) -> None:
     """Refuse an artifact of a stage that makes no policy. Artifacts of stages that this run lacks pass.
+
+    Args:
+        asks: the stage that names it, for errors.
 
     Raises:
         ConfigError: with the names that are allowed.
     """
     stage = None if isinstance(tuned, Path) else chain.get(tuned.manifest.stage)
     if stage is not None and stage.makes != "policy":
-        raise ConfigError(
-            f"compare.artifacts: {directory}: {stage.name} makes no policy, so it cannot answer. {NAMES}"
-        )
+        raise ConfigError(f"{asks}: {directory}: {stage.name} makes no policy, so it cannot answer. {NAMES}")
 
 
 def content_of(tuned: Artifact | Path, digest: DirectoryDigest) -> str:
@@ -77,12 +73,6 @@ def content_of(tuned: Artifact | Path, digest: DirectoryDigest) -> str:
 def path_of(tuned: Artifact | Path) -> Path:
     """The model's directory."""
     return tuned if isinstance(tuned, Path) else tuned.path
-
-
-def label(name: str) -> str:
-    """The artifact's name in tables: RUN/STAGE for a run's link, else the last two parts of its path."""
-    parts = [part for part in Path(name).parts if part != "artifacts"]
-    return "/".join(parts[-2:])
 
 
 def lineage(artifact: Artifact) -> Iterator[Artifact]:
@@ -103,23 +93,19 @@ def lineage(artifact: Artifact) -> Iterator[Artifact]:
             source = store.find(stage, key)
             if source is None:
                 raise ConfigError(
-                    f"compare.artifacts: {child.path} was made from {stage}/{key}, which is no longer in the "
+                    f"{child.path} was made from {stage}/{key}, which is no longer in the "
                     f"store {store.root}, so the cost of its training is unknown. Run {stage} again, or "
                     "leave the artifact out."
                 )
             waiting.append(source)
 
 
-def training_seconds(tuned: Artifact | Path) -> float | None:
-    """Wall time of all stages in the artifact's lineage, from their manifests, without data preparation. None
-    for a plain directory, which has no manifest."""
-    if isinstance(tuned, Path):
-        return None
-    return sum(each.manifest.seconds for each in lineage(tuned))
-
-
-def contender(model: str | None, method: PromptMethod) -> str:
-    """Name of a model with a prompt method in metrics and tables: `few_shot`, `sft`, `sft+retrieval`."""
-    if model is None:
-        return method
-    return label(model) if method == "zero_shot" else f"{label(model)}+{method}"
+def training_seconds(tuned: Sequence[Artifact | Path]) -> float | None:
+    """Wall time of all stages in the lineages of these models, each once, from their manifests, without data
+    preparation. None if one is a plain directory, which has no manifest."""
+    seconds: dict[tuple[str, str], float] = {}
+    for each in tuned:
+        if isinstance(each, Path):
+            return None
+        seconds |= {(one.manifest.stage, one.key): one.manifest.seconds for one in lineage(each)}
+    return sum(seconds.values())

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, TypeVar
 
-from rlhf.compare.dataset import QUESTIONS, Library
+from rlhf.compare.candidate import Method
+from rlhf.compare.dataset import Library
 from rlhf.compare.prompts import (
     FewShotConfig,
-    PromptMethod,
     Question,
     RetrievalConfig,
     few_shot_prompt,
@@ -38,6 +38,8 @@ class ContextBudget:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     max_new_tokens: int
+    stage: str
+    """The stage that asks, for errors."""
 
     def length(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation before its answer."""
@@ -63,9 +65,9 @@ class ContextBudget:
         length, limit = self.length(prompt), self.max_prompt_tokens(question)
         if length > limit:
             raise ConfigError(
-                f"{QUESTIONS}: {question.where}: the question has {length} tokens; the model's "
+                f"{self.stage}: {question.where}: the question has {length} tokens; the model's "
                 f"context of {self.context_length} leaves {limit} for a prompt. Shorten it, or lower "
-                f"compare.max_new_tokens={self.max_new_tokens}."
+                f"{self.stage}.max_new_tokens={self.max_new_tokens}."
             )
         return length
 
@@ -74,28 +76,27 @@ class ContextBudget:
 class Sizes:
     """Token lengths of all parts of prompts."""
 
-    questions: dict[PromptMethod, LengthStats]
+    questions: dict[Method, LengthStats]
     """Method -> lengths of the questions in its template, without examples or passages."""
     references: LengthStats
     examples: LengthStats
     passages: LengthStats
 
-    def asked(self, method: PromptMethod, few_shot: FewShotConfig, retrieval: RetrievalConfig) -> LengthStats:
+    def asked(self, method: Method, few_shot: FewShotConfig, retrieval: RetrievalConfig) -> LengthStats:
         """Lengths of full prompts: questions with all examples or passages, as if they always fitted."""
-        question = self.questions[method]
+        question = self.questions.get(method, self.questions["zero_shot"])
         before = {
-            "zero_shot": [],
             "few_shot": [self.examples] * few_shot.examples,
             "retrieval": [self.passages] * retrieval.passages,
         }
-        return joined(question, *before[method])._replace(rows=question.rows)
+        return joined(question, *before.get(method, []))._replace(rows=question.rows)
 
 
 def measure_sizes(
     budget: ContextBudget,
     questions: Sequence[Question],
     library: Library,
-    methods: Collection[PromptMethod],
+    methods: Collection[Method],
     few_shot: FewShotConfig,
     retrieval: RetrievalConfig,
 ) -> Sizes:
@@ -105,7 +106,7 @@ def measure_sizes(
         ConfigError: a question does not fit the context, even alone.
     """
 
-    def bare(method: PromptMethod, question: Question) -> Sequence[Message]:
+    def bare(method: Method, question: Question) -> Sequence[Message]:
         if method == "few_shot":
             return few_shot_prompt(question, (), few_shot)
         return retrieval_prompt(question, (), retrieval)

@@ -13,21 +13,21 @@ def cost_of(seconds: float, price_per_hour: float) -> float:
     return seconds / 3600 * price_per_hour
 
 
-def break_even(setup: float, per_request: float, other_setup: float, other_per_request: float) -> float:
+def break_even(setup: float, other_setup: float, saving: float) -> float:
     """Number of requests after which the total cost of the first method is no higher than that of the other.
 
-    Solves setup + n * per_request = other_setup + n * other_per_request for n; in money, or in seconds of
-    one machine.
+    Solves setup + n * cost = other_setup + n * (cost + saving) for n.
+
+    Args:
+        saving: by how much a request is cheaper than with the other method.
 
     Returns:
         0 if the first method is never dearer; infinity if it is not cheaper in the long run.
     """
-    dearer, saving = setup - other_setup, other_per_request - per_request
+    dearer = setup - other_setup
     if dearer <= 0 and saving >= 0:
         return 0.0
-    if dearer > 0 and saving > 0:
-        return dearer / saving
-    return math.inf
+    return dearer / saving if dearer > 0 and saving > 0 else math.inf
 
 
 def model_bytes(directory: Path) -> int:

@@ -14,8 +14,7 @@ from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Row, RowError, SftRow, draw_at_most, prompt_identity, text_of
 from rlhf.data.sources import SourceConfig
 
-QUESTIONS, CORPUS = "compare.questions", "compare.corpus"
-
+QUESTIONS = "compare.questions"
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -74,7 +73,8 @@ def find_questions(
         usable = (row for row in data.rows("sft", "held_out") if row.prompt and not row.uses_tools)
         texts = ((row.prompt, text_of(row.completion)) for row in islice(usable, max_questions))
         held_out = [
-            Question("sft.data, held out", prompt, text, {"completion": text}) for prompt, text in texts
+            Question("sft.data, held out", PromptRow(prompt, columns={"completion": text}), text)
+            for prompt, text in texts
         ]
         if not held_out:
             raise ConfigError(
@@ -83,7 +83,7 @@ def find_questions(
             )
         return FoundQuestions(held_out, 0)
     asked = [*_read_questions(source)]
-    identities = [prompt_identity(PromptRow(question.prompt)) for question in asked]
+    identities = [prompt_identity(question.row) for question in asked]
     training = (row for role in training_roles(data.roles) for row in data.rows(role, "train"))
     leaks = {*identities}.intersection(map(prompt_identity, training))
     questions = [question for question, each in zip(asked, identities, strict=True) if each not in leaks]
@@ -96,8 +96,11 @@ def find_questions(
     return FoundQuestions(questions[:max_questions], num_leaks)
 
 
-def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
+def find_library(corpus: SourceConfig | None, data: PreparedData, key: str) -> Library:
     """Examples from sft.data's training rows; passages from the corpus, or from the same rows.
+
+    Args:
+        key: the corpus's config key.
 
     Raises:
         ConfigError: a row of the corpus is neither a text nor a question with its answer.
@@ -107,7 +110,7 @@ def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
     examples = rows.pick([place for place, is_one in enumerate(usable) if is_one])
     if corpus is None:
         return Library(examples, Texts(rows, _passage))
-    return Library(examples, [_passage(row) for _, row, _ in _read(corpus, CORPUS, "sft")])
+    return Library(examples, [_passage(row) for _, row, _ in _read(corpus, key, "sft")])
 
 
 def _passage(row: Row) -> str:
@@ -123,7 +126,7 @@ def _read_questions(source: SourceConfig) -> Iterator[Question]:
         if isinstance(row, SftRow) and row.uses_tools:
             raise ConfigError(f"{QUESTIONS}: {where}: it uses tools. compare asks without tools.")
         reference = text_of(row.completion) if isinstance(row, SftRow) else None
-        yield Question(where, row.prompt, reference, with_columns(row.prompt, raw).columns)
+        yield Question(f"{QUESTIONS}: {where}", with_columns(row.prompt, raw), reference)
 
 
 def _has_answers(source: SourceConfig) -> bool:

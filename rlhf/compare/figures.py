@@ -1,70 +1,61 @@
-"""Quality and cost of a contender's answers. Metric names here do not contain the contender."""
+"""What a comparison computes from the candidates' answers: gains over the best untrained option, and costs.
+Metric names of one candidate do not contain the candidate."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
 
-import torch
-
-from rlhf.compare.answering import Answers
-from rlhf.compare.cost import break_even, cost_of
-from rlhf.compare.metrics import answer_found, exact_match, rouge_l
-from rlhf.compare.prompts import PromptMethod, Question
-from rlhf.evaluation.intervals import mean, share
-from rlhf.evaluation.win_rate import both_scored, wins
-
-REFERENCE_METRICS = {"exact_match": exact_match, "answer_found": answer_found, "rouge_l": rouge_l}
-"""Metric name -> quality of an answer compared with its reference."""
+from rlhf.compare.cost import break_even
+from rlhf.evaluation.answers import Answers
+from rlhf.evaluation.intervals import difference, mean
+from rlhf.evaluation.references import QUALITIES
+from rlhf.evaluation.sampled import Sampled
+from rlhf.evaluation.win_rate import both_scored
 
 
-def score_by_reference(answers: Answers, questions: Sequence[Question]) -> None:
-    """Add scores of every answer compared with its reference. Does nothing if the questions have no
-    references."""
-    references = [question.reference for question in questions if question.reference is not None]
-    if not references:
-        return
-    for quality, measure in REFERENCE_METRICS.items():
-        values = [measure(text, reference) for text, reference in zip(answers.texts, references, strict=True)]
-        answers.scores[quality] = torch.tensor(values, dtype=torch.float64)
-
-
-def contender_metrics(answers: Answers, price_per_hour: float) -> dict[str, float]:
-    """Quality, length, time and cost of the answers, and length of their prompts."""
-    mean_seconds = float(answers.seconds_B.mean())
-    metrics = answers.figures | {
-        "seconds_p50": float(answers.seconds_B.quantile(0.5)),
-        "seconds_p95": float(answers.seconds_B.quantile(0.95)),
-        "seconds_mean": mean_seconds,
+def request_metrics(answers: Answers) -> dict[str, float]:
+    """Time and cost of single requests, and the length of their prompts."""
+    metrics = {
         "prompt_tokens": sum(len(ids) for ids in answers.rollout.prompt_ids) / len(answers.texts),
-        "answer_tokens": float(answers.rollout.response_lengths.double().mean()),
         "prompts_cut": float(sum(count > 0 for count in answers.num_cut)),
-        "cost_per_thousand": 1000 * cost_of(mean_seconds, price_per_hour),
     }
-    for quality, score_B in answers.scores.items():  # only a reward's score may leave [0, 1]
-        score_B = score_B[~score_B.isnan()]
-        metrics |= (mean(score_B) if quality == "score" else share(score_B)).metrics(quality)
+    if len(answers.seconds_B):
+        metrics |= {
+            "seconds_p50": float(answers.seconds_B.quantile(0.5)),
+            "seconds_p95": float(answers.seconds_B.quantile(0.95)),
+            **mean(answers.seconds_B).metrics("seconds_mean"),
+            "cost_per_thousand": 1000 * float(answers.cost_B.mean()),
+        }
     return metrics
 
 
-def win_rate(answers: Answers, first: Answers) -> dict[str, float]:
-    """Share of answers that are better than the first contender's: by the reward, else by ROUGE-L."""
-    judge = "score" if "score" in answers.scores else "rouge_l"
-    return share(wins(*both_scored(answers.scores[judge], first.scores[judge]))).metrics("win_rate")
+def best_untrained(answers: Mapping[str, Answers], untrained: Sequence[str], quality: str) -> str | None:
+    """The untrained candidate with the highest mean quality; the first of equal ones. None if there is none.
+
+    It is chosen on the questions that are compared, so a gain over it is too low rather than too high.
+    """
+    means = {name: float(answers[name].scores[quality].double().nanmean()) for name in untrained}
+    return max(means, key=means.__getitem__, default=None)
 
 
-def break_evens(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """For every tuned contender: number of requests after which it is no dearer than each prompt method.
+def gain_over(own: Answers, other: Answers, quality: str) -> Sampled:
+    """How much better the own answers are, question by question, where both have a score."""
+    own_B, other_B = both_scored(own.scores[quality], other.scores[quality])
+    gain_B = own_B.double() - other_B.double()
+    return difference(gain_B) if quality in QUALITIES else mean(gain_B)
+
+
+def break_even_metrics(name: str, own: Answers, other: Answers) -> dict[str, float]:
+    """Number of requests after which the own candidate is no dearer than the other, with the interval that
+    follows from the cost of single requests, question by question. Empty if a cost is unknown.
 
     Args:
-        metrics: setup_seconds/NAME, where known, and seconds_mean/NAME of all contenders.
+        name: the metric's name.
     """
-    methods: tuple[str, ...] = get_args(PromptMethod)
-    counts = {}
-    for tuned in (name for name in names if name not in methods and f"setup_seconds/{name}" in metrics):
-        for method in (name for name in names if name in methods):
-            counts[f"break_even_{method}/{tuned}"] = break_even(
-                metrics[f"setup_seconds/{tuned}"], metrics[f"seconds_mean/{tuned}"],
-                metrics[f"setup_seconds/{method}"], metrics[f"seconds_mean/{method}"],
-            )  # fmt: skip
-    return counts
+    setup, other_setup = own.figures.get("setup_cost"), other.figures.get("setup_cost")
+    rows = min(len(own.cost_B), len(other.cost_B))
+    if setup is None or other_setup is None or not rows:
+        return {}
+    saving = mean(other.cost_B[:rows] - own.cost_B[:rows])
+    value, high, low = (break_even(setup, other_setup, each) for each in saving[:3])
+    return Sampled(value, low, high, rows).metrics(name)

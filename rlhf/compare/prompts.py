@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, PositiveInt
 
 from rlhf.config import Strict
-from rlhf.data.schema import Message, SftRow, text_of
+from rlhf.data.schema import Message, PromptRow, SftRow, text_of
 
-PromptMethod = Literal["zero_shot", "few_shot", "retrieval"]
 RetrieverName = Literal["bm25", "embeddings"]
 
 
@@ -27,19 +26,19 @@ def _with_placeholders(*names: str) -> AfterValidator:
 
 
 class FewShotConfig(Strict):
-    """`compare.few_shot.*`: rows of sft.data as earlier turns of the conversation."""
+    """`few_shot.*`: rows of sft.data as earlier turns of the conversation."""
 
     examples: PositiveInt
     """Number of examples before each question."""
     choice: Literal["nearest", "random"]
-    """nearest: compare.retriever finds them for each question; if it finds too few, the seed draws the rest.
+    """nearest: the retriever finds them for each question; if it finds too few, the seed draws the rest.
     random: the seed draws the same ones for all questions."""
     template: Annotated[str, _with_placeholders("question")]
     """The text of each user turn, in the examples and in the question."""
 
 
 class RetrievalConfig(Strict):
-    """`compare.retrieval.*`: passages before the question."""
+    """`retrieval.*`: passages before the question."""
 
     passages: PositiveInt
     """Number of passages before the question."""
@@ -55,10 +54,14 @@ class Question:
 
     where: str
     """Place of the row, such as `questions.jsonl line 4`."""
-    prompt: list[Message]
+    row: PromptRow
+    """The conversation, and the other columns of its file, for a reward."""
     reference: str | None
-    columns: dict[str, Any] = field(default_factory=dict)
-    """The other columns of its file, for a reward."""
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The conversation."""
+        return self.row.prompt
 
     @property
     def text(self) -> str:

@@ -42,16 +42,22 @@ class Index:
 
 
 def make_index(
-    name: RetrieverName, texts: Sequence[str], policy: PolicyModel, micro_batch_tokens: int
+    name: RetrieverName, texts: Sequence[str], policy: PolicyModel | None, micro_batch_tokens: int, stage: str
 ) -> Index:
-    """Index texts with `compare.retriever`. Embeddings come from the policy that answers."""
-    return bm25_index(texts) if name == "bm25" else embedding_index(texts, policy, micro_batch_tokens)
+    """Index texts with `STAGE.retriever`. Embeddings come from the policy that answers."""
+    if name == "bm25":
+        return bm25_index(texts, stage)
+    assert policy is not None
+    return embedding_index(texts, policy, micro_batch_tokens)
 
 
-def bm25_index(texts: Sequence[str]) -> Index:
+def bm25_index(texts: Sequence[str], stage: str) -> Index:
     """Search by the words that a text shares with the query. Rare words weigh more, stop words nothing.
 
     While it is built, the words of all texts are in memory; afterwards one weight per word and text.
+
+    Args:
+        stage: the stage that searches, for errors.
 
     Source: Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework: BM25 and Beyond", in the
     variant of Lucene; Lu 2024 (arXiv:2407.03618) for the library.
@@ -70,8 +76,8 @@ def bm25_index(texts: Sequence[str]) -> Index:
     split = [text_words for chunk in chunks(texts, TEXTS_PER_CHUNK) for text_words in words(chunk)]
     if not any(split):
         raise ConfigError(
-            f"compare.retriever=bm25: the {len(texts)} texts to search have only English stop words. "
-            "Give another compare.corpus, or set compare.retriever=embeddings."
+            f"{stage}.retriever=bm25: the {len(texts)} texts to search have only English stop words. "
+            f"Give another {stage}.corpus, or set {stage}.retriever=embeddings."
         )
     ranking = bm25s.BM25()
     ranking.index(split, show_progress=False)

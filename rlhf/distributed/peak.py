@@ -52,6 +52,26 @@ def peak_bytes(compute: Compute, *, is_measured: bool) -> float | None:
     return float(compute.global_max(torch.tensor(own_peak, dtype=torch.float64))) or None
 
 
+class PeakMeter:
+    """Measures the peak memory of a stage, and of parts of it."""
+
+    def __init__(self, compute: Compute) -> None:
+        self.compute, self.largest = compute, 0.0
+        self._is_measured = reset_peak(compute)
+
+    def lap(self) -> float | None:
+        """The peak since the last call, as `peak_bytes` gives it. All ranks call it."""
+        peak = peak_bytes(self.compute, is_measured=self._is_measured)
+        self.largest = max(self.largest, peak or 0.0)
+        self._is_measured = reset_peak(self.compute)
+        return peak
+
+    def total(self) -> float | None:
+        """The peak since the start. All ranks call it."""
+        self.lap()
+        return self.largest or None
+
+
 def held_bytes(compute: Compute) -> float:
     """Bytes that this rank holds now: on a GPU allocated by torch, else resident memory of the process."""
     if compute.device_name.startswith("cuda"):

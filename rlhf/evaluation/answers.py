@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.data.schema import Message
 from rlhf.evaluation.intervals import correlation, difference, mean, ratio, share
+from rlhf.evaluation.references import QUALITIES
 from rlhf.evaluation.retention import Retained, forgetting
 from rlhf.evaluation.win_rate import both_scored, wins
 from rlhf.evaluation.wording import gained_word
@@ -46,6 +48,17 @@ class Answers:
     """For a score of several rewards: name of the score -> name of the reward -> its scores."""
     figures: dict[str, float] = field(default_factory=dict)
     """Metrics measured while the model was in memory."""
+    asked: list[list[Message]] = field(default_factory=list)
+    """The conversations before the answers."""
+    num_cut: list[int] = field(default_factory=list)
+    """Number of examples or passages that were left out of each because they did not fit the context."""
+    seconds_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """Seconds of single requests with the first questions; empty if they were not timed."""
+    cost_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """Money that each of these requests costs."""
+    repeated: tuple[list[Tensor], list[str]] | None = None
+    """If each question was asked several times: token ids and texts of all answers, those to one question
+    next to each other. The first of them are `texts`."""
 
     def row(self, index: int) -> dict[str, Any]:
         """One answer as JSON values."""
@@ -53,6 +66,8 @@ class Answers:
             "response": self.texts[index],
             "stopped": bool(self.rollout.stopped[index]),
             "tokens": len(self.rollout.response_ids[index]),
+            **({"cut": self.num_cut[index]} if self.num_cut else {}),
+            **({"seconds": round(float(self.seconds_B[index]), 4)} if index < len(self.seconds_B) else {}),
             **{name: rounded(float(score_B[index])) for name, score_B in self.scores.items()},
         }
 
@@ -62,18 +77,22 @@ def rounded(score: float) -> float | None:
     return None if math.isnan(score) else round(score, 4)
 
 
-def policy_metrics(name: str, answers: Mapping[str, Answers], start: str) -> dict[str, float]:
+def policy_metrics(
+    name: str, answers: Mapping[str, Answers], start: str, quality: str | None = None
+) -> dict[str, float]:
     """All metrics of one policy: alone, against PPO's start, and against the base model, if they answered.
 
     Args:
         name: the policy.
         answers: policy -> its answers.
         start: the policy from which PPO started.
+        quality: the score that decides which of two answers wins; None: the gold score, else the judge's,
+            else the learned one.
     """
     own = answers[name]
     metrics = own_metrics(own)
     if name != start and start in answers:
-        metrics |= over_start(own, answers[start])
+        metrics |= over_start(own, answers[start], quality)
     if "base" in answers:
         metrics |= task_gain(own, answers["base"]) | forgetting(own.retained, answers["base"].retained)
         if name != "base":
@@ -91,21 +110,23 @@ def own_metrics(own: Answers) -> dict[str, float]:
         "distinct_2": distinct_n(ids, 2),
     }
     for kind, score_B in own.scores.items():
+        if kind in QUALITIES:
+            metrics |= share(score_B).metrics(kind)
+            continue
         metrics[f"{kind}_unscored"] = int(score_B.isnan().sum())
         named = {"": score_B} | {f"/{name}": part_B for name, part_B in own.parts.get(kind, {}).items()}
         for name, each_B in named.items():
             moments = moments_of(each_B)
-            metrics[f"{kind}_mean{name}"] = moments.mean
+            metrics |= mean(each_B[~each_B.isnan()]).metrics(f"{kind}_mean{name}")
             metrics[f"{kind}_deviation{name}"] = moments.deviation
     if len(own.task_nats_B):
         metrics["task_loss"] = ratio(own.task_nats_B, own.task_tokens_B).value
     return metrics | own.retained.metrics() | own.figures
 
 
-def over_start(own: Answers, start: Answers) -> dict[str, float]:
+def over_start(own: Answers, start: Answers, quality: str | None) -> dict[str, float]:
     """Comparison with the answers of PPO's start, prompt by prompt: length, share that ends by itself, the
-    gained word, and the scores where both have one. The win rate uses the gold score, else the judge's, else
-    the learned one."""
+    gained word, and the scores where both have one."""
     length_B, other_length_B = own.rollout.response_lengths, start.rollout.response_lengths
     metrics: dict[str, float] = ratio(length_B, other_length_B).metrics("length_ratio")
     ended_B, other_ended_B = own.rollout.stopped.double(), start.rollout.stopped.double()
@@ -115,13 +136,13 @@ def over_start(own: Answers, start: Answers) -> dict[str, float]:
     for kind, score_B in own.scores.items():
         own_B, other_B = both_scored(score_B, start.scores[kind])
         rates[kind] = share(wins(own_B, other_B))
-        metrics |= mean(own_B.double() - other_B.double()).metrics(f"{kind}_gain")
+        if kind not in QUALITIES:
+            metrics |= mean(own_B.double() - other_B.double()).metrics(f"{kind}_gain")
     if "score" in rates:
         metrics |= rates["score"].metrics("win_rate_learned")
     if rates:
-        metrics |= next(rates[kind] for kind in ("gold", "judge", "score") if kind in rates).metrics(
-            "win_rate"
-        )
+        kinds = (quality, "gold", "judge", "score", *QUALITIES)
+        metrics |= next(rates[kind] for kind in kinds if kind in rates).metrics("win_rate")
     return metrics
 
 
@@ -151,7 +172,7 @@ def agreement(policies: Sequence[Answers]) -> dict[str, float]:
 def task_gain(own: Answers, base: Answers) -> dict[str, float]:
     """The base model's loss on the held-out answers minus the policy's, in nats per token. Empty without such
     answers. Answers of which one model reads less than the other are left out."""
-    if not len(base.task_nats_B):
+    if not len(base.task_nats_B) or not len(own.task_nats_B):  # an endpoint gives no likelihoods
         return {}
     comparable_B = (base.task_tokens_B > 0) & (own.task_tokens_B > 0)
     if own.vocabulary == base.vocabulary:

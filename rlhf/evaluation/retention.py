@@ -63,14 +63,15 @@ def retention(
 def forgetting(retained: Retained, base: Retained) -> dict[str, float]:
     """A policy compared with the base model, row by row.
 
-    `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats per token.
+    `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats per token. Empty for an endpoint,
+    which gives no likelihoods.
     """
     changes: dict[str, float] = {}
-    if len(base.nats_B):
+    if len(base.nats_B) and len(retained.nats_B):
         loss = ratio(retained.nats_B - base.nats_B, base.tokens_B)
         changes |= loss.metrics("retention_loss")
         changes |= exponential(loss).metrics("retention_perplexity_ratio")
-    if len(base.right_B):
+    if len(base.right_B) and len(retained.right_B):
         changes |= difference(retained.right_B - base.right_B).metrics("question_accuracy_change")
     return changes
 

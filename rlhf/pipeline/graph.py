@@ -9,6 +9,7 @@ from typing import Any
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.data.preparation import Sources
 from rlhf.data.roles import Roles
+from rlhf.data.schema import PairRow
 from rlhf.data.sources import SourceConfig
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import directory_of, inputs_of
@@ -49,6 +50,11 @@ def row_makers(stage: Stage, chain: Mapping[str, Stage]) -> tuple[str, ...]:
 def own_roles(stage: Stage) -> Iterator[str]:
     """The roles that a stage reads, by their names in `Mount.roles`."""
     return map(stage.mount.own_role, stage.reads().roles)
+
+
+def preference_roles(stage: Stage) -> Iterator[str]:
+    """The roles of the pairs that a stage learns from."""
+    yield from (role for role in own_roles(stage) if PairRow in stage.mount.roles[role].row_types)
 
 
 def normalized_rewards(stage: Stage) -> Iterator[tuple[str, RewardMix]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf.distributed.compute import Compute
+    from rlhf.distributed.peak import PeakMeter
     from rlhf.generation.policy_model import PolicyModel
     from rlhf.generation.vllm import Vllm
     from rlhf.models.peft.config import PeftConfig
@@ -75,6 +76,8 @@ class Job:
     layer. The preflight chooses."""
     experiment: Experiment | None = None
     """All stages and settings, for a stage that reports on other stages."""
+    peak: PeakMeter | None = None
+    """Measures the memory of parts of the stage; None in a job without a pipeline."""
     recorded: str = ""
     """Set by a stage that is a `Records`: digest of the part of its record that it publishes."""
     ending: KeyboardInterrupt | None = None

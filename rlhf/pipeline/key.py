@@ -79,7 +79,7 @@ def recipe_of(
         recipe["dtype"] = context.dtype
     if stage.samples and context.vllm is not None:
         recipe["generation"] = "vllm"  # no entry is local: the keys of older artifacts have none
-        if stage.is_timed:
+        if stage.is_timed():
             recipe["vllm"] = context.vllm.model_dump()
     if isinstance(stage, TellsOfRuns):  # each run makes its own, and must not replace another's
         recipe["run"] = str(context.run.resolve())

@@ -19,7 +19,7 @@ from rlhf.data.prepared import PreparedData
 from rlhf.digests import Recipe
 from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
-from rlhf.distributed.peak import held_bytes, peak_bytes, reset_peak
+from rlhf.distributed.peak import PeakMeter, held_bytes
 from rlhf.distributed.signals import StopSignals
 from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.models.intact import check_tokenizer, check_weights
@@ -324,7 +324,7 @@ class Pipeline:
         if is_new and (other := self.compute.main_only(lambda: self.stale_checkpoints(recipe))) is not None:
             self.log(f"{name}: starts again; {other}")
         torch.manual_seed(job.seed)
-        is_measured = reset_peak(self.compute)
+        job.peak = PeakMeter(self.compute)
         try:
             with progress.shown(name), naming(scratch), in_user_keys(naming_keys(stage, base), stage.name):
                 if row_makers(stage, chain):
@@ -350,7 +350,7 @@ class Pipeline:
         if isinstance(stage, Records):
             recipe = recipe | {"recorded": job.recorded}
             key = recipe_key(recipe)
-        seconds, peak = job.checkpoints.spent(), peak_bytes(self.compute, is_measured=is_measured)
+        seconds, peak = job.checkpoints.spent(), job.peak.total()
 
         def publish() -> Artifact:
             manifest = make_manifest(

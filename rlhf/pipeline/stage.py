@@ -71,8 +71,6 @@ class Stage(Strict, ABC):
     """Whether it loads a model, or only what describes one."""
     in_chain: ClassVar[bool] = True
     """Whether `stage=all` runs it; other stages run only if they are named."""
-    is_timed: ClassVar[bool] = False
-    """Whether it publishes how long sampling took, so that `vllm.*` decide the result."""
     roles: ClassVar[Mapping[str, Role]] = {}
     """Data roles that it defines, by name: `prepare` reads, checks, splits and counts their rows."""
     _mount: Mount = PrivateAttr(Mount(""))
@@ -137,6 +135,10 @@ class Stage(Strict, ABC):
     def not_checked(self) -> dict[str, str]:
         """Gates that do not apply with these knobs, and why: they are not checked, and the run says so."""
         return {}
+
+    def is_timed(self) -> bool:
+        """Whether it publishes how long sampling took, so that `vllm.*` decide the result."""
+        return False
 
     def unkeyed(self) -> tuple[str, ...]:
         """Knobs that decide nothing because other knobs turn them off, in addition to those of the type

@@ -13,25 +13,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import PairRow
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import JUDGE, MIN_JUDGE_PAIRS
-from rlhf.pipeline.graph import named_source, own_roles, roles_of, row_makers, starts_from, with_ancestors
+from rlhf.pipeline.graph import (
+    named_source,
+    preference_roles,
+    roles_of,
+    row_makers,
+    starts_from,
+    with_ancestors,
+)
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
 from rlhf.report.convictions import answers
-from rlhf.rewards.kinds import RewardMix, RewardPart, keyed_parts, parts_of, reward_kind, stage_of
+from rlhf.rewards.kinds import RewardMix, RewardPart, is_verifier, keyed_parts, parts_of, stage_of
 
 KINDS = {"gold": "gold score", "judge": "judge's score"}
 """Scores of `evaluate` that may judge, the best first, with their words."""
 VOTES, VOTES_WORDS = "preferred", "people's votes"
 """The metric of `label` that judges if no score can, and its words."""
-RIGHT_ANSWERS = frozenset({
-    "answer", "answers", "expected", "ground_truth", "reference", "references", "solution", "target",
-    "targets", "test", "test_cases", "tests",
-})  # fmt: skip
-"""Names of columns that hold the right answer."""
 MIN_DISTINCT_SCORES, SAME_SCORE_CORRELATION = 10, 0.9999
 """Fewest distinct scores, and smallest correlation, for which two scores count as the same function."""
 OWN_SCORE = "score_gain"
@@ -142,11 +143,6 @@ def learns_from_scores(stage: Stage, chain: Mapping[str, Stage]) -> bool:
     return stage.makes == "policy" and (bool(stage.reads().rewards) or chosen or any(preference_roles(stage)))
 
 
-def preference_roles(stage: Stage) -> Iterator[str]:
-    """The roles of the pairs that a stage learns from."""
-    yield from (role for role in own_roles(stage) if PairRow in stage.mount.roles[role].row_types)
-
-
 def unproven_rewards(run: Run) -> list[str]:
     """Sentences on reward models that policies learned from and that may rank no better than a rule that
     reads no word."""
@@ -234,11 +230,6 @@ def learned_from(run: Run) -> Iterator[RewardPart]:
         for each in with_ancestors(name, run.chain):
             if learns_from_scores(run.chain[each], run.chain) or kind_of(each) == "generate":
                 yield from (part for _, part in keyed_parts(run.chain[each].reads().rewards))
-
-
-def is_verifier(part: RewardPart) -> bool:
-    """Whether it checks answers: `verify:`, or a function that reads a column with the right answer."""
-    return part.source.startswith("verify:") or bool(RIGHT_ANSWERS & {*reward_kind(part.source).needs(part)})
 
 
 def how_often_right(run: Run, source: str | RewardMix) -> str:

@@ -18,7 +18,7 @@ from rlhf.evaluation.sampled import Sampled, reward_parts
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
 from rlhf.pipeline.run import GateResult, Run, as_markdown_list, with_outcome
 from rlhf.printable import printable
-from rlhf.report.compare import comparison_cells
+from rlhf.report.compare import METHOD_WORDS, comparison_cells
 from rlhf.report.over_seeds import policies_json
 from rlhf.report.page.write import NAME, write_page
 from rlhf.report.policies import PICTURE, cost_of, write_picture
@@ -164,14 +164,25 @@ def policies_of(run: Run) -> dict[str, str]:
     """Policies that can be evaluated -> their titles in tables, in the order in which they are made."""
     evaluation, _ = last_evaluation(run.stages)
     judge = run.chain.get(evaluation)
-    start = getattr(judge, "start", None)
-    best = {BEST_OF_N: f"best of {getattr(judge, 'best_of', 'n')}"}
-    titles = {"base": "base"} | (best if start == "base" else {})
+    titles = {"base": "base"}
     for name, each in run.chain.items():
         if each.makes == "policy":
-            titles |= {"init": "PPO's start"} | (best if start == "init" else {}) if name == "ppo" else {}
-            titles |= {name: each.full_title} | (best if start == name else {})
-    return titles
+            titles |= {"init": "PPO's start"} if name == "ppo" else {}
+            titles |= {name: each.full_title}
+    asked = getattr(judge, "candidates", [])
+    models = {each.model: titles.get(each.model, label) for each in asked if (label := each.name)}
+    several = f"best of {getattr(judge, 'best_of', 'n')}"
+    words = METHOD_WORDS | {"best_of_n": several}
+    ordered: dict[str, str] = {}
+    for model, title in (titles | models).items():
+        ordered[model] = title
+        for each in asked:
+            if each.model == model and each.method != "zero_shot":
+                alone = each.name == BEST_OF_N
+                ordered[each.name] = several if alone else f"{title}, {words[each.method]}"
+            elif each.model == model:
+                ordered[each.name] = title
+    return ordered
 
 
 def policy_cells(run: Run) -> Cells:
@@ -179,9 +190,7 @@ def policy_cells(run: Run) -> Cells:
     evaluation, metrics = last_evaluation(run.stages)
     titles = policies_of(run)
     names = [name for name in titles if f"length_mean/{name}" in metrics]
-    with_kl = [name for name in names if f"kl/{name}" in metrics]
-    # the start is the last policy without a KL: base has none either if its tokenizer differs
-    start = next((titles[name] for name in reversed(names) if with_kl and name not in with_kl), "SFT")
+    start = titles.get(getattr(run.chain.get(evaluation), "start", ""), "SFT")
     rows = []
     of_harness = {
         metric: (" ".join(metric.split("/")[1:]), "z.3f")

@@ -8,11 +8,12 @@ The request is a POST of {"prompts": [...], "responses": [...], "columns": {NAME
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from ssl import SSLContext, create_default_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveFloat
 
@@ -105,7 +106,7 @@ def ask(
                 return _json_of(answer)
             reason, is_answered = f"status {status}, {_first_line(answer)!r}", False
             if status < 500 and status not in RETRIED_STATUSES:
-                raise RewardError(Complaint(about, f"the reward server refuses: {reason}.", FIX_SERVER))
+                raise RewardError(Complaint(about, f"the server refuses: {reason}.", FIX_SERVER))
         except TimeoutError:
             reason, is_answered = "timed out", False
         except (HTTPError, OSError, ValueError) as error:  # such as a truncated answer
@@ -113,16 +114,66 @@ def ask(
         if attempt < server.retries:
             time.sleep(PAUSE_SECONDS * 2**attempt)
     if is_answered:
-        why = f"what the reward server answers is no JSON, asked {server.retries + 1} times: {reason}."
+        why = f"what the server answers is no JSON, asked {server.retries + 1} times: {reason}."
         raise RewardError(Complaint(about, why, FIX_SERVER))
     raise RewardError(
         Complaint(
             about,
-            f"the reward server does not answer, asked {server.retries + 1} times ({reason}).",
+            f"the server does not answer, asked {server.retries + 1} times ({reason}).",
             f"Start it, or raise reward_server.timeout={server.timeout:g} or "
             f"reward_server.retries={server.retries}, and run the same command again.",
         )
     )
+
+
+class ChatReply(NamedTuple):
+    """A chat completion."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+    is_cut: bool
+    """Whether it ended at the length limit."""
+
+
+def ask_chat(
+    url: str,
+    body: Mapping[str, Any],
+    key_variable: str,
+    server: RewardServerConfig,
+    source: str,
+    example: str,
+) -> ChatReply:
+    """Ask an OpenAI-compatible endpoint.
+
+    Args:
+        url: the endpoint, without `/chat/completions`.
+        body: the request.
+        key_variable: name of the environment variable with the API key, which may be unset.
+        source: what error messages name.
+        example: a right value of the source, for error messages.
+
+    Raises:
+        RewardError: the endpoint does not answer, or the answer has another format.
+    """
+    key = os.environ.get(key_variable)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    place = url.rstrip("/") + "/chat/completions"
+    answer = ask(place, json.dumps(body).encode(), server, headers, source)
+    try:
+        choice = answer["choices"][0]  # type: ignore[index]  # checked by the except clause
+        usage = answer.get("usage") or {}  # type: ignore[attr-defined]  # as above
+        tokens_in, tokens_out = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
+        text = str(choice["message"]["content"] or "")
+        return ChatReply(text, tokens_in, tokens_out, choice.get("finish_reason") == "length")
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
+        raise RewardError(
+            Complaint(
+                redacted(source),
+                f"it answered {str(answer)[:MAX_SHOWN_CHARACTERS]!r}, which is no chat completion.",
+                f"Give the URL of an OpenAI-compatible endpoint, such as {example}.",
+            )
+        ) from None
 
 
 async def _post(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> tuple[int, bytes]:

@@ -10,7 +10,6 @@ each question is asked once.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sqlite3
 from collections import Counter
@@ -26,8 +25,8 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from rlhf.config import Complaint, ConfigError, Strict, validated
 from rlhf.data.schema import PromptRow
 from rlhf.digests import digest_of
-from rlhf.rewards.http import RewardServerConfig, ask
-from rlhf.rewards.reward import Prompts, RewardError, as_scores
+from rlhf.rewards.http import RewardServerConfig, ask_chat
+from rlhf.rewards.reward import Prompts, as_scores
 from rlhf.tracking.redaction import ENVIRONMENT_NAME, redacted
 
 if TYPE_CHECKING:
@@ -191,23 +190,11 @@ class Judge:
                 {"role": "system", "content": self.rubric}, {"role": "user", "content": question},
             ],
         }  # fmt: skip
-        key = os.environ.get(self.args.key_variable)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        answer = ask(self.url, json.dumps(body).encode(), self.server, headers, self.source)
-        try:
-            text = answer["choices"][0]["message"]["content"] or ""  # type: ignore[index]  # checked here
-            usage = answer.get("usage") or {}  # type: ignore[attr-defined]
-            return Reply(
-                str(text), int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
-            )
-        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
-            raise RewardError(
-                Complaint(
-                    redacted(self.source),
-                    f"it answered {str(answer)[:300]!r}, which is no chat completion.",
-                    "Give the URL of an OpenAI-compatible endpoint, such as judge:http://localhost:8000/v1.",
-                )
-            ) from None
+        endpoint = self.source.removeprefix("judge:")
+        reply = ask_chat(
+            endpoint, body, self.args.key_variable, self.server, self.source, "judge:http://localhost:8000/v1"
+        )
+        return Reply(reply.text, reply.tokens_in, reply.tokens_out)
 
     def take_usage(self) -> dict[str, float]:
         """Usage since the last call, as metrics without the judge's name."""

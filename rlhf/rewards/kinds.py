@@ -30,6 +30,12 @@ from rlhf.rewards.trl_functions import trl_digest, trl_needs, trl_reward
 from rlhf.rewards.verify import VERIFIERS, check_verifier, verifier, verifier_digest, verifier_needs
 from rlhf.tracking.redaction import USER_INFO, redacted, without_environment_secrets
 
+RIGHT_ANSWERS = frozenset({
+    "answer", "answers", "expected", "ground_truth", "reference", "references", "solution", "target",
+    "targets", "test", "test_cases", "tests",
+})  # fmt: skip
+"""Names of columns that hold the right answer."""
+
 
 def _no_args(source: str, args: Mapping[str, Any]) -> None:
     if args:
@@ -213,6 +219,11 @@ def columns_needed(source: str | RewardMix) -> frozenset[str]:
 def is_remote(source: str | RewardMix) -> bool:
     """Whether one of its rewards calls a server."""
     return any(reward_kind(part.source).is_remote for part in parts_of(source))
+
+
+def is_verifier(part: RewardPart) -> bool:
+    """Whether it checks answers: `verify:`, or a function that reads a column with the right answer."""
+    return part.source.startswith("verify:") or bool(RIGHT_ANSWERS & {*reward_kind(part.source).needs(part)})
 
 
 def critic_part(source: str | RewardMix) -> RewardPart | None:

@@ -230,6 +230,17 @@ def verifier(source: str, args: Mapping[str, Any]) -> Reward:
     return score
 
 
+def same_answer(source: str, args: Mapping[str, Any]) -> Callable[[str, str], bool] | None:
+    """Whether two responses give the same answer: the first would be right if the second were in the row.
+    None for a verifier that compares with no answer."""
+    entry = _entry(source)
+    checked = entry.args.model_validate(args)
+    if not isinstance(checked, AnswerArgs):
+        return None
+    check, column = entry.make(checked), checked.column
+    return lambda response, other: bool(check(response, {column: other}))
+
+
 def check_verifier(source: str, args: Mapping[str, Any]) -> None:
     """Refuse arguments that the verifier does not take.
 

@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 def test_examples_and_passages_are_read_where_they_are_asked_for(data: PreparedData) -> None:
     tracemalloc.start()
-    library = find_library(None, data)
+    library = find_library(None, data, "compare.corpus")
     questions = find_questions(None, data, max_questions=20).questions
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

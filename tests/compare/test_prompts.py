@@ -16,7 +16,7 @@ from rlhf.compare.prompts import (
     retrieval_prompt,
 )
 from rlhf.config import ConfigError, validated
-from rlhf.data.schema import Message, SftRow
+from rlhf.data.schema import Message, PromptRow, SftRow
 
 FEW_SHOT = {"examples": 2, "choice": "nearest", "template": "Q: {question}"}
 RETRIEVAL = {"passages": 2, "passage_template": "- {passage}\n", "template": "{passages}\nAsked: {question}"}
@@ -35,7 +35,7 @@ def retrieval(**changes: Any) -> RetrievalConfig:
 
 
 def question(*messages: Message) -> Question:
-    return Question("here", list(messages) or [user("Why?")], None)
+    return Question("here", PromptRow(list(messages) or [user("Why?")]), None)
 
 
 def test_examples_are_turns_and_the_nearest_stands_last() -> None:

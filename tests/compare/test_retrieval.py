@@ -25,13 +25,13 @@ def policy(tiny_model: Path) -> PolicyModel:
 
 
 def test_bm25_ranks_by_shared_words_and_rare_ones_count_more() -> None:
-    search = bm25_index(TEXTS).search
+    search = bm25_index(TEXTS, "compare").search
     assert search("Where does the dog sleep, and who sleeps there?", 3) == [1, 0]  # dog + sleeps, sleeps
     assert search("When is bread baked?", 1) == [2]
 
 
 def test_bm25_finds_nothing_where_no_word_is_shared() -> None:
-    search = bm25_index(TEXTS).search
+    search = bm25_index(TEXTS, "compare").search
     assert search("Quarks?", 3) == []
     assert search("is the in on?", 3) == []  # stop words only
 
@@ -40,7 +40,7 @@ def test_texts_without_words_cannot_be_searched() -> None:
     with pytest.raises(
         ConfigError, match=r"compare\.retriever=bm25: the 2 texts to search have only English stop words"
     ):
-        bm25_index(["the", "?"])
+        bm25_index(["the", "?"], "compare")
 
 
 def test_embeddings_find_the_same_text_first_and_never_more_than_there_are(policy: PolicyModel) -> None:
@@ -65,4 +65,4 @@ def test_a_text_longer_than_the_context_is_cut(policy: PolicyModel) -> None:
 def test_storage_counts_texts_and_index(policy: PolicyModel) -> None:
     text_bytes = sum(map(len, TEXTS))
     assert embedding_index(TEXTS, policy, 4096).num_bytes == text_bytes + 3 * 64 * 4  # fp32
-    assert bm25_index(TEXTS).num_bytes > text_bytes
+    assert bm25_index(TEXTS, "compare").num_bytes > text_bytes

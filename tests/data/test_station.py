@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rlhf.compare.metrics import answer_found
 from rlhf.data.sources import SourceConfig
+from rlhf.evaluation.references import answer_found
 
 
 def rows(name: str) -> list[dict[str, str]]:

@@ -139,7 +139,7 @@ def test_a_reward_server_that_goes_away_costs_nothing(chain: RealChain) -> None:
         wait_until(lambda: Scorer.answered >= 4, process)  # the first evaluation, and a few steps
     out, err = process.communicate()
     assert process.returncode == 2, out + err
-    assert err.count("Error:") == 1 and "the reward server does not answer, asked 4 times" in err
+    assert err.count("Error:") == 1 and "the server does not answer, asked 4 times" in err
     with reward_server(port):
         out, _ = chain.run("away", reward, *BY_SERVER)
     assert "ppo: continues from step " in out

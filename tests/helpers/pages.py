@@ -71,7 +71,10 @@ def make_run(
     }  # fmt: skip
     prompt = [{"role": "user", "content": answer}]
     rows = [json.dumps({"prompt": prompt, **answers}, ensure_ascii=False) + "\n"] * num_prompts
-    (store / "evaluate" / "0123456789abcdef" / "comparison.jsonl").write_text("".join(rows), encoding="utf-8")
+    evaluated = store / "evaluate" / "0123456789abcdef"
+    (evaluated / "comparison.jsonl").write_text("".join(rows), encoding="utf-8")
+    asked = [{"name": name} for name in ("base", "sft", "ppo")]
+    (evaluated / "candidates.json").write_text(json.dumps({"start": "sft", "candidates": asked}))
     bins = [
         {"confidence": 0.6, "accuracy": 0.5, "pairs": 4},
         {"confidence": 0.9, "accuracy": 1.0, "pairs": 9},

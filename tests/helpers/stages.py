@@ -71,19 +71,20 @@ def run_compare(
     data.write("replay", "train", [SftRow(user("Where is the gnu?"), "There.")])
     data.write("ptx", "train", [SftRow([], "A text.")])
     data.write("dpo", "train", [])
+    data.write("retention", "evaluation", [])
     job = small_job("compare", directory, tiny_base(tiny_model), data=data, console=console)
     run_in(stage, job)
     return job
 
 
 def answers_of(job: SmallJob) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (job.directory / "answers.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (job.directory / "responses.jsonl").read_text().splitlines()]
 
 
-def asked(job: SmallJob, contender: str) -> list[list[str]]:
+def asked(job: SmallJob, candidate: str) -> list[list[str]]:
     """What every turn said, prompt by prompt."""
-    rows = [row for row in answers_of(job) if row["contender"] == contender]
-    return [[turn["content"] for turn in row["asked"]] for row in rows]
+    rows = [row for row in answers_of(job) if row["policy"] == candidate]
+    return [[turn["content"] for turn in row.get("asked", row["prompt"])] for row in rows]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,15 +20,18 @@ STAGES = (
     "label",
 )  # fmt: skip
 PLACES = {
-    "POLICY": r"\w+",
-    "CONTENDER": r".+",
+    "POLICY": r".+",
+    "CANDIDATE": r".+",
+    "K": r"\d+",
     "METHOD": r"\w+",
     "SET": r"\w+",
     "TASK": r"\w+",
     "METRIC": r"\w+",
 }
-LIKE_PPO = ("grpo",)
-"""Their pages name only what differs from PPO's steps."""
+ALSO_ON = {
+    "grpo": "algorithms/ppo.md", "compare": "stages/evaluate.md", "evaluate": "stages/compare.md",
+}  # fmt: skip
+"""Stage -> the page that defines what it has in common with another one."""
 GROUPS = ("grpo.steps=1", "grpo.batch_episodes=8", "grpo.minibatch_episodes=8", "grpo.max_resamples=1")
 OF_PARTS = ["score_mean/NAME", "score_deviation/NAME"]
 ELSEWHERE = ["seconds_sync", *OF_PARTS, *(f"held_out_{name}" for name in OF_PARTS)]
@@ -91,13 +94,15 @@ def test_what_a_stage_logs_is_what_its_page_defines(
 ) -> None:
     names, metrics = defined(stage), logged[stage]
     assert len(set(names)) > 1
-    known = names + (defined_on(DOCS / "algorithms" / "ppo.md") if stage in LIKE_PPO else [])
+    known = names + (defined_on(DOCS / ALSO_ON[stage]) if stage in ALSO_ON else [])
     missing = [metric for metric in sorted(metrics) if not any(stands_for(name, metric) for name in known)]
     assert missing == []
     invented = [
         name
         for name in names
         if not any(stands_for(name, metric) for metric in metrics)
-        and not any(fnmatchcase(re.sub("POLICY", "ppo", name), pattern) for pattern in declared[stage])
+        and not any(
+            fnmatchcase(re.sub("POLICY|CANDIDATE", "ppo", name), pattern) for pattern in declared[stage]
+        )
     ]
     assert [name for name in invented if name not in ELSEWHERE] == []

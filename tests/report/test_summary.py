@@ -15,6 +15,7 @@ from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.report.summary import print_summary, stage_cells, write_report
+from rlhf.stages.evaluate import EvaluateStage
 
 ANSWERS = {
     "base": "The [bold]chair[/] stands [/] there, \x1b[31mwith four legs and a back, " + "and so on, " * 12,
@@ -135,6 +136,10 @@ def test_best_of_n_stands_behind_its_start(run: Run) -> None:
     metrics |= {f"evaluate/{metric}/best_of_n": value for metric, value in best.items()}
     for name, seconds in (("sft", 100.0), ("prepare", 10.0), ("ppo", 1000.0)):
         run.stages.setdefault(name, stage(name, {}))["cost"] = {"seconds": seconds, "peak_bytes": None}
+    judge = run.chain["evaluate"]
+    assert isinstance(judge, EvaluateStage)
+    asked = judge.model_copy(update={"policies": [*judge.policies, "best_of_n"]})
+    run.chain = {**run.chain, "evaluate": asked}
     text = printed(run, 120)
     assert row_of(text, "96 prompts") == ["base", "SFT", "best", "of", "16", "PPO"]
     assert row_of(text, "KL from SFT, nats per sequence") == ["0.30", "-", "1.84", "0.00"]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.chains import Chain
+from helpers.endpoint import Endpoint, served_endpoint
 from helpers.jobs import TINY, on_cpu, user
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
@@ -26,53 +25,12 @@ SERVER = RewardServerConfig(timeout=5.0, retries=1)
 KEY = "judge-secret-4711"
 
 
-class Endpoint:
-    """Answers /v1/chat/completions with what `says` makes of the user's message; keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.says: Callable[[str], str] = lambda question: "7"
-        self.asked: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.failing = 0
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                assert self.path == "/v1/chat/completions"
-                endpoint.asked.append(body)
-                endpoint.keys.append(self.headers.get("Authorization"))
-                if endpoint.failing:
-                    endpoint.failing -= 1
-                    self.send_error(503)
-                    return
-                text = endpoint.says(body["messages"][1]["content"])
-                answer = {
-                    "choices": [{"message": {"role": "assistant", "content": text}}],
-                    "usage": {"prompt_tokens": 100, "completion_tokens": 2},
-                }
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(json.dumps(answer).encode())
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Quiet."""
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.source = f"judge:http://127.0.0.1:{self.http.server_port}/v1"
-
-
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.0)
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
-    endpoint = Endpoint()
-    thread = threading.Thread(target=endpoint.http.serve_forever, daemon=True)
-    thread.start()
-    yield endpoint
-    endpoint.http.shutdown()
-    endpoint.http.server_close()
-    thread.join()
+    with served_endpoint() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.jobs import TINY
 from helpers.stages import Bench, ShorterBase
@@ -26,3 +28,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ShorterBase:
 @pytest.fixture
 def bench(tmp_path: Path, base: ShorterBase) -> Bench:
     return Bench(tmp_path, base)
+
+
+@pytest.fixture(scope="session")
+def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where each policy lies: SFT equals the base model, PPO strayed from it."""
+    directory = tmp_path_factory.mktemp("ppo")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
+    return {"base": tiny_model, "sft": tiny_model, "ppo": directory}

@@ -15,8 +15,8 @@ from rlhf.config import ConfigError
 from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext
-from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import SftRow
+from rlhf.data.prepared import LengthStats, PreparedData
+from rlhf.data.schema import SftRow, Split
 from rlhf.digests import directory_digest
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.costing import cost_of
@@ -45,12 +45,15 @@ def test_what_the_stage_needs_follows_from_its_own_questions_and_corpus(
     for role in ("pairs", "dpo", "ppo", "replay", "ptx"):
         data.write(role, "train", [])
 
+    def unmeasured(role: str, split: Split) -> LengthStats:
+        return LengthStats(0, 0.0, 0.0, 0)
+
     def longest(**changes: Any) -> int:
         stage = compare_stage(methods=["retrieval"], num_questions=2, **changes)
         check(stage, View({}, data=data, base=tiny_base(tiny_model)))
         machine = Machine("cpu", "a test", 1e12, 1e12, 0.0, 1, Speed(100.0, 10.0))
         shape = shape_of(tiny_base(tiny_model).architecture)
-        return cost_of(stage, CostContext(shape, 4, "none", machine, data.size), {}).longest
+        return cost_of(stage, CostContext(shape, 4, "none", machine, unmeasured), {}).longest
 
     def write(name: str, row: dict[str, str]) -> str:
         (tmp_path / name).write_text(json.dumps(row))
@@ -76,7 +79,7 @@ def test_what_training_rows_ask_is_left_out(asks: str, tiny_model: Path, tmp_pat
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     stage = compare_stage(questions=str(questions), methods=["zero_shot"])
     job = run_compare(stage, tiny_model, tmp_path / "run")
-    assert (job.summary["questions"], job.summary["leaks"]) == (1, 1)
+    assert (job.summary["prompts"], job.summary["leaks"]) == (1, 1)
     questions.write_text(json.dumps(rows[0]))
     with pytest.raises(ConfigError, match="each of its 1 questions is also in a training row"):
         check(stage, View({}, data=job.data, base=job.base))  # before anything is trained
@@ -88,7 +91,7 @@ def test_few_shot_without_examples_is_told_before_anything_is_trained(
     data = PreparedData(tmp_path)
     data.write("sft", "train", [SftRow([], "A text.")])
     data.write("sft", "held_out", [SftRow(user("Where is the fox?"), "There.")])
-    with pytest.raises(ConfigError, match=r"compare\.methods: few_shot takes its examples"):
+    with pytest.raises(ConfigError, match=r"compare: few_shot takes its examples"):
         check(compare_stage(), View({}, data=data, base=tiny_base(tiny_model)))
     check(compare_stage(methods=["zero_shot", "retrieval"]), View({}, data=data, base=tiny_base(tiny_model)))
 
@@ -103,8 +106,8 @@ def test_without_references_the_reward_decides(tiny_model: Path, tmp_path: Path)
     )
     metrics = run_compare(stage, tiny_model, tmp_path / "score").summary
     assert metrics is not None
-    assert "score/few_shot" in metrics
-    assert "win_rate/few_shot" in metrics
+    assert "score_mean/base+few_shot" in metrics
+    assert "win_rate/base+few_shot" in metrics
     assert not [name for name in metrics if name.startswith(("rouge_l", "answer_loss", "exact_match"))]
 
 
@@ -130,7 +133,7 @@ def test_an_artifact_that_lost_its_lineage_is_told_before_the_run(tmp_path: Path
 
 def test_a_missing_package_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     check(compare_stage(), View({}))
-    monkeypatch.setattr("rlhf.stages.compare.PACKAGES", ("bm25s", "no_such_package"))
+    monkeypatch.setattr("rlhf.stages.compare.CompareStage.packages", lambda stage: ["no_such_package"])
     with pytest.raises(
         ConfigError, match=r"stage=compare: it needs no_such_package. Install: pip install -e '\.\[compare\]'"
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -18,13 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chains import Chain, Outcome
 from helpers.costs import gpus
-from helpers.experiments import build, stage_with
-from helpers.jobs import SmallJob, run_in, small_job, tiny_base, user
+from helpers.evaluated import PROMPTS, REFERENCES, RETENTION, jsonl, make_stage, rating, run_stage
+from helpers.experiments import build
+from helpers.jobs import SmallJob, tiny_base, user
+from rlhf.compare.candidate import in_order
 from rlhf.config import ConfigError
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import PromptRow, QuestionRow, Row, SftRow, TextRow
+from rlhf.data.schema import PromptRow, Row
 from rlhf.evaluation.answers import Answers, agreement, policy_metrics, task_gain
 from rlhf.evaluation.held_out import FILE, write_answers
 from rlhf.evaluation.intervals import ratio
@@ -38,75 +39,9 @@ from rlhf.rewards.kinds import RewardMix, is_remote
 from rlhf.rl.rollout import Rollout
 from rlhf.stages.evaluate import EvaluateStage
 
-REFERENCES = [SftRow(user(f"Say {word}"), f"{word}, {word}.") for word in ("tea", "rain", "x")]
-RETENTION: list[Row] = [
-    TextRow("Water boils."),
-    QuestionRow("Which?", ["a", "bb", "c c", "d"], 1),
-    TextRow("Ice melts in the sun."),
-]
-PROMPTS = ["Say a word about tea.", "Name a colour!", "What is rain?", *(f"What is {n}?" for n in range(29))]
-
-
-def make_stage(**changes: Any) -> EvaluateStage:
-    values: dict[str, Any] = {
-        "prompts": "samples:prompts",
-        "retention": ["samples:retention_sentences", "samples:retention_questions"],
-        "policies": ["base", "sft", "ppo"],
-        "subject": "ppo",
-        "reward": None,
-        "gold": f"python:{__name__}:rating",
-        "judge": None,
-        "num_prompts": None,
-        "num_references": None,
-        "max_new_tokens": 6,
-        "num_shown": 2,
-        "gates": {},
-    }
-    return stage_with(EvaluateStage, **(values | changes))
-
-
-def rating(prompts: list[str], responses: list[str]) -> list[float]:
-    """Any figure that two different answers hardly share."""
-    return [float(sum(ord(character) % 97 for character in response)) for response in responses]
-
 
 def no_number(prompts: list[str], responses: list[str]) -> list[float]:
     return [float("nan")] * len(responses)
-
-
-@pytest.fixture(scope="module")
-def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Where each policy lies: SFT equals the base model, PPO strayed from it."""
-    directory = tmp_path_factory.mktemp("ppo")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
-    return {"base": tiny_model, "sft": tiny_model, "ppo": directory}
-
-
-def run_stage(
-    stage: EvaluateStage, published: dict[str, Path], directory: Path, console: Console | None = None
-) -> SmallJob:
-    directory.mkdir(parents=True)
-    data = PreparedData(directory)
-    prompts = [PromptRow(user(text), columns={"length": 3}) for text in PROMPTS]
-    data.write("evaluate", "evaluation", prompts)
-    data.write("sft", "held_out", REFERENCES)
-    data.write("retention", "evaluation", RETENTION)
-    base = tiny_base(published["base"])
-    inputs = {name: published[name] for name in ("sft", "ppo")}
-    job = small_job("evaluate", directory, base, inputs, data=data, console=console)
-    job.inputs["ppo"].manifest.metrics["best_step"] = 4.0
-    run_in(stage, job)
-    return job
-
-
-def jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +218,7 @@ def test_a_gate_needs_its_rows_in_the_retention_set(
     data = PreparedData(tmp_path)
     base = tiny_base(published["base"])
     data.write("retention", "evaluation", rows)
+    data.write("evaluate", "evaluation", [])
     stage = make_stage(gates={gate: {"min": 0.0, "advice": ""}})
     view = View(build().stages, data=data, base=base)
     with pytest.raises(ConfigError, match=f"evaluate.retention=samples:.* it holds no {missing},"):
@@ -338,7 +274,7 @@ def test_best_of_n_is_the_start_with_more_tries(
     finished: SmallJob, published: dict[str, Path], tmp_path: Path
 ) -> None:
     named = ["best_of_n", "base", "sft", "ppo"]
-    changes: dict[str, Any] = {"reward": f"python:{__name__}:rating", "gold": None, "policies": named}
+    changes: dict[str, Any] = {"reward": "python:helpers.evaluated:rating", "gold": None, "policies": named}
     jobs = {of: run_stage(make_stage(**changes, best_of=of), published, tmp_path / f"{of}") for of in (2, 12)}
     scores = {}
     for of, job in jobs.items():
@@ -361,7 +297,7 @@ def test_best_of_n_is_the_start_with_more_tries(
 def test_what_the_reward_chose_does_not_count_for_its_agreement_with_gold(
     published: dict[str, Path], tmp_path: Path
 ) -> None:
-    both = dict.fromkeys(("reward", "gold"), f"python:{__name__}:rating")
+    both = dict.fromkeys(("reward", "gold"), "python:helpers.evaluated:rating")
     agreed = [
         run_stage(
             make_stage(**both, best_of=2, policies=names), published, tmp_path / f"{len(names)}"
@@ -455,7 +391,7 @@ def test_without_scores_there_is_no_winner(published: dict[str, Path], tmp_path:
 
 
 def test_the_learned_score_decides_where_there_is_no_gold(published: dict[str, Path], tmp_path: Path) -> None:
-    stage = make_stage(gold=None, reward=f"python:{__name__}:rating")
+    stage = make_stage(gold=None, reward="python:helpers.evaluated:rating")
     metrics = run_stage(stage, published, tmp_path / "run").summary
     assert metrics is not None
     assert metrics["win_rate"] == metrics["win_rate_learned"]
@@ -494,7 +430,7 @@ def test_a_score_must_be_a_number(published: dict[str, Path], tmp_path: Path) ->
         ({"subject": "sft"}, "win_rate needs another evaluate.subject than sft"),
         ({"policies": ["base", "sft"]}, r"^evaluate\.subject=ppo is not in evaluate\.policies=\[base,sft\]"),
         ({"gold": None}, "win_rate needs a reward or gold"),
-        ({"policies": ["sft", "sft", "ppo"]}, r"names one twice\. Remove one"),
+        ({"policies": ["sft", "sft", "ppo"]}, r"^evaluate\.policies: two candidates are called sft\. Remove"),
         ({"policies": []}, "at least 1 item"),
     ],
 )
@@ -523,12 +459,17 @@ def test_all_gates_that_nothing_can_measure_are_told_at_once() -> None:
 
 
 def test_the_policies_stand_as_they_came_to_be() -> None:
-    alone = make_stage(policies=["base"], subject="base", gates={})
-    assert alone.in_order(["prepare"]) == ["base"]  # no stage made what PPO starts from
-    several = make_stage(policies=["ppo", "best_of_n", "sft", "base"], reward="vader")
-    assert several.in_order(["prepare", "sft", "ppo"]) == ["base", "sft", "best_of_n", "ppo"]
-    own = make_stage(policies=["ppo", "best_of_n", "init", "base"], reward="vader", init="/a/model")
-    assert own.in_order(["prepare", "ppo"]) == ["base", "init", "best_of_n", "ppo"]
+    def ordered(models: list[str], *policies: str, **changes: Any) -> list[str]:
+        stage = make_stage(policies=[*policies], subject=policies[0], reward="vader", **changes)
+        return [each.name for each in in_order(stage.candidates, models)]
+
+    assert ordered(["base", "prepare"], "base") == ["base"]  # no stage made what PPO starts from
+    several = ("ppo", "best_of_n", "sft", "base", "sft+retrieval", "base+few_shot")
+    assert ordered(["base", "prepare", "sft", "ppo"], *several) == [
+        "base", "base+few_shot", "sft", "sft+retrieval", "best_of_n", "ppo",
+    ]  # fmt: skip
+    own = ("ppo", "best_of_n", "init", "base")
+    assert ordered(["base", "init", "ppo"], *own, init="/a/model") == ["base", "init", "best_of_n", "ppo"]
 
 
 def test_the_number_of_answers_is_in_the_key_where_it_decides() -> None:
@@ -555,8 +496,6 @@ def test_best_of_n_needs_what_it_is_made_of() -> None:
         ConfigError, match=r"^evaluate\.policies: best_of_n needs evaluate\.reward\. Add it, or"
     ):
         make_stage(policies=["sft", "best_of_n", "ppo"])
-    with pytest.raises(ConfigError, match=r"best_of_n needs sft in evaluate\.policies\. Add it, or"):
-        make_stage(policies=["best_of_n", "ppo"], reward="vader")
 
 
 def read_by(stage: EvaluateStage) -> tuple[str, ...]:

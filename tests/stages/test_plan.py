@@ -225,7 +225,7 @@ def test_a_prompt_that_holds_all_rows_is_recommended_and_runs(chain: Chain) -> N
     ran = run_main(chain.directory, arguments, chain.directory / "runs" / "prompted")
     assert ran.code == 0, ran.err
     assert ran.statuses == {"prepare": "reused", "compare": "ran"}
-    for line in (ran.artifact("compare") / "answers.jsonl").read_text().splitlines():
+    for line in (ran.artifact("compare") / "responses.jsonl").read_text().splitlines():
         said = [turn["role"] for turn in json.loads(line)["asked"]]
         assert said.count("assistant") == written["compare"]["few_shot"]["examples"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf.evaluation.sampled import INTERVAL_SUFFIXES, Sampled, add_suffix, reward_parts
 from rlhf.pipeline.defaults import Change
-from rlhf.pipeline.recipe import BEST_OF_N, kind_of
+from rlhf.pipeline.recipe import kind_of
 from rlhf.printable import printable
 from rlhf.report.page.curves import (
     Bounds,
@@ -40,7 +40,7 @@ MAX_SHOWN_SAMPLES = 5
 NUM_OPEN_CURVES = 6
 """Curves of each stage that are shown at once; more are one click away."""
 CALIBRATION = "calibration.jsonl"
-GOLD_OVER_STEPS = "gold_over_steps.jsonl"
+GOLD_OVER_STEPS, CANDIDATES = "gold_over_steps.jsonl", "candidates.json"
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,9 @@ class RunFacts:
     """The last samples, the newest first, for a run that has compared no policies (yet)."""
     gold_over_steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Policy -> KL and gold score of its held-out answers, evaluation by evaluation."""
+    candidates: Mapping[str, Any] = field(default_factory=dict)
+    """Who was compared, and with what: candidates.json of the evaluation. Empty for a run of a version that
+    did not record this."""
     titles: Mapping[str, str] = field(default_factory=dict)
     """Policy -> its title in tables; empty for a run of a version that did not record this."""
     price: float | None = None
@@ -201,6 +204,8 @@ def read_run(directory: Path) -> RunFacts:
     run.price = float(prices[0]) if prices else None
     if run.evaluation is not None:
         path = directory / "artifacts" / run.evaluation.name / "comparison.jsonl"
+        if path.with_name(CANDIDATES).is_file():
+            run.candidates = json.loads(path.with_name(CANDIDATES).read_bytes())
         run.answers = read_answers(path, policies_of(run))
         for row in read_rows(path.with_name(GOLD_OVER_STEPS)):
             run.gold_over_steps.setdefault(row["policy"], []).append(row)
@@ -219,21 +224,14 @@ def policies_of(run: RunFacts) -> list[str]:
     """The compared policies, in the order in which they are made."""
     if run.evaluation is None:
         return []
-    found = [name.partition("/")[2] for name in run.evaluation.metrics if name.startswith("length_mean/")]
-    order = ["base", "init", *(stage.name for stage in run.stages)]
-    names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
-    if BEST_OF_N in names:  # right after its start, the last policy without a KL
-        names.remove(BEST_OF_N)
-        starts = [place for place, name in enumerate(names) if f"kl/{name}" not in run.evaluation.metrics]
-        names.insert(max(starts, default=-1) + 1, BEST_OF_N)
-    return names
+    if run.candidates:
+        return [each["name"] for each in run.candidates["candidates"]]
+    return [name.partition("/")[2] for name in run.evaluation.metrics if name.startswith("length_mean/")]
 
 
 def start_of(run: RunFacts) -> str | None:
-    """The policy that the others are compared with: the last one without a KL."""
-    metrics = run.evaluation.metrics if run.evaluation else {}
-    without_kl = [name for name in policies_of(run) if f"kl/{name}" not in metrics]
-    return without_kl[-1] if without_kl and len(without_kl) < len(policies_of(run)) else None
+    """The policy that the others are compared with."""
+    return run.candidates["start"] if run.candidates else None
 
 
 def cleaned(value: Any) -> Any:

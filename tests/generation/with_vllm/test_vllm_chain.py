@@ -119,7 +119,7 @@ def test_two_ranks_have_an_engine_each_or_one_together(
     assert max(line.get("ppo/approximate_kl", 0) for line in found) > 1e-4  # so the policy did move
 
 
-ANSWERS = {"generate": "responses", "evaluate": "responses", "compare": "answers"}
+ANSWERS = {"generate": "responses", "evaluate": "responses", "compare": "responses"}
 """Stage -> the file of its answers."""
 
 

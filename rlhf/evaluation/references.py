@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -42,3 +44,13 @@ def rouge_l(answer: str, reference: str) -> float:
     if not answer_words or not reference_words:
         return 0.0
     return 2 * LCSseq.similarity(answer_words, reference_words) / (len(answer_words) + len(reference_words))
+
+
+QUALITIES: Mapping[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "answer_found": answer_found,
+    "rouge_l": rouge_l,
+}
+"""Metric -> quality of an answer compared with its reference, in [0, 1]."""
+Quality = Literal["auto", "gold", "judge", "score", "rouge_l", "exact_match", "answer_found"]
+"""A score that can rank candidates."""
