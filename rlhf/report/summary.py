@@ -18,7 +18,7 @@ from rlhf.evaluation.sampled import Sampled, reward_parts
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
 from rlhf.pipeline.run import GateResult, Run, as_markdown_list, with_outcome
 from rlhf.printable import printable
-from rlhf.report.compare import METHOD_WORDS, comparison_cells
+from rlhf.report.compare import METHOD_WORDS, comparison_cells, comparison_rows
 from rlhf.report.over_seeds import policies_json
 from rlhf.report.page.write import NAME, write_page
 from rlhf.report.policies import PICTURE, cost_of, write_picture
@@ -215,6 +215,8 @@ def policy_cells(run: Run) -> Cells:
             rows.append([words.format(start), *cells])
             cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in sampled]
             rows.append(["  95% interval, over prompts", *cells])
+    shown = {*COMPARED_METRICS, *GAINS_OVER_START, "question_accuracy_change"}
+    rows += comparison_rows(metrics, names, shown)
     rows += [[words, *cells] for words, cells in cost_cells(run, names)]
     prompts = int(metrics.get("prompts", 0))
     heading = f"{prompts} prompt{'s' * (prompts != 1)}"
