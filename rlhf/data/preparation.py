@@ -36,7 +36,6 @@ from rlhf.data.prepared import (
     REPORT,
     SAME_PROMPT,
     TOO_LONG,
-    UNLIKE,
     PreparedData,
     Removed,
     RoleData,
@@ -47,7 +46,6 @@ from rlhf.data.roles import JUDGE, TRAINING, Roles, training_roles
 from rlhf.data.schema import PairRow, Split, draw_at_most, drawn
 from rlhf.data.sources import SourceConfig
 from rlhf.data.tokens import TEMPLATE_WITHOUT_TOOLS, BadRow, Examiner, Fault
-from rlhf.data.unlike import find_differences
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text
 
@@ -138,8 +136,6 @@ class Preparation:
     """`tokenizer_digest` of the tokenizer."""
     data: dict[str, RoleData] = field(default_factory=dict)
     """Role -> its rows, in the order of the roles table."""
-    differences: list[str] = field(default_factory=list)
-    """Differences between the data sets, as sentences. `write` sets them."""
 
     def __post_init__(self) -> None:
         self.digest = tokenizer_digest(self.tokenizer)
@@ -166,7 +162,7 @@ class Preparation:
         self._check_not_empty()
 
     def write(self, directory: Path) -> None:
-        """Write the rows of each split, and the reports."""
+        """Write the rows of each split, and the report."""
         prepared = PreparedData(directory, roles=self.roles)
         report = {}
         for role in self.data.values():
@@ -176,11 +172,8 @@ class Preparation:
             source, digest = ", ".join(self._names(role.role)), prepared.digest(role.role)
             made = {"made_by_runs": self._run_rows_note(role.role)}
             report[role.role] = {"source": source, "digest": digest, **made, **role.report()}
-        rows = {role: prepared.rows(role, self.roles[role].splits[0]) for role in report}
-        self.differences = [*find_differences(rows, self.roles)]
-        for name, content in {REPORT: report, UNLIKE: self.differences}.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False)
-            (directory / name).write_text(redacted_text(text), encoding="utf-8")
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
 
     def metrics(self) -> dict[str, float]:
         """Counts of rows and of removed rows. Shares are of the role that lost the largest share."""
@@ -224,8 +217,6 @@ class Preparation:
             if role.num_dropped or cut:
                 text = f"  {role.key}: {'; '.join([*role.reasons(), *cut])}"
                 console.print(text, style="yellow", markup=False, highlight=False)
-        for difference in self.differences:
-            console.print(f"  {difference}", style="yellow", markup=False, highlight=False)
         if any(role.count(TOO_LONG) + role.cut.count for role in self.data.values()):
             console.print(f"  {self._length_note()}", style="yellow", highlight=False)
         if self.num_leaks:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 AnyRow = TypeVar("AnyRow")
 TrainSplit = Literal["train", "held_out"]
-REPORT, UNLIKE = "report.json", "unlike.json"
+REPORT = "report.json"
 DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
 FOR_JUDGE = "for the judge"
 NO_PROMPT, SAME_PROMPT = "no prompt", "same prompt"
@@ -186,12 +186,6 @@ class PreparedData:
 
         spans = TokenIds(path).spans
         return float(numpy.diff(spans).mean()) if len(spans) else None
-
-    def unlike(self) -> list[str]:
-        """Differences between the texts of roles, as sentences: see rlhf/data/unlike.py."""
-        path = self.directory / UNLIKE
-        sentences: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        return sentences  # artifacts of earlier versions have none
 
     def check_not_empty(self, role: str) -> None:
         """Refuse a role without rows that uses the prompts of another role. `prepare` itself refuses an empty

@@ -140,19 +140,6 @@ def test_a_leak_from_another_source_is_removed_and_told_loudly(bench: Bench) -> 
     ) in bench.output
 
 
-def test_data_that_are_unlike_others_are_told_and_kept(bench: Bench) -> None:
-    for number, row in enumerate(bench.rows["sft"]):
-        row["completion"] = f"<{number}>"
-    data = bench.prepare()
-    said, *_ = data.unlike()
-    assert said == (
-        'The answers of sft.data have digits (100%), "<" (100%), ">" (100%); the answers of reward.pairs '
-        "hardly ever."
-    )
-    assert said in bench.output
-    assert sum(bench.report["sft"]["kept"].values()) == 40
-
-
 def test_a_retention_row_that_is_trained_on_is_a_leak(bench: Bench) -> None:
     bench.rows["sft"] += [{"text": "Fact 7"}, {"prompt": "question 3", "completion": "a"}]
     data = bench.prepare()
