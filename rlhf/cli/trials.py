@@ -1,0 +1,296 @@
+"""Trials of `bisect` and `ceiling`: runs that differ from a finished run in a few keys, and are judged alike.
+
+A trial is an ordinary run with a name of its own, in the store of the finished run. The same command asks for
+the same trials: what is in the store is reused, and a stopped stage continues from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlhf.bisect.scores import Scores, read_scores
+from rlhf.cli.api import run as run_config
+from rlhf.cli.run_files import RunFiles
+from rlhf.cli.runs import runs_in
+from rlhf.config import Complaint, ConfigError, did_you_mean
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import PromptRow
+from rlhf.digests import Recipe
+from rlhf.exit_codes import INTERRUPTED, STOPPED
+from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.graph import roles_of
+from rlhf.pipeline.recipe import last_evaluation
+from rlhf.pipeline.run import Run
+from rlhf.pipeline.store import Store, read_manifest
+from rlhf.report.judges import KINDS, faults, no_judge
+from rlhf.rewards.kinds import parts_of, stage_of
+from rlhf.tracking.progress import clock
+from rlhf.tracking.redaction import RedactingConsole
+
+CONTINUE = "The same command continues: finished trials and the last checkpoint are kept."
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended, and the experiment that its config is."""
+
+    files: RunFiles
+    experiment: Experiment
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return self.files.directory.name
+
+    @property
+    def results(self) -> Run:
+        """Its results, as while it ran."""
+        stages = {
+            name: stage
+            | {"metrics": {key: math.nan if v is None else v for key, v in stage["metrics"].items()}}
+            for name, stage in self.files.summary["stages"].items()
+        }
+        return Run(self.files.directory, stages=stages, writes=False, chain=self.experiment.stages)
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Stage -> the recipe of its artifact.
+
+        Raises:
+            ConfigError: an artifact is gone, or another version of rlhf made it.
+        """
+        found = {}
+        for name in self.experiment.needed():
+            path = self.files.directory / "artifacts" / name
+            if name not in self.files.summary["stages"] or not path.exists():
+                continue  # a failed gate ended the run before it, or it was removed from the store
+            recipe = read_manifest(path).recipe
+            if recipe.get("version") != type(self.experiment.stages[name]).version:
+                raise ConfigError(
+                    Complaint(
+                        str(self.files.directory),
+                        f"another version of rlhf made its {name}.",
+                        "Run its command again.",
+                    )
+                )
+            found[name] = recipe
+        return found
+
+    def seconds(self, stage: str) -> float | None:
+        """How long it took to make a stage's artifact."""
+        cost = (self.files.summary["stages"].get(stage) or {}).get("cost")
+        return None if cost is None else float(cost["seconds"])
+
+
+@dataclass(frozen=True)
+class Judged(Finished):
+    """A run whose last policy an independent judge has scored."""
+
+    evaluation: str
+    """The stage that compared the policies."""
+    kind: str
+    """The judge: `gold` or `judge`, one of `KINDS`."""
+
+    @property
+    def words(self) -> str:
+        """What judges."""
+        return KINDS[self.kind]
+
+    @property
+    def section(self) -> Any:
+        """The evaluation, as a stage."""
+        return self.experiment.stages[self.evaluation]
+
+    @property
+    def subject(self) -> str:
+        """The policy that is judged."""
+        return str(self.section.subject)
+
+    @property
+    def judges(self) -> set[str]:
+        """The reward models that judge."""
+        source = getattr(self.section, self.kind)
+        return {stage for part in parts_of(source) if (stage := stage_of(part.source)) is not None}
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts that were asked."""
+        return int(self.files.summary["stages"][self.evaluation]["metrics"][f"{self.evaluation}/prompts"])
+
+    def rows(self) -> Sequence[PromptRow]:
+        """The evaluation prompts. The first ones are asked."""
+        directory = self.files.directory / "artifacts" / "prepare"
+        if not directory.is_dir():  # it was removed from the store
+            return ()
+        data = PreparedData(directory, roles=roles_of(self.experiment.stages))
+        rows: Sequence[PromptRow] = data.rows(self.section.mount.own_role("evaluate"), "evaluation")
+        return rows
+
+    def scores(self, policy: str = "", directory: Path | None = None) -> Scores:
+        """The judge's score of each answer.
+
+        Args:
+            policy: by default the subject.
+            directory: of another run that was evaluated in the same way.
+        """
+        artifacts = (directory or self.files.directory) / "artifacts"
+        return read_scores(artifacts / self.evaluation / "responses.jsonl", policy or self.subject, self.kind)
+
+    def config(self, **changes: Any) -> dict[str, Any]:
+        """Its config, up to its evaluation: gates only warn, and its reward models that judge stay as they
+        are, whatever is changed in `reward`.
+
+        Args:
+            changes: keys of the evaluation, with their values.
+        """
+        config = copy.deepcopy(dict(self.experiment.resolved))
+        config |= {"stage": [self.evaluation], "gates": "warn", "why": False, "force": []}
+        config |= {"store_dir": str(self.files.store_dir), "runs_dir": str(self.files.directory.parent)}
+        config["tracker"] = {"kind": "none"}
+        for judge in self.judges & {*(config["instances"] or {})}:
+            config["instances"][judge] = {k: v for k, v in config[judge].items() if k != "_target_"}
+        section_of(config, self.evaluation).update(changes)
+        return config
+
+
+def section_of(config: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The keys of a stage, to change them: for a named instance those of its own."""
+    section: dict[str, Any] = (config["instances"] if "@" in stage else config)[stage]
+    return section
+
+
+def named_run(key: str, word: str, runs_dir: Path) -> RunFiles:
+    """The run with this directory or name.
+
+    Args:
+        key: what the user typed before it, such as `good=`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (Path(word) / "summary.json").is_file():
+        return RunFiles(Path(word))
+    names = [path.name for path in runs_in(runs_dir)]
+    if word not in names:
+        why = f"there is no such run in {runs_dir}.{did_you_mean(word, names)}"
+        raise ConfigError(Complaint(f"{key}{word}", why, "Name a run, or its directory."))
+    return RunFiles(runs_dir / word)
+
+
+def judged_run(key: str, word: str, runs_dir: Path) -> Judged:
+    """A finished run with an independent judge.
+
+    Raises:
+        ConfigError: there is no such run, it has not finished, or nothing can judge it.
+    """
+    files = named_run(key, word, runs_dir)
+    evaluation, metrics = last_evaluation(files.summary["stages"])
+    if not metrics or not (files.directory / "artifacts" / evaluation).is_dir():
+        raise ConfigError(
+            Complaint(
+                f"{key}{word}", "it has not evaluated its policies.",
+                "Run its command again, with evaluate; after a failed gate with gates=warn.",
+            )
+        )  # fmt: skip
+    experiment = build_experiment({**files.config, "stage": [evaluation]})
+    found = Finished(files, experiment).results
+    for kind in KINDS:
+        source = getattr(experiment.stages[evaluation], kind)
+        if source is not None and not [*faults(found, kind, source)]:
+            return Judged(files, experiment, evaluation, kind)
+    why = no_judge(found) or "No score of this run can judge its policies."
+    raise ConfigError(Complaint(f"{key}{word}", why))
+
+
+class Trials:
+    """The trials of one command, counted in the order in which they are asked for."""
+
+    def __init__(self, base: Judged, name: str, budget: int) -> None:
+        """`name`: of the command's directory. A trial is called NAME-01, NAME-02 and so on."""
+        self.base, self.name, self.budget = base, name, budget
+        self.console: Console = RedactingConsole(highlight=False, soft_wrap=True)
+        self.number = 0
+        self.directory = base.files.directory.parent / name
+        self.store = Store(base.files.store_dir)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no further trial is allowed."""
+        return self.number >= self.budget
+
+    def run(
+        self, config: Mapping[str, Any], words: str, seconds: float, left: str = "", policy: str = ""
+    ) -> tuple[Scores | None, str]:
+        """Run one trial.
+
+        Args:
+            config: all keys, without a name.
+            words: what it tries.
+            seconds: about how long it takes.
+            left: how long the others take, in words.
+            policy: the policy that is judged; by default the subject.
+
+        Returns:
+            The scores, or why there are none.
+
+        Raises:
+            ConfigError: the disk is full, or another command uses the trial's directory.
+            KeyboardInterrupt: the run was interrupted.
+        """
+        if self.is_spent:
+            return None, f"not tried: budget={self.budget} is spent"
+        self.number += 1
+        name = f"{self.name}-{self.number:02d}"
+        self.console.print(
+            f"Trial {self.number} of at most {self.budget}: {words}. About {clock(seconds)}{left}. "
+            f"Its state: python -m rlhf status run_name={name}",
+            markup=False,
+        )
+        began = time.monotonic()
+        try:
+            build_experiment(config)
+            finished = run_config({**config, "run_name": name}, quiet=True)
+        except ConfigError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            return None, f"cannot run: {error}"
+        self.console.print(f"  took {clock(time.monotonic() - began)}", markup=False)
+        if changed := self.changed_judges(finished.directory):
+            return None, f"another judge: {', '.join(changed)} was trained on other rows"
+        return self.base.scores(policy, finished.directory), ""
+
+    def changed_judges(self, directory: Path) -> list[str]:
+        """The reward models that judge, if they are not those of the base run."""
+        theirs, ours = RunFiles(directory).summary["stages"], self.base.files.summary["stages"]
+        judges = (name for name in self.base.judges if name in ours)
+        return [name for name in judges if theirs[name]["key"] != ours[name]["key"]]
+
+
+def positive(key: str, text: str) -> int:
+    """A positive number from the command line.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{key}={text}: give a number, 1 or more.")
+    return int(text)
+
+
+def ended_by_signal(work: Callable[[], int]) -> int:
+    """Do the work. Gives its exit code, or that of the signal that ended it."""
+    try:
+        return work()
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        print(f"\nInterrupted. {CONTINUE}", file=sys.stderr)
+        return INTERRUPTED if signum == signal.SIGINT else STOPPED
