@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf.bisect.search import Answer
 from rlhf.evaluation.sampled import Sampled
 
 Scores = Mapping[str, float]
 """Prompt, as JSON -> the judge's score of the policy's answer."""
+
+
+class NoScoresError(Exception):
+    """A trial cannot be judged. The text says why."""
 
 
 class Verdict(NamedTuple):
@@ -27,6 +31,11 @@ class Verdict(NamedTuple):
     def words(self) -> str:
         """The gain with its interval, or why there is none."""
         return self.why if self.gain is None else in_words(self.gain)
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        gain = None if self.gain is None else self.gain._asdict()
+        return {"answer": self.answer.value, "gain": gain, "why": self.why}
 
 
 def in_words(gain: Sampled) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.bisect.differences import downstream
-from rlhf.bisect.scores import Scores, difference, in_words
+from rlhf.bisect.scores import NoScoresError, Scores, difference, in_words
 from rlhf.cli.command import read_words
-from rlhf.cli.trials import Judged, Trials, ended_by_signal, judged_run, section_of
+from rlhf.cli.trials import Judged, Trials, is_true, judged_run, section_of
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.disk import replace_text
@@ -23,7 +23,6 @@ from rlhf.pipeline.defaults import references
 from rlhf.pipeline.fields import Rows, marked_fields
 from rlhf.pipeline.graph import starts_from
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
-from rlhf.pipeline.run import Run
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells, shown
 
@@ -32,8 +31,8 @@ HELP = """python -m rlhf ceiling RUN [dry_run=true] [runs_dir=DIR]
 Replace each part of a run by the best that is to be had, and measure how much better its policy gets: the SFT
 model by what SFT started from, the reward by the judge itself, the policy gradient by best of n with the same
 reward, the prompts by prompts of the evaluation that are not asked. RUN is a run's name or its directory.
-dry_run=true only shows the trials and their times. The result is printed and written to RUNS_DIR/ceiling-RUN/.
-After Ctrl-C the same command continues.
+dry_run=true only shows the trials and their times. The result is printed, and written to
+RUNS_DIR/ceiling-RUN/. After Ctrl-C the same command continues.
 """
 MIN_PROMPTS = 8
 """Fewest further prompts from which a policy can learn."""
@@ -60,20 +59,17 @@ def ceiling(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     words, keys = given
     if len(words) != 1:
         raise ConfigError("ceiling: name one run, as in `python -m rlhf ceiling RUN`.")
-    if keys["dry_run"] not in ("true", "false"):
-        raise ConfigError(f"ceiling dry_run={keys['dry_run']}: true or false.")
+    is_dry = is_true("ceiling dry_run", keys["dry_run"])
     base = judged_run("ceiling ", words[0], Path(keys["runs_dir"]))
-    trials = Trials(base, f"ceiling-{base.name}", 4)
-    found = [*replacements(base, trials.directory)]
-    if keys["dry_run"] == "true":
+    trials = Trials(base, "ceiling", f"ceiling-{base.name}", budget=0)
+    if is_dry:
         rows = [
             [each.part, each.by, "-" if each.config is None else clock(seconds_of(base, each))]
-            for each in found
+            for each in replacements(base, trials.directory)
         ]
         trials.console.print(shown(Cells(["part", "replaced by", "time"], rows), right=[2]))
         return DONE
-    with Run(trials.directory).locked():
-        return ended_by_signal(lambda: run_all(base, found, trials))
+    return trials.finish(lambda: run_all(base, trials))
 
 
 def replacements(base: Judged, directory: Path) -> Iterator[Replacement]:
@@ -173,30 +169,26 @@ def seconds_of(base: Judged, each: Replacement) -> float:
     return factor * sum(base.seconds(name) or 0.0 for name in base.experiment.needed() if name in changed)
 
 
-def run_all(base: Judged, found: Sequence[Replacement], trials: Trials) -> int:
+def run_all(base: Judged, trials: Trials) -> int:
     """Run the trials, print and write the table."""
     own, results = base.scores(), dict[str, Sampled | str]()
+    found = [*replacements(base, trials.directory)]
     pending = [each for each in found if each.config is not None]
     trials.budget = len(pending)
     for number, each in enumerate(pending):
         left = sum(seconds_of(base, other) for other in pending[number + 1 :])
-        words = f"{each.part} replaced: {each.by}"
-        scores, why = trials.run(
-            each.config or {}, words, seconds_of(base, each), f", then about {clock(left)}", each.policy
-        )
-        results[each.part] = why if scores is None else difference(scores, own)
+        words, seconds = f"{each.part} replaced: {each.by}", seconds_of(base, each)
+        try:
+            results[each.part] = difference(
+                trials.run(each.config or {}, words, seconds, left, each.policy), own
+            )
+        except NoScoresError as error:
+            results[each.part] = str(error)
     heading = f"{base.words} minus that of {base.subject}"
-    table = Cells(["part", "replaced by", "it", heading], [*rows_of(base, own, found, results)])
-    trials.console.print(shown(table))
-    entries = []
-    for each in found:
-        result = results.get(each.part, each.by)
-        gain = result._asdict() if isinstance(result, Sampled) else None
-        entries.append({"part": each.part, "by": each.by, "gain": gain, "why": "" if gain else result})
-    content = {"run": str(base.files.directory), "judge": base.kind, "parts": entries}
-    replace_text(trials.directory / "ceiling.json", json.dumps(content, indent=2))
-    replace_text(trials.directory / "ceiling.md", f"# Ceilings of {base.name}\n\n{table.markdown()}\n")
-    trials.console.print(f"Written to {trials.directory / 'ceiling.md'} and ceiling.json.", markup=False)
+    table = Cells(["part", "replaced by", "", heading], [*rows_of(base, own, found, results)])
+    parts = [dict(zip(("part", "by", "result", "gain"), row, strict=True)) for row in table.rows]
+    content = {"run": str(base.files.directory), "judge": base.kind, "parts": parts}
+    trials.write(f"Ceilings of {base.name}", [], table, content)
     return DONE
 
 

@@ -7,10 +7,10 @@ the same trials: what is in the store is reused, and a stopped stage continues f
 from __future__ import annotations
 
 import copy
+import json
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rlhf.bisect.scores import Scores, read_scores
+from rlhf.bisect.scores import NoScoresError, Scores, read_scores
 from rlhf.cli.api import run as run_config
 from rlhf.cli.run_files import RunFiles
 from rlhf.cli.runs import runs_in
@@ -26,6 +26,7 @@ from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow
 from rlhf.digests import Recipe
+from rlhf.disk import replace_text
 from rlhf.exit_codes import INTERRUPTED, STOPPED
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.graph import roles_of
@@ -36,6 +37,7 @@ from rlhf.report.judges import KINDS, faults, no_judge
 from rlhf.rewards.kinds import parts_of, stage_of
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole
+from rlhf.tracking.tables import Cells, shown
 
 CONTINUE = "The same command continues: finished trials and the last checkpoint are kept."
 
@@ -214,83 +216,79 @@ def judged_run(key: str, word: str, runs_dir: Path) -> Judged:
 class Trials:
     """The trials of one command, counted in the order in which they are asked for."""
 
-    def __init__(self, base: Judged, name: str, budget: int) -> None:
-        """`name`: of the command's directory. A trial is called NAME-01, NAME-02 and so on."""
-        self.base, self.name, self.budget = base, name, budget
-        self.console: Console = RedactingConsole(highlight=False, soft_wrap=True)
+    def __init__(self, base: Judged, command: str, name: str, budget: int) -> None:
+        """Args:
+        name: of the command's directory. A trial is called NAME-01, NAME-02 and so on.
+        """
+        self.base, self.command, self.name, self.budget = base, command, name, budget
+        self.console: Console = RedactingConsole(highlight=False, soft_wrap=True, markup=False)
         self.number = 0
         self.directory = base.files.directory.parent / name
         self.store = Store(base.files.store_dir)
 
-    @property
-    def is_spent(self) -> bool:
-        """Whether no further trial is allowed."""
-        return self.number >= self.budget
-
     def run(
-        self, config: Mapping[str, Any], words: str, seconds: float, left: str = "", policy: str = ""
-    ) -> tuple[Scores | None, str]:
-        """Run one trial.
+        self, config: Mapping[str, Any], words: str, seconds: float, left: float, policy: str = ""
+    ) -> Scores:
+        """Run one trial, and give its scores.
 
         Args:
             config: all keys, without a name.
             words: what it tries.
             seconds: about how long it takes.
-            left: how long the others take, in words.
+            left: about how long the trials after it take.
             policy: the policy that is judged; by default the subject.
 
-        Returns:
-            The scores, or why there are none.
-
         Raises:
-            ConfigError: the disk is full, or another command uses the trial's directory.
+            NoScoresError: the budget is spent, the config cannot run, or another judge would judge.
+            ConfigError: the disk is full.
             KeyboardInterrupt: the run was interrupted.
         """
-        if self.is_spent:
-            return None, f"not tried: budget={self.budget} is spent"
+        if self.number == self.budget:
+            raise NoScoresError(f"not tried: budget={self.budget} is spent")
         self.number += 1
         name = f"{self.name}-{self.number:02d}"
         self.console.print(
-            f"Trial {self.number} of at most {self.budget}: {words}. About {clock(seconds)}{left}. "
-            f"Its state: python -m rlhf status run_name={name}",
-            markup=False,
+            f"Trial {self.number} of at most {self.budget}: {words}. About {clock(seconds)}, and about "
+            f"{clock(left)} for the rest. Its state: python -m rlhf status run_name={name}"
         )
-        began = time.monotonic()
         try:
-            build_experiment(config)
             finished = run_config({**config, "run_name": name}, quiet=True)
         except ConfigError as error:
             if isinstance(error.__cause__, OSError):
                 raise
-            return None, f"cannot run: {error}"
-        self.console.print(f"  took {clock(time.monotonic() - began)}", markup=False)
-        if changed := self.changed_judges(finished.directory):
-            return None, f"another judge: {', '.join(changed)} was trained on other rows"
-        return self.base.scores(policy, finished.directory), ""
+            raise NoScoresError(f"cannot run: {error}") from None
+        theirs, ours = RunFiles(finished.directory).summary["stages"], self.base.files.summary["stages"]
+        for judge in self.base.judges:
+            if theirs[judge]["key"] != ours[judge]["key"]:
+                raise NoScoresError(f"another judge: {judge} learned from other rows")
+        return self.base.scores(policy, finished.directory)
 
-    def changed_judges(self, directory: Path) -> list[str]:
-        """The reward models that judge, if they are not those of the base run."""
-        theirs, ours = RunFiles(directory).summary["stages"], self.base.files.summary["stages"]
-        judges = (name for name in self.base.judges if name in ours)
-        return [name for name in judges if theirs[name]["key"] != ours[name]["key"]]
+    def write(self, title: str, lines: Sequence[str], table: Cells, content: Mapping[str, Any]) -> None:
+        """Print the result, and write it as Markdown and as JSON."""
+        self.console.print(shown(table))
+        self.console.print("\n".join(lines))
+        texts = filter(None, [f"# {title}", *lines, table.markdown()])
+        replace_text(self.directory / f"{self.command}.md", "\n\n".join(texts) + "\n")
+        replace_text(self.directory / f"{self.command}.json", json.dumps(content, indent=2))
+        self.console.print(f"Written to {self.directory / self.command}.md and .json.")
+
+    def finish(self, work: Callable[[], int]) -> int:
+        """Do the command's work in its directory, alone. Gives the exit code, or that of a signal."""
+        with Run(self.directory).locked():
+            try:
+                return work()
+            except KeyboardInterrupt as stop:
+                signum = getattr(stop, "signum", signal.SIGINT)
+                print(f"\nInterrupted. {CONTINUE}", file=sys.stderr)
+                return INTERRUPTED if signum == signal.SIGINT else STOPPED
 
 
-def positive(key: str, text: str) -> int:
-    """A positive number from the command line.
+def is_true(key: str, text: str) -> bool:
+    """A switch of the command line.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is neither true nor false.
     """
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{key}={text}: give a number, 1 or more.")
-    return int(text)
-
-
-def ended_by_signal(work: Callable[[], int]) -> int:
-    """Do the work. Gives its exit code, or that of the signal that ended it."""
-    try:
-        return work()
-    except KeyboardInterrupt as stop:
-        signum = getattr(stop, "signum", signal.SIGINT)
-        print(f"\nInterrupted. {CONTINUE}", file=sys.stderr)
-        return INTERRUPTED if signum == signal.SIGINT else STOPPED
+    if text not in ("true", "false"):
+        raise ConfigError(f"{key}={text}: true or false.")
+    return text == "true"
