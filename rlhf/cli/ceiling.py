@@ -49,6 +49,8 @@ class Replacement(NamedTuple):
     """The stages that it changes directly."""
     policy: str = ""
     """The policy that is judged, if it is not the run's."""
+    files: Mapping[Path, Sequence[PromptRow]] = {}
+    """Files that the trial reads, with their prompts."""
 
 
 def ceiling(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
@@ -130,14 +132,12 @@ def of_prompts(base: Judged, directory: Path) -> Iterator[Replacement]:
         words = f"{base.evaluation}.prompts has only {len(others)} prompts that are not asked"
         yield Replacement("prompts", words, None)
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = {"asked": directory / "asked.jsonl", "others": directory / "not_asked.jsonl"}
-    for path, rows in zip(paths.values(), (asked, others), strict=True):
-        replace_text(path, "".join(json.dumps(as_row(row)) + "\n" for row in rows))
-    config, touched = with_key(base, key, str(paths["others"]))
-    section_of(config, base.evaluation)["prompts"] = str(paths["asked"])
+    files = {directory / "asked.jsonl": asked, directory / "not_asked.jsonl": others}
+    paths = [*map(str, files)]
+    config, touched = with_key(base, key, paths[1])
+    section_of(config, base.evaluation)["prompts"] = paths[0]
     by = f"{len(others)} prompts of {base.evaluation} that are not asked"
-    yield Replacement("prompts", by, config, touched | {"prepare"})
+    yield Replacement("prompts", by, config, touched | {"prepare"}, files=files)
 
 
 def as_row(row: PromptRow) -> dict[str, Any]:
@@ -178,6 +178,8 @@ def run_all(base: Judged, trials: Trials) -> int:
     for number, each in enumerate(pending):
         left = sum(seconds_of(base, other) for other in pending[number + 1 :])
         words, seconds = f"{each.part} replaced: {each.by}", seconds_of(base, each)
+        for path, rows in each.files.items():
+            replace_text(path, "".join(json.dumps(as_row(row)) + "\n" for row in rows))
         try:
             results[each.part] = difference(
                 trials.run(each.config or {}, words, seconds, left, each.policy), own

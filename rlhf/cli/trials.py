@@ -209,8 +209,10 @@ def judged_run(key: str, word: str, runs_dir: Path) -> Judged:
         source = getattr(experiment.stages[evaluation], kind)
         if source is not None and not [*faults(found, kind, source)]:
             return Judged(files, experiment, evaluation, kind)
-    why = no_judge(found) or "No score of this run can judge its policies."
-    raise ConfigError(Complaint(f"{key}{word}", why))
+    if why := no_judge(found):
+        raise ConfigError(Complaint(f"{key}{word}", why))
+    fix = f"Name a judge, such as {evaluation}.gold, and run its command again."
+    raise ConfigError(Complaint(f"{key}{word}", "no score of it can judge its policies.", fix))
 
 
 class Trials:
@@ -256,7 +258,7 @@ class Trials:
         except ConfigError as error:
             if isinstance(error.__cause__, OSError):
                 raise
-            raise NoScoresError(f"cannot run: {error}") from None
+            raise NoScoresError(f"cannot run: {' '.join(str(error).split())}") from None
         theirs, ours = RunFiles(finished.directory).summary["stages"], self.base.files.summary["stages"]
         for judge in self.base.judges:
             if theirs[judge]["key"] != ours[judge]["key"]:
