@@ -1,4 +1,7 @@
-"""Whether a policy is as bad as the bad run's, by the judge's scores of its answers to the same prompts."""
+"""Whether a policy is as bad as the bad run's, by the judge's scores of its answers to the same prompts.
+
+Dimensions: S seeds, B prompts.
+"""
 
 from __future__ import annotations
 
@@ -57,22 +60,30 @@ def read_scores(responses: Path, policy: str, kind: str) -> dict[str, float]:
     return scores
 
 
-def mean_of(several: Sequence[Scores]) -> Scores:
-    """For each prompt the mean over several seeds."""
-    common = [prompt for prompt in several[0] if all(prompt in each for each in several)]
-    return {prompt: sum(each[prompt] for each in several) / len(several) for prompt in common}
+def difference(own: Sequence[Scores], other: Sequence[Scores]) -> Sampled:
+    """The mean difference over the prompts that both answered, with its interval.
+
+    Args:
+        own: one entry for each seed; `other` has the same seeds.
+    """
+    return _mean([
+        {prompt: scores[prompt] - others[prompt] for prompt in scores if prompt in others}
+        for scores, others in zip(own, other, strict=True)
+    ])  # fmt: skip
 
 
-def difference(own: Scores, other: Scores) -> Sampled:
-    """The mean difference over the prompts that both answered, with its interval."""
-    return _mean([own[prompt] - other[prompt] for prompt in own if prompt in other])
-
-
-def compare(trial: Scores, good: Scores, bad: Scores) -> Verdict:
+def compare(trial: Sequence[Scores], good: Sequence[Scores], bad: Sequence[Scores]) -> Verdict:
     """Bad if the whole interval of the trial's score lies below half way between good and bad, good if above,
-    else unknown. All three are compared prompt by prompt, so the difficulty of the prompts cancels out."""
-    common = [prompt for prompt in trial if prompt in good and prompt in bad]
-    over_half_way = _mean([trial[each] - (good[each] + bad[each]) / 2 for each in common])
+    else unknown. All three are compared prompt by prompt, so the difficulty of the prompts cancels out.
+
+    Args:
+        trial: one entry for each seed, as in `good` and `bad`.
+    """
+    half_way = [
+        {prompt: (scores[prompt] + others[prompt]) / 2 for prompt in scores if prompt in others}
+        for scores, others in zip(good, bad, strict=True)
+    ]
+    over_half_way = difference(trial, half_way)
     answer = Answer.UNKNOWN
     if over_half_way.high < 0:
         answer = Answer.BAD
@@ -81,9 +92,17 @@ def compare(trial: Scores, good: Scores, bad: Scores) -> Verdict:
     return Verdict(answer, difference(trial, good))
 
 
-def _mean(values: Sequence[float]) -> Sampled:
+def _mean(by_seed: Sequence[Scores]) -> Sampled:
+    """The mean over prompts, each averaged over the seeds. With several seeds also the mean over seeds: the
+    wider interval of the two counts, so that seeds that disagree tell nothing."""
     import torch
 
     from rlhf.evaluation.intervals import mean
 
-    return mean(torch.tensor(values, dtype=torch.float64))
+    common = [prompt for prompt in by_seed[0] if all(prompt in each for each in by_seed)]
+    scores_SB = torch.tensor([[each[prompt] for prompt in common] for each in by_seed], dtype=torch.float64)
+    over_prompts = mean(scores_SB.mean(0))
+    if len(by_seed) == 1 or not common:
+        return over_prompts
+    over_seeds = mean(scores_SB.mean(1))
+    return max(over_prompts, over_seeds._replace(rows=len(common)), key=lambda each: each.high - each.low)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.bisect.differences import Difference, Side, differences, downstream, with_differences
-from rlhf.bisect.scores import NoScoresError, Scores, Verdict, compare, difference, in_words, mean_of
+from rlhf.bisect.scores import NoScoresError, Scores, Verdict, compare, difference, in_words
 from rlhf.bisect.search import Answer, Found, Part, plan, search
 from rlhf.cli.command import read
 from rlhf.cli.trials import Finished, Judged, Trials, is_true, judged_run, named_run
@@ -34,8 +35,7 @@ Exit codes: 0 the cause was found, 3 it was not, 2 the runs cannot be compared.
 PROMPTS_FACTOR = 4
 """How many times as many prompts a trial gets that cannot be told. Four times halve the interval."""
 MAX_SEEDS = 3
-"""Largest number of seeds of one trial. The interval does not count how seeds differ, so more promise too
-much."""
+"""Largest number of seeds of one trial. Each is a training run of its own."""
 NOT_APART = (
     "The two cannot be told apart, so there is nothing to search for. Both were evaluated like the good run: "
     "if the bad one evaluates in another way, look there."
@@ -50,7 +50,7 @@ class Level(NamedTuple):
 
     prompts: int
     seeds: int
-    """Number of seeds, over which the scores of each prompt are averaged."""
+    """Number of seeds. The first one is the run's own."""
 
 
 def bisect(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
@@ -209,12 +209,12 @@ class Bisection:
 
     def remaining(self) -> list[tuple[list[Part], float]]:
         """For each difference: the trials that follow if it alone is to blame, and their seconds."""
-        prompts, found = self.levels[self.first_level].prompts, []
+        level, found = self.levels[self.first_level], []
         for parts in plan(self.groups, self.known):
             made, total = {*self.made}, 0.0
-            for part in parts:
-                total += self.seconds(part, prompts, 0, made)
-                made |= {stage for stage, _ in self.stages(part, prompts, 0)}
+            for part, seed in product(parts, range(level.seeds)):
+                total += self.seconds(part, level.prompts, seed, made)
+                made |= {stage for stage, _ in self.stages(part, level.prompts, seed)}
             found.append((parts, total))
         return found
 
@@ -292,13 +292,13 @@ class Bisection:
         self.trials.console.print(f"  {verdict.answer.value}: {self.in_words(part)}: {verdict.words}")
         return verdict
 
-    def pooled(self, part: Part, level: Level) -> Scores:
-        """A part's scores at a level.
+    def pooled(self, part: Part, level: Level) -> list[Scores]:
+        """A part's scores at a level, one entry for each seed.
 
         Raises:
             NoScoresError: it has none.
         """
-        return mean_of([self.scores(part, level.prompts, seed) for seed in range(level.seeds)])
+        return [self.scores(part, level.prompts, seed) for seed in range(level.seeds)]
 
     def scores(self, part: Part, prompts: int, seed: int) -> Scores:
         """A part's scores, by a trial if they are not known.
@@ -378,5 +378,5 @@ class Bisection:
         for name in sorted(cause) if len(cause) > 1 else ():
             rest = self.answers.get(cause - {name})
             if rest is None or rest.answer is not Answer.GOOD:
-                why = "not tried" if rest is None else rest.words
+                why = "not tried" if rest is None else rest.words.rstrip(".")
                 yield f"Whether it takes {name} for that cannot be told. Without it: {why}."

@@ -182,7 +182,7 @@ def run_all(base: Judged, trials: Trials) -> int:
             replace_text(path, "".join(json.dumps(as_row(row)) + "\n" for row in rows))
         try:
             results[each.part] = difference(
-                trials.run(each.config or {}, words, seconds, left, each.policy), own
+                [trials.run(each.config or {}, words, seconds, left, each.policy)], [own]
             )
         except NoScoresError as error:
             results[each.part] = str(error)
@@ -207,7 +207,7 @@ def rows_of(
             yield [each.part, each.by if each.config else "-", "no trial", why]
     for name in base.section.policies:
         if name != base.subject:
-            gain = difference(base.scores(name), own)
+            gain = difference([base.scores(name)], [own])
             yield [f"(policy {name})", "-", in_a_word(gain), in_words(gain)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.bisect.scores import compare, difference, mean_of, read_scores
+from rlhf.bisect.scores import compare, difference, read_scores
 from rlhf.bisect.search import Answer
 
 GOOD = {f"prompt {n}": float(n) for n in range(8)}
@@ -33,31 +33,43 @@ def shifted(by: float, wobble: float) -> dict[str, float]:
     ],
 )
 def test_the_interval_decides_against_half_way(by: float, wobble: float, answer: Answer) -> None:
-    verdict = compare(shifted(by, wobble), GOOD, BAD)
+    verdict = compare([shifted(by, wobble)], [GOOD], [BAD])
     assert verdict.answer is answer
     assert verdict.gain is not None and verdict.gain.value == pytest.approx(by)
 
 
 def test_only_prompts_that_all_answered_count() -> None:
     trial = dict([*shifted(-1.0, 0.0).items()][:5]) | {"another": 99.0}
-    verdict = compare(trial, GOOD, BAD)
+    verdict = compare([trial], [GOOD], [BAD])
     assert verdict.answer is Answer.BAD
     assert verdict.gain is not None and verdict.gain.rows == 5 and verdict.gain.value == pytest.approx(-1.0)
 
 
 def test_a_single_prompt_tells_nothing() -> None:
     prompt = "prompt 3"
-    assert compare({prompt: -9.0}, GOOD, BAD).answer is Answer.UNKNOWN
-    assert compare({}, GOOD, BAD).answer is Answer.UNKNOWN
+    assert compare([{prompt: -9.0}], [GOOD], [BAD]).answer is Answer.UNKNOWN
+    assert compare([{}], [GOOD], [BAD]).answer is Answer.UNKNOWN
 
 
 def test_the_difference_is_paired() -> None:
-    found = difference(shifted(-0.5, 0.1), GOOD)
+    found = difference([shifted(-0.5, 0.1)], [GOOD])
     assert found.value == pytest.approx(-0.5) and found.high - found.low < 0.2  # unpaired: more than 4
 
 
-def test_seeds_are_averaged_prompt_by_prompt() -> None:
-    assert mean_of([{"a": 1.0, "b": 2.0}, {"b": 4.0, "c": 5.0}]) == {"b": 3.0}
+def test_with_several_seeds_each_prompt_counts_once_and_seeds_that_agree_tell() -> None:
+    seeds = [shifted(-0.6, 0.4), shifted(-0.6, -0.4)]  # one alone does not tell
+    assert compare(seeds[:1], [GOOD], [BAD]).answer is Answer.UNKNOWN
+    verdict = compare(seeds, [GOOD] * 2, [BAD] * 2)
+    assert verdict.answer is Answer.BAD
+    assert verdict.gain is not None and verdict.gain.rows == len(GOOD)
+
+
+def test_seeds_that_disagree_tell_nothing_however_many_prompts_there_are() -> None:
+    seeds = [shifted(-1.0, 0.0), shifted(-1.0, 0.0), shifted(0.0, 0.0)]
+    verdict = compare(seeds, [GOOD] * 3, [BAD] * 3)
+    assert verdict.answer is Answer.UNKNOWN
+    # mean -2/3, deviation 0.577 over 3 seeds: 4.30 * 0.577 / sqrt(3)
+    assert verdict.gain is not None and verdict.gain.high == pytest.approx(-2 / 3 + 1.434, abs=0.02)
 
 
 def test_scores_are_read_by_prompt_and_an_unscored_answer_is_left_out(tmp_path: Path) -> None:
