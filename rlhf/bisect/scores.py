@@ -6,6 +6,7 @@ Dimensions: S seeds, B prompts.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,10 @@ from rlhf.evaluation.sampled import Sampled
 
 Scores = Mapping[str, float]
 """Prompt, as JSON -> the judge's score of the policy's answer."""
+
+
+MIN_PROMPTS = 8
+"""Fewest prompts that tell anything: fewer may all agree by chance."""
 
 
 class NoScoresError(Exception):
@@ -102,7 +107,9 @@ def _mean(by_seed: Sequence[Scores]) -> Sampled:
     common = [prompt for prompt in by_seed[0] if all(prompt in each for each in by_seed)]
     scores_SB = torch.tensor([[each[prompt] for prompt in common] for each in by_seed], dtype=torch.float64)
     over_prompts = mean(scores_SB.mean(0))
-    if len(by_seed) == 1 or not common:
+    if len(common) < MIN_PROMPTS:
+        return over_prompts._replace(low=-math.inf, high=math.inf)
+    if len(by_seed) == 1:
         return over_prompts
     over_seeds = mean(scores_SB.mean(1))
     return max(over_prompts, over_seeds._replace(rows=len(common)), key=lambda each: each.high - each.low)

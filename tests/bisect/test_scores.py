@@ -39,16 +39,17 @@ def test_the_interval_decides_against_half_way(by: float, wobble: float, answer:
 
 
 def test_only_prompts_that_all_answered_count() -> None:
-    trial = dict([*shifted(-1.0, 0.0).items()][:5]) | {"another": 99.0}
-    verdict = compare([trial], [GOOD], [BAD])
+    trial = shifted(-1.0, 0.0) | {"another": 99.0}
+    verdict = compare([trial], [GOOD | {"third": 0.0}], [BAD])
     assert verdict.answer is Answer.BAD
-    assert verdict.gain is not None and verdict.gain.rows == 5 and verdict.gain.value == pytest.approx(-1.0)
+    assert verdict.gain is not None and verdict.gain.rows == 8 and verdict.gain.value == pytest.approx(-1.0)
 
 
-def test_a_single_prompt_tells_nothing() -> None:
-    prompt = "prompt 3"
-    assert compare([{prompt: -9.0}], [GOOD], [BAD]).answer is Answer.UNKNOWN
-    assert compare([{}], [GOOD], [BAD]).answer is Answer.UNKNOWN
+@pytest.mark.parametrize("prompts", [0, 1, 2, 7])
+def test_few_prompts_tell_nothing_even_if_all_agree(prompts: int) -> None:
+    trial = dict([*shifted(-1.0, 0.0).items()][:prompts])
+    assert compare([trial], [GOOD], [BAD]).answer is Answer.UNKNOWN
+    assert compare([shifted(-1.0, 0.0)], [GOOD], [BAD]).answer is Answer.BAD
 
 
 def test_the_difference_is_paired() -> None:
