@@ -13,6 +13,7 @@ from rlhf.bisect.differences import Difference, Side, differences, downstream, w
 from rlhf.bisect.scores import NoScoresError, Scores, Verdict, compare, difference, in_words
 from rlhf.bisect.search import Answer, Found, Part, plan, search
 from rlhf.cli.command import read
+from rlhf.cli.runs import state_of
 from rlhf.cli.trials import Finished, Judged, Trials, is_true, judged_run, named_run
 from rlhf.config import Complaint, ConfigError
 from rlhf.digests import Recipe
@@ -99,9 +100,8 @@ def bad_run(word: str, runs_dir: Path, good: Judged) -> Finished:
         ConfigError: it has not finished, or another policy is judged there.
     """
     files = named_run("bad=", word, runs_dir)
-    has_failed = any(gate["outcome"] == "failed" for gate in files.summary["gates"])
-    if files.summary["verdict"] is None and not has_failed:
-        raise ConfigError(Complaint(f"bad={word}", "it has not come to its end.", "Run its command again."))
+    if (status := state_of(files.directory).status) not in ("done", "failed"):
+        raise ConfigError(Complaint(f"bad={word}", f"it is {status}.", "Run its command to its end."))
     experiment = build_experiment({**files.config, "stage": [good.evaluation]})
     theirs = str(getattr(experiment.stages[good.evaluation], "subject", ""))
     if theirs != good.subject:

@@ -240,6 +240,7 @@ def test_mistakes_are_named_in_the_users_words(runs: Runs) -> None:
     assert "good=unjudged: no score of it can judge" in error("good=unjudged", "bad=bad")
     runs.run("twin", "evaluate.temperature=0.9")
     assert "bad=twin: nothing that can change its policy differs from good" in error("good=good", "bad=twin")
-    summary = runs.directory / "runs" / "bad" / "summary.json"
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"verdict": None}))
-    assert "bad=bad: it has not come to its end" in error("good=good", "bad=bad")
+    (runs.directory / "interrupt").touch()
+    runs.run("stopped", "evaluate.temperature=0.8", *BAD, code=130)
+    assert "bad=stopped: it is stopped. Run its command to its end" in error("good=good", "bad=stopped")
+    assert "good=stopped: it has not evaluated its policies" in error("good=stopped", "bad=bad")
