@@ -116,15 +116,14 @@ def of_keys(good: Side, bad: Side, needed: Set[str], fixed: Set[str]) -> Iterato
     for place in [each for each in differing if each not in naming]:
         yield Difference(".".join(place), place[0], {place: differing[place]}, all_stages)
     in_order = [*good.experiment.stages, *bad.experiment.stages]
-    sections = (name for each in in_order if each in needed for name in (kind_of(each), each))
+    sections = (name for each in in_order if each in needed - fixed for name in (kind_of(each), each))
     for section in dict.fromkeys(sections):
         stages = [
             each.experiment.stages[section] for each in (good, bad) if section in each.experiment.stages
         ]
         at = ("instances", section) if "@" in section else (section,)
         fields = {each.key: each for stage in stages for each in marked_fields(stage)}
-        values = [_at(each, at) if section not in fixed else None for each in configs]
-        for key, pair in _leaves(values[0], values[1], fields):
+        for key, pair in _leaves(_at(configs[0], at), _at(configs[1], at), fields):
             if len(stages) < 2 or can_matter(stages[0], stages[1], ".".join(key)):
                 touched = {each for each in needed if section in (each, kind_of(each))}
                 if (field := fields.get(".".join(key))) is not None and has_rows(field.marks):

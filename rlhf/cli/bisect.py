@@ -178,7 +178,7 @@ class Bisection:
 
     def stages(self, part: Part, prompts: int, seed: int) -> Iterator[tuple[Made, float]]:
         """The stages of a trial, and roughly the seconds of each."""
-        for stage in self.good.experiment.needed():
+        for stage in [each for each in self.good.experiment.needed() if each not in self.good.judges]:
             own = frozenset(name for name in part if stage in self.reach[name])
             is_changed = any(stage in self.differences[name].touches for name in part)
             sides = (self.bad, self.good) if is_changed else (self.good, self.bad)

@@ -148,8 +148,8 @@ class Judged(Finished):
         return read_scores(artifacts / self.evaluation / "responses.jsonl", policy or self.subject, self.kind)
 
     def config(self, **changes: Any) -> dict[str, Any]:
-        """Its config, up to its evaluation: gates only warn, and its reward models that judge stay as they
-        are, whatever is changed in `reward`.
+        """Its config, up to its evaluation: gates only warn, and reward models that judge are the run's own,
+        whatever they were made from.
 
         Args:
             changes: keys of the evaluation, with their values.
@@ -158,9 +158,12 @@ class Judged(Finished):
         config |= {"stage": [self.evaluation], "gates": "warn", "why": False, "force": []}
         config |= {"store_dir": str(self.files.store_dir), "runs_dir": str(self.files.directory.parent)}
         config["tracker"] = {"kind": "none"}
-        for judge in self.judges & {*(config["instances"] or {})}:
-            config["instances"][judge] = {k: v for k, v in config[judge].items() if k != "_target_"}
-        section_of(config, self.evaluation).update(changes)
+        section = section_of(config, self.evaluation)
+        for judge in self.judges:
+            path = (self.files.directory / "artifacts" / judge).resolve()
+            source = judge.replace("reward", "learned", 1)
+            section[self.kind] = replaced(config[self.evaluation][self.kind], source, f"model:{path}")
+        section.update(changes)
         return config
 
 
@@ -168,6 +171,15 @@ def section_of(config: dict[str, Any], stage: str) -> dict[str, Any]:
     """The keys of a stage, to change them: for a named instance those of its own."""
     section: dict[str, Any] = (config["instances"] if "@" in stage else config)[stage]
     return section
+
+
+def replaced(value: Any, before: str, after: str) -> Any:
+    """A config value, with another text in the place of one that it is or contains."""
+    if isinstance(value, dict):
+        return {key: replaced(each, before, after) for key, each in value.items()}
+    if isinstance(value, list):
+        return [replaced(each, before, after) for each in value]
+    return after if value == before else value
 
 
 def named_run(key: str, word: str, runs_dir: Path) -> RunFiles:
@@ -241,7 +253,7 @@ class Trials:
             policy: the policy that is judged; by default the subject.
 
         Raises:
-            NoScoresError: the budget is spent, the config cannot run, or another judge would judge.
+            NoScoresError: the budget is spent, or the config cannot run.
             ConfigError: the disk is full.
             KeyboardInterrupt: the run was interrupted.
         """
@@ -259,10 +271,6 @@ class Trials:
             if isinstance(error.__cause__, OSError):
                 raise
             raise NoScoresError(f"cannot run: {' '.join(str(error).split())}") from None
-        theirs, ours = RunFiles(finished.directory).summary["stages"], self.base.files.summary["stages"]
-        for judge in self.base.judges:
-            if theirs[judge]["key"] != ours[judge]["key"]:
-                raise NoScoresError(f"another judge: {judge} learned from other rows")
         return self.base.scores(policy, finished.directory)
 
     def write(self, title: str, lines: Sequence[str], table: Cells, content: Mapping[str, Any]) -> None:

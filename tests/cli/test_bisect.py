@@ -222,6 +222,21 @@ def test_two_keys_that_are_bad_only_together_are_one_cause(runs: Runs) -> None:
     assert (alone["answer"], alone["gain"]) == ("cannot tell", None) and "cannot run: " in alone["why"]
 
 
+def test_a_judge_that_was_trained_stays_the_good_runs_judge(runs: Runs) -> None:
+    """It starts from the SFT model, so the bad run's judge is another one."""
+    pairs = [{"prompt": f"Tell {n}", "chosen": "a" * 8, "rejected": "b" * 8} for n in range(1000)]
+    (runs.directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    judge = ("evaluate.gold=null", "reward.pairs=pairs.jsonl", "reward.optim.lr=1e-3")
+    runs.run("good2", *judge)
+    runs.run("bad2", *judge, *BAD, "reward.epochs=2")
+    told = runs.say("bisect", "good=good2", "bad=bad2")
+    result = runs.result("bisect-good2-bad2")
+    assert "The judge's score of sft judges" in told.out and result["causes"] == [["sft.data"]]
+    assert not any(name.startswith("reward") for name in result["differences"])
+    for trial in runs.trials("bisect-good2-bad2"):
+        assert {*runs.statuses(trial)} == {"prepare", "sft", "evaluate"}
+
+
 def test_mistakes_are_named_in_the_users_words(runs: Runs) -> None:
     def error(*words: str) -> str:
         told = runs.say("bisect", *words, code=2)
