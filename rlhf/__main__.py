@@ -2,7 +2,8 @@
 
 A first word without `=` is a command. Without a command, the config is composed from the keys and run.
 
-Exit codes: 0 done; 1 crash; 2 configuration or data error; 3 a gate failed (`verify`: something is damaged);
+Exit codes: 0 done; 1 crash; 2 configuration or data error; 3 a gate failed (`verify`: something is damaged;
+`bisect`: no cause was found);
 75 stopped by a scheduler's signal; 130 stopped by Ctrl-C; 141 the output was closed (`| head`). After 75 and
 130 the same command continues.
 """
@@ -41,6 +42,8 @@ COMMANDS = {
     "chat": "rlhf.cli.chat:chat",
     "init": "rlhf.cli.init:init",
     "keys": "rlhf.cli.keys:keys",
+    "bisect": "rlhf.cli.bisect:bisect",
+    "ceiling": "rlhf.cli.ceiling:ceiling",
 }
 """Command -> its function. The function gets the other arguments and the packaged config, and returns the
 exit code."""

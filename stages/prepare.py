@@ -79,11 +79,7 @@ class PrepareStage(Stage):
         have these names; and the code of users' roles."""
         sources = sources_of(chain)
         roles = sources.roles
-        digests = {
-            role: sources.lender(role)
-            or digest_of([source.reading_digest(roles[role].key) for source in sources.own(role)])
-            for role in roles
-        }
+        digests = {role: sources.content_digest(role) for role in roles}
         digests["names"] = digest_of(
             [
                 source.name

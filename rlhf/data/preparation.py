@@ -46,6 +46,7 @@ from rlhf.data.roles import JUDGE, TRAINING, Roles, training_roles
 from rlhf.data.schema import PairRow, Split, draw_at_most, drawn
 from rlhf.data.sources import SourceConfig
 from rlhf.data.tokens import TEMPLATE_WITHOUT_TOOLS, BadRow, Examiner, Fault
+from rlhf.digests import digest_of
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text
 
@@ -94,6 +95,11 @@ class Sources:
     def lender(self, role: str) -> str | None:
         """The role whose prompts this role uses, or None."""
         return next((name for name, each in self.roles.items() if each.key == self.named[role]), None)
+
+    def content_digest(self, role: str) -> str:
+        """Digest of what the role's own sources hold, or the role whose prompts it uses."""
+        contents = [source.reading_digest(self.roles[role].key) for source in self.own(role)]
+        return self.lender(role) or digest_of(contents)
 
     def makers(self) -> dict[str, str]:
         """Role -> the stage that makes its rows."""
