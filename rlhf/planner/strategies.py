@@ -283,6 +283,13 @@ def tuning_strategy(
             objections.append(
                 f"a row has {use.prompt + use.answer:.0f} tokens, and sft.max_tokens={limit} cuts them"
             )
+    for stage_name, each in chosen.costs.items():
+        if each.longest > (context := min(each.context, setting.shape.context)):
+            answers = f" with plan.longest_answer={use.longest}" if use.longest and each.sampled else ""
+            objections.append(
+                f"{stage_name}: a prompt and its answer have {each.longest:.0f} tokens{answers}, and the "
+                f"context has {context:.0f}"
+            )
     return with_objections(replace(strategy, objections=objections + refused), use)
 
 

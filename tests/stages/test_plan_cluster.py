@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -31,7 +32,8 @@ def planned(directory: Path, model: str, *overrides: str) -> Outcome:
     """The plan of a model of which there is a config.json and nothing else."""
     base = directory / model
     base.mkdir(exist_ok=True)
-    shutil.copy(CONFIGS / f"{model}.json", base / "config.json")
+    if not (base / "config.json").exists():
+        shutil.copy(CONFIGS / f"{model}.json", base / "config.json")
     arguments = ["stage=plan", "device=cpu", "model=local", f"model.path={base}", "run_name=plan", *overrides]
     outcome = run_main(directory, arguments, directory / "runs" / "plan")
     assert outcome.code == 0, outcome.err
@@ -183,3 +185,37 @@ def test_what_is_out_of_reach_says_why_and_what_is_not(tmp_path: Path) -> None:
 def test_larger_ranks_share_a_batch_that_is_proposed(tmp_path: Path) -> None:
     outcome = planned(tmp_path, "llama_8b", "plan.gpus=3", "plan.trains=[sft]", "plan.methods=[lora]")
     assert "sft.batch_rows=18" in outcome.out
+
+
+def short_context(directory: Path, tokens: int) -> ModelShape:
+    """Make `planned` plan for Llama 8B with a context of so many tokens. Returns its shape."""
+    base = directory / "llama_8b"
+    base.mkdir()
+    config = json.loads((CONFIGS / "llama_8b.json").read_text()) | {"max_position_embeddings": tokens}
+    (base / "config.json").write_text(json.dumps(config))
+    return shape_in(base)
+
+
+def test_assumed_lengths_fit_the_context(tmp_path: Path) -> None:
+    shape = short_context(tmp_path, 1024)
+    outcome = planned(tmp_path, "llama_8b", "plan.gpus=1", "plan.methods=[lora]", "generation=local")
+    assert "the model's context of 1024 tokens: plan.longest_answer=512" in " ".join(outcome.out.split())
+    experiment, refused = taken(outcome, shape, 1)
+    assert refused == [] and experiment.stages["ppo"].model_dump()["max_new_tokens"] == 512
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("plan.answer_tokens=1000",), "have 1512 tokens with plan.longest_answer=1000"),
+        (("plan.longest_answer=600",), "have 1112 tokens with plan.longest_answer=600"),
+        (("plan.trains=[ppo]", "plan.prompt_tokens=1024"), "have 1536 tokens with plan.longest_answer=512"),
+    ],
+)
+def test_given_lengths_that_exceed_the_context_are_refused_in_each_row(
+    overrides: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    short_context(tmp_path, 1024)
+    outcome = planned(tmp_path, "llama_8b", "plan.gpus=1", "plan.methods=[lora]", *overrides)
+    (row,) = re.findall(r"^\| no \| LoRA .*", (outcome.artifact("plan") / "plan.md").read_text(), re.M)
+    assert f"ppo: a prompt and its answer {words}, and the context has 1024" in row
