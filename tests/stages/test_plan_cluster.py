@@ -168,6 +168,17 @@ def test_published_speeds_are_within_the_planned_range(
     assert least < larger_least and most < larger_most  # larger batches are faster
 
 
+@pytest.mark.parametrize(("precision", "weights"), [("auto", 2), ("fp32", 4)])
+def test_the_first_line_names_the_precision_of_the_figures(
+    precision: str, weights: int, tmp_path: Path
+) -> None:
+    outcome = planned(tmp_path, "llama_8b", "plan.gpus=2", "plan.trains=[sft]", "plan.methods=[lora]",
+                      f"precision={precision}")  # fmt: skip
+    name = "fp32" if weights == 4 else "bf16"
+    assert f"2 ranks of 80.0 GiB, {name}, 312000 GFLOP/s" in " ".join(outcome.out.split())
+    assert f"parameters x {weights} B" in (outcome.artifact("plan") / "plan.md").read_text()
+
+
 def test_what_is_out_of_reach_says_why_and_what_is_not(tmp_path: Path) -> None:
     one = ("plan.gpus=1", "plan.gpu_memory=80GiB")
     outcome = planned(tmp_path, "llama_70b", *one)
