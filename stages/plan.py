@@ -240,7 +240,7 @@ class PlanStage(TellsOfRuns):
         cells = table(ranked, self.price_per_gpu_hour)
         reason = recommendation(best)
         if best.objections:
-            instead = [*fitting_alternatives(planned, experiment, base, on, use)]
+            instead = [*fitting_alternatives(planned, experiment, base, on, use, self.methods)]
             reason = f"Nothing here can be done: each row says why. {'; '.join(instead)}".rstrip()
         text = [
             f"# Plan\n\n{hardware_line(on)}\n",

@@ -190,7 +190,25 @@ def test_what_is_out_of_reach_says_why_and_what_is_not(tmp_path: Path) -> None:
     assert "Recommended: QLoRA" in again
     text = (tmp_path / "runs" / "plan" / "artifacts" / "plan" / "plan.md").read_text()
     (full,) = [line for line in text.splitlines() if line.startswith("| no | full ")]
-    assert "times the memory" in full and "instead: QLoRA" in full
+    assert "of the host memory, and at most 90% may be used; instead: QLoRA" in full
+
+
+@pytest.mark.parametrize(
+    ("override", "memory"),
+    [("plan.gpu_memory=2GiB", "GPU memory"), ("plan.host_memory=2GiB", "host memory")],
+)
+def test_a_row_that_does_not_fit_names_the_memory(override: str, memory: str, tmp_path: Path) -> None:
+    sizes = ("plan.gpus=1", "plan.trains=[sft]", "plan.methods=[lora]", override)
+    text = (planned(tmp_path, "llama_8b", *sizes).artifact("plan") / "plan.md").read_text()
+    words = rf"does not fit: sft, [\w ]+ needs (\d+)% of the {memory}, and at most 90% may be used"
+    (share,) = re.findall(words, text)
+    assert int(share) > 90
+
+
+def test_advice_beyond_the_given_methods_names_both_keys(tmp_path: Path) -> None:
+    outcome = planned(tmp_path, "llama_70b", "plan.gpus=1", "plan.methods=[none]")
+    said = " ".join(outcome.out.split())
+    assert "sft alone fits with QLoRA: plan.trains=[sft] plan.methods=[qlora]" in said
 
 
 def test_larger_ranks_share_a_batch_that_is_proposed(tmp_path: Path) -> None:
