@@ -78,6 +78,22 @@ def test_a_first_word_without_an_equals_sign_is_a_command(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["stage=sft", "status"], "status: a command is the first word: `python -m rlhf status ...`.\n"),
+        (["--config-dir", "mine", "keys", "toy"], "`python -m rlhf keys ...`. It knows the packaged stages"),
+        (["+stages@toy=toy", "keys", "toy"], "It knows the packaged stages, not your own."),
+    ],
+)
+def test_a_command_that_is_not_the_first_word_is_told(
+    tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    outcome = run_main(tmp_path, arguments, tmp_path)
+    assert outcome.code == 2 and told in outcome.err, outcome.err
+
+
+@pytest.mark.parametrize(
     ("content", "arguments", "words"),
     [
         (

@@ -102,7 +102,7 @@ def test_a_run_that_ends_early_leaves_its_page(
     ("words", "complaint"),
     [
         (("status", "run_name=run9"), "run_name=run9: there is no such run in runs. Did you mean run"),
-        (("status", "run=run1"), "status run=run1: it takes run_name=... runs_dir=.... Did you mean run"),
+        (("status", "run=run1"), "status run=run1: it takes run_name=VALUE runs_dir=VALUE. Did you mean run"),
         (("ls", "runs_dir=nowhere"), "runs_dir=nowhere: there is no such directory"),
         (("gc", "store_dir=nowhere"), "store_dir=nowhere: there is no such directory"),
         (("gc", "yes=perhaps"), "gc yes=perhaps: true or false"),
