@@ -210,7 +210,8 @@ class Preparation:
     def show(self, console: Console) -> None:
         """Print how many rows were read, kept and removed, and why."""
         table = Table("data", "source", box=None, pad_edge=False, header_style="dim")
-        for heading in ("read", "train", "held out", "evaluation", "dropped", "tokens p50", "p95", "max"):
+        splits = ("train", "held out", "evaluation", "set aside", "dropped")
+        for heading in ("read", *splits, "tokens p50", "p95", "max"):
             table.add_column(heading, justify="right")
         for role in self.data.values():
             if self.sources.named[role.role]:
@@ -221,9 +222,10 @@ class Preparation:
                 text = f"  {role.key}: {Path(name).name} {columns}"
                 console.print(text, style="dim", markup=False, highlight=False)
             cut = [f"{role.cut.count} to be cut ({role.cut.places()})"] if role.cut.count else []
-            if role.num_dropped or cut:
+            if role.removed or cut:
                 text = f"  {role.key}: {'; '.join([*role.reasons(), *cut])}"
-                console.print(text, style="yellow", markup=False, highlight=False)
+                style = "yellow" if role.num_dropped or cut else "dim"
+                console.print(text, style=style, markup=False, highlight=False)
         for difference in self.differences:
             console.print(f"  {difference}", style="yellow", markup=False, highlight=False)
         if any(role.count(TOO_LONG) + role.cut.count for role in self.data.values()):
@@ -587,6 +589,7 @@ class Preparation:
         yield str(role.num_read)
         for split in ("train", "held_out", "evaluation"):
             yield str(len(role.splits[split])) if split in role.splits else "-"
+        yield str(role.num_set_aside)
         yield str(role.num_dropped)
         lengths = quantiles(map(role.tokens, role.rows))
         for name in ("p50", "p95", "max"):
