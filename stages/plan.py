@@ -74,6 +74,9 @@ def _with_unit(unit: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         if isinstance(value, int | float) or re.fullmatch(r"[\d.]+", str(value).strip()):
             raise ValueError(f"a number without a unit. Write {value}{unit}")
+        size = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*[kmgtp]?i?b", str(value).strip(), re.IGNORECASE)
+        if size is None or float(size[1]) == 0:
+            raise ValueError(f"no size above 0. Write a number and a unit, such as 80{unit}")
         return value
 
     return BeforeValidator(check)
@@ -100,7 +103,7 @@ class PlanStage(TellsOfRuns):
     trains: list[str] | None = Field(min_length=1)
     """The training stages to plan (sft, reward, ppo, your own), with their data and settings in this config.
     null plans sft; with `gpus` all three."""
-    methods: list[MethodName] | None
+    methods: list[MethodName] | None = Field(min_length=1)
     """The only tuning methods to compare, such as [none] for all parameters. null compares all, and the ways
     that leave the weights as they are."""
     rows: PositiveInt | Literal["prepared"] | None
