@@ -110,6 +110,10 @@ def test_a_failed_gate_is_an_error_that_names_the_run(tmp_path: Path, data: Path
     assert [each["outcome"] for each in found.gates if each["name"] == "held_out_loss_change"] == ["failed"]
 
 
+def test_the_python_api_is_listed() -> None:
+    assert {"compose", "run", "open_run", "__version__"} <= {*dir(rlhf)}
+
+
 def test_what_a_rank_refused_is_told_whole(tmp_path: Path) -> None:
     """Also where it quotes an error of another's, whose name ends like the word before ours."""
     (tmp_path / "ranks").mkdir()
