@@ -39,6 +39,8 @@ def composed(directory: Path, *arguments: str) -> Outcome:
         (["experiment=quick"], ["+experiment=quick"]),
         (["sft.optim=[1,2]"], ["sft.optim=[1,2]: a mapping, not a list", "sft.optim.lr"]),
         (["generate.splits={a:1}"], ["a list, not a mapping", "generate.splits=[A,B]"]),
+        (["model = tiny"], ["'model = tiny': spaces stand around the sign. Write model=tiny."]),
+        (["stage=sft", "seed"], ["Error: seed: it has no value. Write seed=VALUE."]),
         (["sft.data=my", "data/x.jsonl"], ["data/x.jsonl: not KEY=VALUE", "'sft.data=my data/x.jsonl'"]),
         (["sft.data={path:", "a.jsonl}"], ["the bracket is not closed"]),
         (["sft.data={path: a=b.jsonl}"], ["sft.data={path: a=b.jsonl}: not a list or a mapping"]),
