@@ -68,12 +68,12 @@ The seventh set, with a base model whose conversion left its attention in anothe
 - characters: a second reward function should reward twelve words, but counts characters.
 - negatives: the worse answer of every pair is the better one of another prompt.
 
-Runs share unchanged artifacts in the store. Then `bisect` searches between the run without a fault and each
-run with one, and `ceiling` between the parts of each run with one. The last line printed is a JSON object: for
-each fault the planted keys, those that `bisect` found, the wrong ones among them, and what both commands wrote,
-with their minutes. A fault in how the run is evaluated is no difference between policies, so `bisect` is not
-asked. The exit code is 1 if `bisect` names a wrong key. With the embedded model it takes many hours on two
-cores; `--faults` chooses some.
+Runs share unchanged artifacts in the store. Then `bisect` searches between the run without a fault and
+each run with one, and `ceiling` between the parts of each run with one. The last line printed is a JSON
+object: for each fault the planted keys, those that `bisect` found, the wrong ones among them, and what both
+commands wrote, with their minutes. A fault in how the run is evaluated is no difference between policies, so
+`bisect` is not asked. The exit code is 1 if `bisect` names a wrong key. With the embedded model it takes many
+hours on two cores; `--faults` chooses some.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import signal
 import sys
 from importlib import import_module, resources
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def run_command_line() -> None:
         print(packaged_config()["hydra"]["help"]["template"])
     elif "--version" in arguments:
         print(f"rlhf {__version__}")
+    elif later := misplaced_command(arguments):
+        message = f"{later}: a command is the first word: `python -m rlhf {later} ...`."
+        if later == "keys":
+            message += " It knows the packaged stages, not your own."
+        print(f"Error: {message}", file=sys.stderr)
+        raise SystemExit(CONFIG_ERROR)
     elif command is None:
         with uninterrupted():
             from rlhf.cli.app import run
@@ -121,6 +128,14 @@ def run_command(name: str, arguments: list[str]) -> int:
 def is_command(word: str) -> bool:
     """Whether a first word is a command: no option (`-m`), no key=value, no removed key (`~key`)."""
     return "=" not in word and not word.startswith(("-", "~"))
+
+
+def misplaced_command(arguments: list[str]) -> str | None:
+    """A command after the first word, as in `stage=sft status`; None if there is none, or after a command."""
+    if not arguments or is_command(arguments[0]):
+        return None
+    later = (word for before, word in pairwise(arguments) if not before.startswith("--"))
+    return next((word for word in later if word in COMMANDS), None)
 
 
 def unknown_command_message(word: str) -> str:

@@ -117,7 +117,7 @@ class PrepareStage(Stage):
             preparation = self.preparation(sources, job.base, Path(scratch))
             preparation.prepare(job.progress)
             preparation.write(job.directory)
-            preparation.show(job.progress.console)
+            preparation.show(job.progress.console, {})
             return preparation.metrics() | {
                 "foreign_template": float(uses_other_template(job.base)),
                 "vocabulary_size": float(len(preparation.tokenizer)),

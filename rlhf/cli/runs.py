@@ -65,6 +65,16 @@ class RunState:
         return f"{process}{position.get('stage', 'starting')}{progress}, {last_sign}"
 
     @property
+    def ending(self) -> Iterator[str]:
+        """The error of a failed run, and what to do after a run did not reach its end."""
+        if self.status == "failed":
+            if (error := self.position.get("error")) and not error.startswith("GateError"):
+                yield f"error: {error}"
+            yield "Fix the cause first. Finished stages and the last checkpoint are kept."
+        if self.status in ("dead", "stopped"):
+            yield "The same command continues: finished stages and the last checkpoint are kept."
+
+    @property
     def unfinished(self) -> list[str]:
         """Stages that have not finished yet."""
         return [name for name in self.position.get("needed", []) if name not in self.stages]
@@ -172,8 +182,7 @@ def lines_of(state: RunState) -> Iterator[str]:
             yield f"  gate failed: {name} = {figure}, wanted {gate['bound']}"
     if state.verdict:
         yield from (f"  {line}" for line in state.verdict.split("\n"))
-    if state.status in ("dead", "stopped", "failed"):
-        yield "  The same command continues: finished stages and the last checkpoint are kept."
+    yield from (f"  {line}" for line in state.ending)
 
 
 def ls(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:

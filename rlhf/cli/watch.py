@@ -179,8 +179,7 @@ def lines_of(state: RunState) -> Iterator[str]:
         yield "It runs on another host and has not written for long: it may be dead."
     if state.status == "dead":
         yield "Its process is gone."
-    if state.status in ("dead", "stopped", "failed"):
-        yield "The same command continues: finished stages and the last checkpoint are kept."
+    yield from state.ending
     if state.unfinished and state.status != "done":
         yield f"Left: {', '.join(state.unfinished)}."
     if state.seconds_left is not None:

@@ -206,23 +206,26 @@ class Preparation:
         """Training rows with a prompt of an evaluation set that has sources of its own."""
         return sum(self.data[role].count(LEAK) for role in training_roles(self.roles))
 
-    def show(self, console: Console) -> None:
-        """Print how many rows were read, kept and removed, and why."""
+    def show(self, console: Console, makers: Mapping[str, str]) -> None:
+        """Print how many rows were read, kept and removed, and why. `makers`: role -> the stage that made its
+        rows."""
         table = Table("data", "source", box=None, pad_edge=False, header_style="dim")
-        for heading in ("read", "train", "held out", "evaluation", "dropped", "tokens p50", "p95", "max"):
+        splits = ("train", "held out", "evaluation", "set aside", "dropped")
+        for heading in ("read", *splits, "tokens p50", "p95", "max"):
             table.add_column(heading, justify="right")
         for role in self.data.values():
             if self.sources.named[role.role]:
-                table.add_row(*self._table_cells(role))
+                table.add_row(*self._table_cells(role, makers.get(role.role)))
         console.print(table, highlight=False)
         for role in self.data.values():
             for name, columns in role.columns.items():
                 text = f"  {role.key}: {Path(name).name} {columns}"
                 console.print(text, style="dim", markup=False, highlight=False)
             cut = [f"{role.cut.count} to be cut ({role.cut.places()})"] if role.cut.count else []
-            if role.num_dropped or cut:
+            if role.removed or cut:
                 text = f"  {role.key}: {'; '.join([*role.reasons(), *cut])}"
-                console.print(text, style="yellow", markup=False, highlight=False)
+                style = "yellow" if role.num_dropped or cut else "dim"
+                console.print(text, style=style, markup=False, highlight=False)
         if any(role.count(TOO_LONG) + role.cut.count for role in self.data.values()):
             console.print(f"  {self._length_note()}", style="yellow", highlight=False)
         if self.num_leaks:
@@ -578,12 +581,14 @@ class Preparation:
         other = self.sources.lender(role)
         return [self.roles[other].key] if other else [*map(str, self.sources.own(role))]
 
-    def _table_cells(self, role: RoleData) -> Iterator[str]:
+    def _table_cells(self, role: RoleData, maker: str | None) -> Iterator[str]:
         yield role.key
-        yield ", ".join(source.rsplit("/", 1)[-1] for source in self._names(role.role))
+        names = [f"stage:{maker}"] if maker else self._names(role.role)
+        yield ", ".join(source.rsplit("/", 1)[-1] for source in names)
         yield str(role.num_read)
         for split in ("train", "held_out", "evaluation"):
             yield str(len(role.splits[split])) if split in role.splits else "-"
+        yield str(role.num_set_aside)
         yield str(role.num_dropped)
         lengths = quantiles(map(role.tokens, role.rows))
         for name in ("p50", "p95", "max"):

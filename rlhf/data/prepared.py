@@ -478,6 +478,11 @@ class RoleData:
         return sum(removed.count for reason, removed in self.removed.items() if reason not in NOT_DROPPED)
 
     @property
+    def num_set_aside(self) -> int:
+        """Number of valid rows that this role does not use: see `NOT_DROPPED`."""
+        return sum(map(self.count, NOT_DROPPED))
+
+    @property
     def bad_share(self) -> float:
         """Share of the rows read that the role could not use at all. Duplicates, outvoted rows and faults do
         not count."""
@@ -490,7 +495,10 @@ class RoleData:
 
     def reasons(self) -> list[str]:
         """The removed rows per reason, such as `2 tie (train.jsonl line 4, train.jsonl line 9)`."""
-        return [f"{removed.count} {reason} ({removed.places()})" for reason, removed in self.removed.items()]
+        return [
+            f"{removed.count} {reason.replace('_', ' ')} ({removed.places()})"
+            for reason, removed in self.removed.items()
+        ]
 
     def report(self) -> dict[str, Any]:
         """The role's part of report.json."""

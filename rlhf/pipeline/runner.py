@@ -189,7 +189,7 @@ class Pipeline:
             run.begin()
             content = to_yaml(redacted(self.experiment.resolved))
             (run.directory / "config.yaml").write_text(content, encoding="utf-8")
-            self.position.update(needed=self.experiment.needed(), ended=None, now=True)
+            self.position.update(needed=self.experiment.needed(), ended=None, error=None, now=True)
         except OSError as error:
             raise run.unwritable(error) from None
 

@@ -117,6 +117,12 @@ def test_evaluation_is_drawn_when_it_shares_its_source(bench: Bench) -> None:
     assert bench.report["pairs"]["removed"]["in_evaluation"]["count"] == num_evaluation
     assert bench.summary["leaks"] == bench.summary["dropped"] == 0  # by design, so no leak
     assert "LEAK" not in bench.output
+    assert f"ppo.prompts: {num_evaluation} in evaluation (" in bench.output
+    assert f"evaluate.prompts: {40 - num_evaluation} left for training (" in bench.output
+    kept = bench.report["ppo"]["kept"]
+    shares = f"{kept['train']} {kept['held_out']} - {num_evaluation} 0"  # the last two: set aside, dropped
+    assert f"ppo.prompts ppo.jsonl 40 {shares} " in bench.output
+    assert kept["train"] + kept["held_out"] + num_evaluation == 40
 
 
 def test_the_same_file_elsewhere_is_the_same_source(bench: Bench) -> None:

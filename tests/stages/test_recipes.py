@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def test_each_round_learns_from_the_answers_of_the_one_before(tmp_path: Path) ->
     chain = Chain(tmp_path)
     first = rounds(chain)
     names = ["prepare", "sft", "dpo", "generate@2", "dpo@2", "evaluate"]
+    assert re.search(r"^dpo@2\.data +stage:generate@2 ", first.out, re.MULTILINE)
     assert first.statuses == dict.fromkeys(names, "ran")
 
     answers = [json.loads(line) for line in (first.artifact("generate@2") / "pairs.jsonl").open()]
