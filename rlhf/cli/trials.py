@@ -231,9 +231,7 @@ class Trials:
     """The trials of one command, counted in the order in which they are asked for."""
 
     def __init__(self, base: Judged, command: str, name: str, budget: int) -> None:
-        """Args:
-        name: of the command's directory. A trial is called NAME-01, NAME-02 and so on.
-        """
+        """`name` is that of the command's directory. The trials are called NAME-01, NAME-02 and so on."""
         self.base, self.command, self.name, self.budget = base, command, name, budget
         self.console: Console = RedactingConsole(highlight=False, soft_wrap=True, markup=False)
         self.number = 0

@@ -80,6 +80,15 @@ def test_a_replacement_that_restores_is_the_first_row(chain: Chain) -> None:
     assert gains == sorted(gains, reverse=True)
 
 
+def test_the_best_answers_are_compared_with_those_of_the_policy(chain: Chain) -> None:
+    say(chain, "run1")
+    path = trial(chain, 3).artifact("evaluate") / "comparison.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    gain = sum(row["best_of_n"]["gold"] - row["ppo"]["gold"] for row in rows) / len(rows)
+    assert gain != 0
+    assert parts_of(chain, "ceiling-run1")["policy gradient"]["gain"].startswith(f"{gain:+.3f} (95%: ")
+
+
 def test_the_trials_learn_from_what_they_should(chain: Chain) -> None:
     say(chain, "run1")
     recipes = {
