@@ -15,7 +15,7 @@ import psutil
 
 from rlhf.config import ConfigError
 from rlhf.disk import disk_error_message, replace_text
-from rlhf.tracking.redaction import redacted
+from rlhf.tracking.redaction import redacted_text
 
 FILE_NAME = "position.json"
 WRITE_SECONDS = 1.0
@@ -64,6 +64,6 @@ class Position:
 def first_line(error: BaseException) -> str:
     """The first line of an error, as the run shows it."""
     if isinstance(error, OSError) and (message := disk_error_message(error)) is not None:
-        return redacted(message)
+        return redacted_text(message)
     line = str(error).partition("\n")[0]
-    return redacted(line if isinstance(error, ConfigError) else f"{type(error).__name__}: {line}")
+    return redacted_text(line if isinstance(error, ConfigError) else f"{type(error).__name__}: {line}")
