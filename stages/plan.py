@@ -244,7 +244,8 @@ class PlanStage(TellsOfRuns):
         reason = recommendation(best)
         if best.objections:
             instead = [*fitting_alternatives(planned, experiment, base, on, use, self.methods)]
-            reason = f"Nothing here can be done: each row says why. {'; '.join(instead)}".rstrip()
+            reason = "No strategy is possible: the last column of each row says why."
+            reason += f" But {'; '.join(instead)}." if instead else ""
         text = [
             f"# Plan\n\n{hardware_line(on)}\n",
             cells.markdown(),
@@ -303,9 +304,10 @@ class PlanStage(TellsOfRuns):
             speed = job.compute.main_only(lambda: calibrated_speed(job.compute, Path(settings.store_dir)))
             machine, dtype_bytes = local_machine(job.compute, speed), job.compute.dtype.itemsize
         else:
+            nodes, gpus = "node" + "s" * (self.nodes > 1), "GPU" + "s" * (self.gpus > 1)
             machine = Machine(
                 kind="cuda",
-                name=f"planned: {self.nodes} nodes of {self.gpus} GPUs",
+                name=f"planned: {self.nodes} {nodes} of {self.gpus} {gpus}",
                 memory=float(self.gpu_memory),
                 host_memory=self.host_memory / self.gpus,
                 used=CUDA_CONTEXT + (NCCL_BUFFERS if self.gpus * self.nodes > 1 else 0.0),
@@ -395,5 +397,5 @@ class PlanStage(TellsOfRuns):
         console.print(escape(reason), highlight=False, soft_wrap=True)
         if not ranked[0].objections:
             directory = job.run_directory / "artifacts" / self.name
-            command = f"python -m rlhf --config-dir {directory} +experiment=planned"
+            command = f"To run it: python -m rlhf --config-dir {directory} +experiment=planned"
             console.print(command, highlight=False, soft_wrap=True, markup=False)

@@ -25,8 +25,8 @@ from rlhf.tracking.tables import Cells, shown
 
 STATUS_HELP = """python -m rlhf status [run_name=NAME] [runs_dir=DIR]
 
-How a run is, from its files: running (where, at which step, how long it will take), done, failed, stopped, or
-dead. Without a name: the newest run. Exit codes: 0, or 2 if there is no such run.
+Show the state of a run, from its files: running (where, at which step, how long it will take), done, failed,
+stopped, or dead (killed). Without a name: the newest run. Exit codes: 0, or 2 if there is no such run.
 """
 LS_HELP = """python -m rlhf ls [runs_dir=DIR]
 

@@ -68,8 +68,8 @@ def without_auto(config: Mapping[str, Any], roles: Roles, makers: Collection[str
     if own and auto_keys:
         values = ", ".join(f"{key}={_get(resolved, key) or 'null'}" for key in auto_keys)
         notes.append(
-            f"Your own data: {values}. No packaged set is used unless you name it, such as "
-            "evaluate.retention=[samples:retention_sentences,samples:retention_questions]."
+            f"As you gave data of your own, auto became: {values}. No packaged set is used unless you name "
+            "it, such as evaluate.retention=[samples:retention_sentences,samples:retention_questions]."
         )
     return Resolved(resolved, own, notes)
 

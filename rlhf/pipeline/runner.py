@@ -250,7 +250,7 @@ class Pipeline:
         self.forecast.skip(name)
         tracker.replay(artifact.path)
         run.record(name, "reused", key, artifact, 0.0)
-        why = f": every knob and input equals {artifact.path}" if self.experiment.settings.why else ""
+        why = f": the same settings and inputs as {artifact.path}" if self.experiment.settings.why else ""
         self.console.print(f"[cyan]{name}[/] reused ({key}){why}", highlight=False)
         return artifact
 

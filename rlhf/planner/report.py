@@ -193,8 +193,9 @@ def hardware_line(on: CostContext) -> str:
     """The planned hardware and its precision, as one line."""
     machine, precision = on.machine, "fp32" if on.dtype_bytes == FP32 else "bf16"
     return (
-        f"{machine.name}: {machine.ranks} ranks of {machine.memory / GIB:.1f} GiB, {precision}, "
-        f"{machine.speed.gflops:.0f} GFLOP/s, {machine.speed.gbytes:.0f} GB/s"
+        f"{machine.name}: {machine.ranks} rank{'s' * (machine.ranks > 1)} of "
+        f"{machine.memory / GIB:.1f} GiB, {precision}, {machine.speed.gflops:.0f} GFLOP/s, "
+        f"{machine.speed.gbytes:.0f} GB/s"
     )
 
 

@@ -201,11 +201,11 @@ def prompting_strategies(on: CostContext, use: UseCase) -> Iterator[Strategy]:
     fits_whole = use.rows * row + use.prompt + use.answer <= on.shape.context
     examples = use.rows if fits_whole else use.examples
     ways = {
-        "zero-shot": (0.0, 0.0, 4, "nothing tells it how to answer", "zero_shot"),
+        "zero-shot": (0.0, 0.0, 4, "the model as it is, without examples", "zero_shot"),
         "few-shot": (
             examples * row, examples * row, 0 if fits_whole else 3,
             f"all {use.rows} rows fit into one prompt" if fits_whole
-            else f"{examples} examples show the manner, at each request", "few_shot",
+            else f"each prompt holds {examples} examples of how to answer", "few_shot",
         ),
         "retrieval": (
             use.passages * row, use.rows * row, 3,
@@ -284,11 +284,11 @@ def tuning_strategy(
     if name == "qlora" and on.on_cpu:
         objections.append("4-bit weights need a GPU")
     if use.deploy == "api_only":
-        objections.append("deploy=api_only: weights are out of reach")
+        objections.append("plan.deploy=api_only: the weights cannot be changed")
     if use.deploy == "merged" and not method.merges:
-        objections.append("deploy=merged: it cannot be folded into the weights")
+        objections.append("plan.deploy=merged: this method cannot be merged into the weights")
     if use.deploy == "many_adapters" and not COSTS[name].is_adapter:
-        objections.append("deploy=many_adapters: each task would need a model of its own")
+        objections.append("plan.deploy=many_adapters: each task would need a model of its own")
     for stage in changed:
         if stage.name == "sft" and use.prompt + use.answer > (limit := stage.model_dump()["max_tokens"]):
             objections.append(
@@ -493,7 +493,7 @@ def added_latency(on: CostContext, peft: PeftConfig, use: UseCase) -> Figure:
     """Added seconds per answer of a tuning method that is not merged into the weights."""
     cost = COSTS[peft.method]
     if METHODS[peft.method].merges and use.deploy != "many_adapters":
-        return Figure(0.0, "folded into the weights")
+        return Figure(0.0, "merged into the weights")
     read = prefill(on, cost.added_tokens(on.shape, peft))
     extra = on.dtype_bytes * cost.added(on.shape, peft) / (on.machine.speed.gbytes * 1e9)
     kernels = on.shape.layers * LAYER_SECONDS * cost.added_kernels

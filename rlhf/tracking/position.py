@@ -15,7 +15,7 @@ import psutil
 
 from rlhf.config import ConfigError
 from rlhf.disk import disk_error_message, replace_text
-from rlhf.tracking.redaction import redacted_text
+from rlhf.tracking.redaction import redacted
 
 FILE_NAME = "position.json"
 WRITE_SECONDS = 1.0
@@ -63,7 +63,8 @@ class Position:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error, as the run shows it."""
-    if isinstance(error, OSError) and (message := disk_error_message(error)) is not None:
-        return redacted_text(message)
-    line = str(error).partition("\n")[0]
-    return redacted_text(line if isinstance(error, ConfigError) else f"{type(error).__name__}: {line}")
+    text = disk_error_message(error) if isinstance(error, OSError) else None
+    if text is None:
+        text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    line: str = redacted(text.partition("\n")[0])
+    return line

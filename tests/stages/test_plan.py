@@ -125,7 +125,7 @@ def test_one_small_gpu_needs_the_hosts_memory(chain: Chain, config_of_8b: Path) 
         (
             ["plan.deploy=merged"],
             ["adapter", "prefix", "prompt", "p-tuning"],
-            "deploy=merged: it cannot be folded into the weights",
+            "plan.deploy=merged: this method cannot be merged into the weights",
         ),
         (["plan.hours=0.0001"], ["full", "LoRA"], "and plan.hours=0.0001"),
         (["plan.max_added_latency=0"], ["few-shot", "retrieval"], "and plan.max_added_latency=0"),

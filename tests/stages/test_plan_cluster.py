@@ -183,7 +183,7 @@ def test_what_is_out_of_reach_says_why_and_what_is_not(tmp_path: Path) -> None:
     one = ("plan.gpus=1", "plan.gpu_memory=80GiB")
     outcome = planned(tmp_path, "llama_70b", *one)
     said = " ".join(outcome.out.split())
-    assert "Nothing here can be done" in said and "sft alone fits with QLoRA" in said
+    assert "No strategy is possible" in said and "sft alone fits with QLoRA" in said
     (needed,) = re.findall(r"all parameters fit on (\d+) of these GPUs", said)
     assert int(needed) in (32, 64)
     again = " ".join(planned(tmp_path, "llama_70b", *one, "plan.trains=[sft]").out.split())
@@ -228,6 +228,10 @@ def short_context(directory: Path, tokens: int) -> ModelShape:
 def test_assumed_lengths_fit_the_context(tmp_path: Path) -> None:
     shape = short_context(tmp_path, 1024)
     outcome = planned(tmp_path, "llama_8b", "plan.gpus=1", "plan.methods=[lora]", "generation=local")
+    assert "planned: 1 node of 1 GPU: 1 rank of 80.0 GiB, bf16," in outcome.out
+    assert (
+        "To run it: python -m rlhf --config-dir runs/plan/artifacts/plan +experiment=planned" in outcome.out
+    )
     assert "the model's context of 1024 tokens: plan.longest_answer=512" in " ".join(outcome.out.split())
     experiment, refused = taken(outcome, shape, 1)
     assert refused == [] and experiment.stages["ppo"].model_dump()["max_new_tokens"] == 512
