@@ -27,6 +27,7 @@ from rlhf.data.schema import PromptRow, QuestionRow
 from rlhf.data.sources import PromptSource, SourceList
 from rlhf.digests import DirectoryDigest
 from rlhf.evaluation.lm_eval import Harness
+from rlhf.evaluation.references import QUALITIES
 from rlhf.models.start import directory_of
 from rlhf.pipeline.checks import length_complaints
 from rlhf.pipeline.fields import UNKEYED, Model, Reads, Rows, reads_of
@@ -45,14 +46,14 @@ RETENTION_GATES = ("retention_perplexity_ratio", "question_accuracy_change")
 SUBJECT_METRICS = (
     "win_rate", "win_rate_learned", "gold_gain", "judge_gain", "score_gain", "length_ratio",
     "stop_rate_change", "word_gain", "task_gain", "retention_perplexity_ratio", "retention_loss",
-    "question_accuracy_change",
+    "question_accuracy_change", "gain",
 )  # fmt: skip
 """Summary metrics of each policy, as METRIC/POLICY; METRIC alone is that of evaluate.subject."""
 POLICY_METRICS = (
     *SUBJECT_METRICS, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
     "score_unscored", "gold_mean", "gold_deviation", "gold_unscored", "kl", "task_loss", "perplexity",
     "text_loss_*", "question_accuracy", "score_mean/*", "score_deviation/*", "gold_mean/*",
-    "gold_deviation/*", "judge_*", "*_over_base", "gold_peak_step", "gold_lost", "gain", "prompt_tokens",
+    "gold_deviation/*", "judge_*", "*_over_base", "gold_peak_step", "gold_lost", "prompt_tokens",
     "prompts_cut", "memory_bytes", "answer_loss", "rouge_l*", "exact_match*", "answer_found*", "seconds_*",
     "cost_per_thousand", "setup_*", "storage_bytes", "break_even*", "pass_at_*", "avg_at_*", "maj_at_*",
 )  # fmt: skip
@@ -108,6 +109,10 @@ class EvaluateStage(ComparisonStage):
 
     @model_validator(mode="after")
     def _gates_can_be_measured(self) -> Self:
+        if self.quality in QUALITIES and self.reference is None:
+            raise ValueError(
+                f"KEY.quality={self.quality} needs KEY.reference, a column of the prompts. Name it"
+            )
         names = [each.name for each in self.candidates]
         if self.subject not in names:
             raise ValueError(
@@ -228,6 +233,8 @@ class EvaluateStage(ComparisonStage):
         yield from super().complaints(view)
         if (data := view.data) is None:
             return
+        if self.reference is not None:
+            self.questions_of(data)
         rows = data.rows("retention", "evaluation")
         has_questions = any(isinstance(row, QuestionRow) for row in rows)
         has_texts = not all(isinstance(row, QuestionRow) for row in rows)

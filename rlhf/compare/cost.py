@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from rlhf.models.peft.saved import base_of
@@ -30,11 +31,14 @@ def break_even(setup: float, other_setup: float, saving: float) -> float:
     return dearer / saving if dearer > 0 and saving > 0 else math.inf
 
 
+NOT_OF_MODEL = re.compile(r"\.jsonl$|^manifest\.json$")
+"""Files of an artifact that no model needs: logs and the manifest."""
+
+
 def model_bytes(directory: Path) -> int:
     """Bytes of a policy's files: of a plain model, without a subdirectory for its merged adapter; or of an
     adapter and its base model."""
     base = base_of(directory)
-    if base is None:
-        return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
-    adapter = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    return adapter + model_bytes(base)
+    files = directory.iterdir() if base is None else directory.rglob("*")
+    own = sum(each.stat().st_size for each in files if each.is_file() and not NOT_OF_MODEL.search(each.name))
+    return own if base is None else own + model_bytes(base)

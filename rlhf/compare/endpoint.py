@@ -20,10 +20,10 @@ class EndpointConfig(Strict):
     key_variable: str
     """Name of the environment variable with the API key; it may be unset. The name must contain KEY, TOKEN or
     SECRET, so that the value is redacted wherever the run writes it."""
-    price_in: NonNegativeFloat
-    """Price of a million input tokens."""
-    price_out: NonNegativeFloat
-    """Price of a million output tokens."""
+    price_in: NonNegativeFloat | None
+    """Price of a million input tokens; null: unknown."""
+    price_out: NonNegativeFloat | None
+    """Price of a million output tokens; null: unknown."""
 
     @field_validator("key_variable")
     @classmethod
@@ -40,7 +40,8 @@ class Reply(NamedTuple):
     stopped: bool
     """Whether it ended by itself, not at the length limit."""
     seconds: float
-    cost: float
+    cost: float | None
+    """None if a price is unknown, or the endpoint does not count its tokens."""
 
 
 class Endpoint(NamedTuple):
@@ -78,5 +79,7 @@ class Endpoint(NamedTuple):
             url, body, self.config.key_variable, self.server, self.source, "http://localhost:8000/v1#NAME"
         )
         seconds = time.perf_counter() - start
-        price = self.config.price_in * reply.tokens_in + self.config.price_out * reply.tokens_out
-        return Reply(reply.text, not reply.is_cut, seconds, price / 1e6)
+        prices, cost = (self.config.price_in, self.config.price_out), None
+        if prices[0] is not None and prices[1] is not None and reply.tokens_in:
+            cost = (prices[0] * reply.tokens_in + prices[1] * reply.tokens_out) / 1e6
+        return Reply(reply.text, not reply.is_cut, seconds, cost)

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from rlhf.compare.cost import break_even
 from rlhf.evaluation.answers import Answers
-from rlhf.evaluation.intervals import difference, mean
-from rlhf.evaluation.references import QUALITIES
+from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled
-from rlhf.evaluation.win_rate import both_scored
 
 
 def request_metrics(answers: Answers) -> dict[str, float]:
@@ -24,8 +22,9 @@ def request_metrics(answers: Answers) -> dict[str, float]:
             "seconds_p50": float(answers.seconds_B.quantile(0.5)),
             "seconds_p95": float(answers.seconds_B.quantile(0.95)),
             **mean(answers.seconds_B).metrics("seconds_mean"),
-            "cost_per_thousand": 1000 * float(answers.cost_B.mean()),
         }
+    if len(answers.cost_B):
+        metrics["cost_per_thousand"] = 1000 * float(answers.cost_B.mean())
     return metrics
 
 
@@ -36,13 +35,6 @@ def best_untrained(answers: Mapping[str, Answers], untrained: Sequence[str], qua
     """
     means = {name: float(answers[name].scores[quality].double().nanmean()) for name in untrained}
     return max(means, key=means.__getitem__, default=None)
-
-
-def gain_over(own: Answers, other: Answers, quality: str) -> Sampled:
-    """How much better the own answers are, question by question, where both have a score."""
-    own_B, other_B = both_scored(own.scores[quality], other.scores[quality])
-    gain_B = own_B.double() - other_B.double()
-    return difference(gain_B) if quality in QUALITIES else mean(gain_B)
 
 
 def break_even_metrics(name: str, own: Answers, other: Answers) -> dict[str, float]:

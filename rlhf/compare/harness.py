@@ -27,12 +27,12 @@ from rlhf.compare.candidate import (
 from rlhf.compare.context_budget import ContextBudget
 from rlhf.compare.cost import cost_of, model_bytes
 from rlhf.compare.endpoint import Endpoint
-from rlhf.compare.figures import best_untrained, break_even_metrics, gain_over, request_metrics
+from rlhf.compare.figures import best_untrained, break_even_metrics, request_metrics
 from rlhf.compare.prompts import Question
 from rlhf.compare.retrieval import make_index
 from rlhf.data.chat_template import prompt_ids
 from rlhf.data.schema import Message
-from rlhf.evaluation.answers import Answers, agreement, divergence, policy_metrics
+from rlhf.evaluation.answers import Answers, agreement, divergence, paired_gain, policy_metrics
 from rlhf.evaluation.best_of_n import best_answers, kl_bound
 from rlhf.evaluation.held_out import FILE, gold_over_steps, lost_since_peak
 from rlhf.evaluation.intervals import ratio
@@ -154,7 +154,9 @@ class Comparison:
         if is_plain and stage.temperature > 0 and stage.start in stage.models:
             logp_BR = policy.log_probabilities(own, stage.temperature, stage.micro_batch_tokens)
         vocabulary = policy.tokenizer.get_vocab()
-        given = Answers(own, own_texts, logp_BR, *known.task_losses, known.retained, vocabulary)
+        # the losses are of the prompts alone, so they tell nothing of a candidate that is shown more
+        losses = known.task_losses if candidate.method not in PROMPTED else Knowledge.unknown().task_losses
+        given = Answers(own, own_texts, logp_BR, *losses, known.retained, vocabulary)
         given.asked = asked if candidate.method in PROMPTED else []
         given.num_cut = num_cut if candidate.method in PROMPTED else []
         given.figures = dict(known.figures)
@@ -164,8 +166,8 @@ class Comparison:
             given.repeated = (rollout.response_ids, texts)
         references = [question.reference for question in self.questions if question.reference is not None]
         if len(references) == len(asked):
-            losses = reference_losses(policy, asked, references, stage.micro_batch_tokens)
-            given.figures |= ratio(*losses).metrics("answer_loss")
+            nats_B, tokens_B = reference_losses(policy, asked, references, stage.micro_batch_tokens)
+            given.figures |= ratio(nats_B, tokens_B).metrics("answer_loss")
         self.time(candidate, policy, builder, given)
         return given
 
@@ -260,13 +262,11 @@ class Comparison:
         )
 
     def is_untrained(self, candidate: Candidate) -> bool:
-        """Whether a candidate is there without training of ours."""
-        model, by_reward = candidate.model, candidate.method == "best_of_n"
-        if by_reward and self.reward_artifacts():
+        """Whether a candidate needs no training: the base model, the user's own start, or an endpoint, and no
+        trained reward."""
+        if candidate.method == "best_of_n" and self.reward_artifacts():
             return False
-        return not is_stage(model) and not (
-            is_directory(model) and isinstance(self.artifact(model), Artifact)
-        )
+        return not self.has_artifact(candidate.model)
 
     def reward(self) -> Reward:
         """The reward that chooses the best of n."""
@@ -314,9 +314,17 @@ class Comparison:
             rollout, [each.text for each in replies], torch.zeros(0), *known.task_losses, known.retained, {}
         )
         given.asked = asked if candidate.method in PROMPTED else []
-        given.seconds_B = torch.tensor([each.seconds for each in replies], dtype=torch.float64)
-        given.cost_B = torch.tensor([each.cost for each in replies], dtype=torch.float64)
-        self.price_setup(candidate, builder, given)
+        timed = replies[: stage.num_timed]
+        costs = [each.cost for each in timed if each.cost is not None]
+        given.seconds_B = torch.tensor([each.seconds for each in timed], dtype=torch.float64)
+        given.cost_B = torch.tensor(costs if len(costs) == len(timed) else [], dtype=torch.float64)
+        if timed:
+            self.price_setup(candidate, builder, given)
+        if timed and not len(given.cost_B):
+            self.warn(
+                f"the cost of {candidate.name} is unknown: {stage.name}.endpoint.price_in and price_out are "
+                "null, or it does not say how many tokens it used."
+            )
         return given
 
     def measure_kl(self, policy: PolicyModel, answers: Mapping[str, Answers]) -> None:
@@ -418,6 +426,11 @@ class Comparison:
             given.figures |= request_metrics(given)
         if quality is not None:
             self.add_gains(answers, quality)
+        elif len(answers) > 1:
+            self.warn(
+                f"no score ranks the candidates, so no gain is known: {stage.name}.gold and judge are null, "
+                "or a candidate learned from them, and there are no references."
+            )
         metrics: dict[str, float] = {"prompts": len(self.questions)}
         for name in answers:
             figures = policy_metrics(name, answers, stage.start, quality)
@@ -437,10 +450,13 @@ class Comparison:
         self.best_untrained = best = best_untrained(answers, untrained, quality)
         for name, own in answers.items():
             if best is not None and name != best:
-                own.figures |= gain_over(own, answers[best], quality).metrics("gain")
+                own.figures |= paired_gain(own, answers[best], quality).metrics("gain")
+            if name in untrained:  # its set-up costs nothing worth speaking of
+                continue
+            if best is not None:
                 own.figures |= break_even_metrics("break_even", own, answers[best])
             for other, each in candidates.items():
-                if each.model == "base" and name not in untrained:
+                if each.model == "base" and other != name:
                     own.figures |= break_even_metrics(f"break_even_{each.method}", own, answers[other])
 
     def warn(self, line: str) -> None:
@@ -472,6 +488,12 @@ class Comparison:
             if name != "base" and more.value >= MIN_REPORTED_WORD_GAIN:  # base comes before the start
                 self.warn(f"{word!r} is in {more.value:.0%} more answers of {name} than of {start}.")
 
+    def repeats(self, given: Answers, index: int) -> list[str]:
+        """All answers to one question."""
+        assert given.repeated is not None
+        count = self.stage.samples_per_prompt
+        return given.repeated[1][index * count : (index + 1) * count]
+
     def write(self, answers: Mapping[str, Answers], training: Sequence[Mapping[str, Any]]) -> None:
         """Write responses.jsonl (one answer per line), comparison.jsonl (one prompt per line),
         gold_over_steps.jsonl, and candidates.json (who was asked, and what the gains are over)."""
@@ -493,12 +515,15 @@ class Comparison:
                 **({} if question.reference is None else {"reference": question.reference}),
                 **given.row(index),
                 **({"asked": given.asked[index]} if given.asked else {}),
+                **({"responses": self.repeats(given, index)} if given.repeated else {}),
             }
             for name, given in answers.items()
             for index, question in enumerate(self.questions)
         ]
         for response in responses:
-            job.sample(**{name: value for name, value in response.items() if name != "asked"})
+            job.sample(
+                **{name: value for name, value in response.items() if name not in ("asked", "responses")}
+            )
         job.write_rows("responses.jsonl", responses)
         job.write_rows(
             "comparison.jsonl",

@@ -24,12 +24,21 @@ from pydantic import (
 )
 
 from rlhf.compare.artifacts import check_policy, content_of, training_seconds, tuned_artifact
-from rlhf.compare.candidate import JUDGES, PROMPTED, Candidate, Method, is_directory, is_endpoint
+from rlhf.compare.candidate import (
+    JUDGES,
+    METHODS,
+    PROMPTED,
+    Candidate,
+    Method,
+    is_directory,
+    is_endpoint,
+    is_stage,
+)
 from rlhf.compare.context_budget import ContextBudget, Sizes, measure_sizes
 from rlhf.compare.dataset import Library, find_library
 from rlhf.compare.endpoint import EndpointConfig
 from rlhf.compare.prompts import FewShotConfig, Question, RetrievalConfig, RetrieverName
-from rlhf.config import Complaint, ConfigError
+from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.costs.sampling import max_virtual_tokens, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined, sequential_cost
@@ -157,9 +166,25 @@ class ComparisonStage(Stage):
     @model_validator(mode="after")
     def _candidates_can_be_asked(self) -> Self:
         names, key = [each.name for each in self.candidates], f"KEY.{self.candidates_key}"
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{key}: two candidates are called {twice}. Remove or rename one")
+        for model in filter(is_stage, self.models):
+            name, plus, method = model.partition("+")
+            known = self.mount.policies
+            if plus and {*model.split("+")[1:]} <= {*METHODS}:
+                raise ValueError(f"{key}: {model}+...: only one method may follow a model")
+            if plus:
+                raise ValueError(
+                    f"{key}: {model}: there is no method {method}.{did_you_mean(method, METHODS)} One of "
+                    f"{', '.join(METHODS[1:])} may follow a model, as in {name}+few_shot"
+                )
+            if known and model not in known:
+                raise ValueError(
+                    f"{key}={model}: no stage of that name makes a policy.{did_you_mean(model, known)} "
+                    f"Known: {', '.join(sorted(known))}"
+                )
+        asked = [(each.model, each.method) for each in self.candidates]
+        for name, pair in zip(names, asked, strict=True):
+            if names.count(name) > 1 or asked.count(pair) > 1:
+                raise ValueError(f"{key}: two candidates are called {name}, or are the same. Remove one")
         if "best_of_n" in self.methods_used and self.reward is None:
             raise ValueError(f"{key}: {BEST_OF_N} needs KEY.reward. Add it, or leave {BEST_OF_N} out")
         if self.temperature == 0 and ("best_of_n" in self.methods_used or self.samples_per_prompt > 1):
@@ -172,7 +197,9 @@ class ComparisonStage(Stage):
         endpoints = [each for each in self.candidates if is_endpoint(each.model)]
         for each in endpoints:
             if not each.model.partition("#")[2]:
-                raise ValueError(f"{key}: {each.model}: name the model behind a #, as in {each.model}#NAME")
+                raise ValueError(
+                    f"{key}: {each.model}: name the model behind a #, as in {each.model.rstrip('#')}#NAME"
+                )
             if each.method == "best_of_n":
                 raise ValueError(
                     f"{key}: {each.name}: {BEST_OF_N} is not sampled from an endpoint. Leave it out"
@@ -193,7 +220,7 @@ class ComparisonStage(Stage):
 
     def is_timed(self) -> bool:
         """Whether candidates are asked one at a time."""
-        return self.num_timed > 0 or any(map(is_endpoint, self.models))
+        return self.num_timed > 0
 
     def unkeyed(self) -> tuple[str, ...]:
         """What the candidates do not use changes nothing."""

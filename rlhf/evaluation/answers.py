@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rlhf.data.schema import Message
 from rlhf.evaluation.intervals import correlation, difference, mean, ratio, share
-from rlhf.evaluation.references import QUALITIES
+from rlhf.evaluation.references import QUALITIES, SHARES
 from rlhf.evaluation.retention import Retained, forgetting
+from rlhf.evaluation.sampled import Sampled
 from rlhf.evaluation.win_rate import both_scored, wins
 from rlhf.evaluation.wording import gained_word
 from rlhf.generation.policy_model import PolicyModel
@@ -111,7 +112,7 @@ def own_metrics(own: Answers) -> dict[str, float]:
     }
     for kind, score_B in own.scores.items():
         if kind in QUALITIES:
-            metrics |= share(score_B).metrics(kind)
+            metrics |= (share(score_B) if kind in SHARES else mean(score_B)).metrics(kind)
             continue
         metrics[f"{kind}_unscored"] = int(score_B.isnan().sum())
         named = {"": score_B} | {f"/{name}": part_B for name, part_B in own.parts.get(kind, {}).items()}
@@ -149,10 +150,20 @@ def over_start(own: Answers, start: Answers, quality: str | None) -> dict[str, f
 def over_base(own: Answers, base: Answers) -> dict[str, float]:
     """Scores minus those of the untuned model's answers, prompt by prompt."""
     metrics: dict[str, float] = {}
-    for kind, score_B in own.scores.items():
-        own_B, base_B = both_scored(score_B, base.scores[kind])
-        metrics |= mean(own_B.double() - base_B.double()).metrics(f"{kind}_over_base")
+    for kind in own.scores:
+        metrics |= paired_gain(own, base, kind).metrics(f"{kind}_over_base")
     return metrics
+
+
+def paired_gain(own: Answers, other: Answers, kind: str) -> Sampled:
+    """How much better the own answers are, question by question, where both have a score.
+
+    Args:
+        kind: name of the score.
+    """
+    own_B, other_B = both_scored(own.scores[kind], other.scores[kind])
+    gain_B = own_B.double() - other_B.double()
+    return difference(gain_B) if kind in SHARES else mean(gain_B)
 
 
 def agreement(policies: Sequence[Answers]) -> dict[str, float]:

@@ -52,5 +52,7 @@ QUALITIES: Mapping[str, Callable[[str, str], float]] = {
     "rouge_l": rouge_l,
 }
 """Metric -> quality of an answer compared with its reference, in [0, 1]."""
+SHARES = ("exact_match", "answer_found")
+"""Qualities that are 0 or 1 for each answer."""
 Quality = Literal["auto", "gold", "judge", "score", "rouge_l", "exact_match", "answer_found"]
 """A score that can rank candidates."""

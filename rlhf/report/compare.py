@@ -50,7 +50,7 @@ ROWS: dict[str, tuple[str, str]] = {
 }
 """Metrics that end in /CANDIDATE: (words, format). docs/stages/compare.md explains each."""
 OF_REQUESTS = (
-    "seconds_p50", "seconds_p95", "prompt_tokens", "prompts_cut", "memory_bytes", "storage_bytes",
+    "seconds_p50", "seconds_p95", "prompt_tokens", "memory_bytes", "storage_bytes",
 )  # fmt: skip
 """Metrics that are shown only if requests were timed."""
 REPEATED = re.compile(r"(pass|avg|maj)_at_(\d+)$")
@@ -112,6 +112,7 @@ def comparison_rows(
     for metric in [*several, *ROWS]:
         values = [metrics.get(f"{metric}/{name}") for name in names]
         is_left_out = metric in without or (metric in OF_REQUESTS and not is_timed)
+        is_left_out |= metric == "prompts_cut" and not is_timed and not any(values)
         if is_left_out or all(value is None for value in values):
             continue
         yield [row_of(metric)[0], *(cell_text(metric, value) for value in values)]
@@ -184,6 +185,7 @@ def draw(metrics: Mapping[str, float], quality: Quality) -> Figure:
         )  # fmt: skip
     axes.set(xlabel="cost of 1000 answers, one request at a time", ylabel=words)
     axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)

@@ -136,8 +136,9 @@ def write_report(run: Run) -> Path:
         parts += ["## Policies", policies.markdown(), *write_picture(run, policies_of(run))]
     comparison = comparison_cells(run.metrics_of("compare"))
     if comparison.rows:
-        picture = "![Quality against cost](artifacts/compare/comparison.png)"
-        parts += ["## Prompting, retrieval, tuning", comparison.markdown(), picture]
+        picture = Path("artifacts", "compare", "comparison.png")
+        shown = [f"![Quality against cost]({picture})"] if (run.directory / picture).is_file() else []
+        parts += ["## Prompting, retrieval, tuning", comparison.markdown(), *shown]
     answers = list(shown_answers(run))
     if answers:
         parts.append("## Answers side by side")
@@ -287,7 +288,8 @@ def places(run: Run) -> Iterator[tuple[str, Path]]:
         yield "Policies compared", Path(PICTURE)
     if run.stages.get("compare", {}).get("artifact"):
         for words, name in (("Comparison", "comparison.md"), ("Quality against cost", "comparison.png")):
-            yield words, Path("artifacts", "compare", name)
+            if (run.directory / "artifacts" / "compare" / name).is_file():
+                yield words, Path("artifacts", "compare", name)
     yield "Metrics", Path("metrics.jsonl")
     yield "Samples", Path("samples.jsonl")
 

@@ -17,10 +17,10 @@ from helpers.store import manifest
 from rlhf.compare.artifacts import training_seconds, tuned_artifact
 from rlhf.compare.candidate import label
 from rlhf.compare.cost import break_even, cost_of
-from rlhf.compare.figures import best_untrained, break_even_metrics, gain_over
+from rlhf.compare.figures import best_untrained, break_even_metrics
 from rlhf.config import ConfigError
 from rlhf.digests import directory_digest
-from rlhf.evaluation.answers import Answers
+from rlhf.evaluation.answers import Answers, paired_gain
 from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.references import answer_found, exact_match, rouge_l
 from rlhf.evaluation.retention import Retained
@@ -101,11 +101,11 @@ def test_the_best_untrained_option_is_that_with_the_highest_mean() -> None:
 
 def test_a_gain_is_paired_by_question() -> None:
     own, other = answers([0.9, 0.5, 0.7, math.nan]), answers([0.7, 0.3, 0.5, 0.9])
-    gain = gain_over(own, other, "rouge_l")
+    gain = paired_gain(own, other, "rouge_l")
     assert gain.value == pytest.approx(0.2) and gain.rows == 3
     assert gain.high - gain.low < 2.0
     own.scores["gold"], other.scores["gold"] = torch.tensor([5.0, 1.0, 3.0]), torch.tensor([4.0, 0.0, 2.0])
-    assert gain_over(own, other, "gold")[:3] == pytest.approx((1.0, 1.0, 1.0))  # the same for each question
+    assert paired_gain(own, other, "gold")[:3] == pytest.approx((1.0, 1.0, 1.0))  # the same for each question
 
 
 def test_break_even_has_the_interval_of_the_saving() -> None:

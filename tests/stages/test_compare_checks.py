@@ -117,7 +117,7 @@ def test_without_references_the_reward_decides(tiny_model: Path, tmp_path: Path)
         ({"quality": "score"}, "quality=score needs compare.reward"),
         ({"methods": ["few_shot", "few_shot"]}, "two have the same name"),
         ({"artifacts": ["runs/a/artifacts/sft", "b/a/sft"]}, "two have the same name"),
-        ({"methods": []}, "at least 1 item"),
+        ({"methods": []}, "it must name at least one"),
     ],
 )
 def test_what_cannot_be_compared_is_told_before_the_run(changes: dict[str, Any], complaint: str) -> None:
