@@ -368,6 +368,9 @@ class Comparison:
         count, parts = self.stage.samples_per_prompt, parts_of(source)
         rows = with_token_ids([row for row in self.rows for _ in range(count)], ids)
         right_BN = usable_scores(reward, rows, texts, named).score_B.view(-1, count)
+        if not bool(((right_BN == 0) | (right_BN == 1) | right_BN.isnan()).all()):
+            self.warn(f"{named} gives other scores than 0 and 1, so there is no pass@k.")
+            return {}
         is_rule = len(parts) == 1 and parts[0].source.startswith("verify:")
         agree = same_answer(parts[0].source, parts[0].args) if is_rule else None
         groups = [texts[first : first + count] for first in range(0, len(texts), count)]

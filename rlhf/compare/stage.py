@@ -139,9 +139,9 @@ class ComparisonStage(Stage):
         """
 
     @property
+    @abstractmethod
     def max_questions(self) -> int | None:
         """Largest number of questions; None for all."""
-        raise NotImplementedError
 
     @property
     def start_model(self) -> str:

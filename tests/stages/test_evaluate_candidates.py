@@ -92,6 +92,15 @@ def test_several_answers_per_question_are_checked_by_the_verifier(
     assert {each for each in metrics if each.startswith("pass")} and single["prompts"] == 6
 
 
+def test_scores_that_are_neither_right_nor_wrong_give_no_pass_at_k(
+    published: dict[str, Path], tmp_path: Path
+) -> None:
+    twice = {"of": [{"source": "verify:length", "args": {"max": 3}, "weight": 2.0}]}
+    stage = make_stage(policies=["sft", "ppo"], gold=twice, samples_per_prompt=2, num_prompts=4)
+    metrics = run_stage(stage, published, tmp_path / "run").summary
+    assert "gold_mean/ppo" in metrics and not [name for name in metrics if "_at_" in name]
+
+
 def test_an_endpoint_is_asked_like_any_other_candidate(
     published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
