@@ -30,7 +30,7 @@ from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.checks import length_complaints
 from rlhf.pipeline.costing import starting
-from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
+from rlhf.pipeline.fields import LENGTH, UNKEYED, Batch, Memory, Model, Rows
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
 from rlhf.pipeline.stage import Stage, View
@@ -96,7 +96,7 @@ class DpoStage(PreferenceConfig, Stage):
     makes a policy, or a `save_pretrained` directory."""
     optim: OptimConfig
     peft: Peft
-    epochs: PositiveInt
+    epochs: Annotated[PositiveInt, LENGTH]
     """Passes over the rows."""
     batch_rows: Batch
     """Rows per optimizer step, over all ranks."""
@@ -156,6 +156,10 @@ class DpoStage(PreferenceConfig, Stage):
             fix=f"Lower {self.name}.max_tokens={self.max_tokens} to that, so that longer rows are left out, "
             "or start from a model with a longer context.",
         )  # fmt: skip
+
+    def has_open_end(self) -> bool:
+        """Several evaluations are spread over the length. A single one is made after the last step."""
+        return super().has_open_end() and self.evaluations == 1
 
     @property
     def virtual_tokens(self) -> int:

@@ -23,10 +23,11 @@ Show what in the store no run in runs_dir uses, with its size, and ask before it
 answer, nothing is removed, unless yes=true says so. Runs of other directories are not seen: what they use
 is removed too. Whatever a later run needs again is made again.
 """
-LEFTOVER_NAME = re.compile(r"\.(\w+)\.(checkpoints|part-.*|damaged-.*|replaced)")
+LEFTOVER_NAME = re.compile(r"\.(\w+)\.(checkpoints|last|part-.*|damaged-.*|replaced)")
 LEFTOVER_REASONS = {
     "checkpoints": "checkpoints of a stage that did not end, and no run in runs_dir is at that stage",
     "damaged": "damaged, set aside",
+    "last": "the last checkpoint of a stage that has ended, for a longer run",
     "part": "left by a run that was killed",
     "replaced": "left by a run that was killed",
 }

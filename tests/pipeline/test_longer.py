@@ -1,0 +1,262 @@
+"""A longer training continues a shorter one, and makes what it makes in one go, to the bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from helpers.chains import Chain, Outcome, run_main
+from helpers.experiments import build
+from rlhf.training.checkpoint import Checkpointer
+
+CHANGING = re.compile(r"time$|seconds|latency|memory|tokens_per|throughput")
+"""Keys of figures that vary from run to run, as in benchmarks/same_results.py."""
+
+
+def open_end(*optims: str) -> tuple[str, ...]:
+    return tuple(
+        f"{optim}.{each}" for optim in optims for each in ("schedule=constant", "warmup_steps=2", "lr=1e-2")
+    )
+
+
+POLICY = (
+    f"ppo.reward=python:{__name__}:length", "ppo.score.normalize=running", "ppo.critic.init=sft",
+    "ppo.evaluate_every=3",
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A stage that trains in rungs. The last evaluation of rungs 1 and 2 is none of rung 4."""
+
+    stage: str
+    length: str
+    overrides: tuple[str, ...]
+
+
+CASES = {
+    "sft": Case("sft", "sft.epochs", open_end("sft.optim")),
+    "sft_lora": Case(
+        "sft", "sft.epochs", (*open_end("sft.optim"), "sft.peft=lora", "checkpoint.background=true")
+    ),
+    "reward": Case("reward", "reward.epochs", open_end("reward.optim")),
+    "dpo": Case("dpo", "dpo.epochs", (*open_end("dpo.optim"), "dpo.evaluations=1", "dpo.batch_rows=8")),
+    "ppo": Case(
+        "ppo", "ppo.steps", (*POLICY, *open_end("ppo.optim", "ppo.critic.optim"), "ppo.peft=none")
+    ),
+    "ppo_lora": Case(
+        "ppo", "ppo.steps",
+        (
+            *POLICY, *open_end("ppo.optim", "ppo.critic.optim"), "ppo.peft=lora", "ppo.ptx.coef=0.5",
+            "ppo.kl.controller=adaptive", "ppo.critic.warmup_steps=0",
+        ),
+    ),
+    "grpo": Case(
+        "grpo", "grpo.steps",
+        (*POLICY, *open_end("grpo.optim"), "grpo.batch_episodes=8", "grpo.minibatch_episodes=8"),
+    ),
+}  # fmt: skip
+
+
+def length(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chain with an SFT model."""
+    directory = tmp_path_factory.mktemp("begun") / "chain"
+    directory.mkdir()
+    assert Chain(directory).run("stage=sft", "sft.epochs=1", "precision=fp32", "gates=warn").code == 0
+    return directory
+
+
+@pytest.fixture
+def chains(begun: Path, tmp_path: Path) -> tuple[Chain, Chain]:
+    """Two such chains: in rungs, and in one go."""
+    return chain_at(begun, tmp_path / "rungs"), chain_at(begun, tmp_path / "one_go")
+
+
+@pytest.fixture
+def chain(chains: tuple[Chain, Chain]) -> Chain:
+    return chains[0]
+
+
+def chain_at(begun: Path, directory: Path) -> Chain:
+    return Chain(shutil.copytree(begun, directory, symlinks=True))
+
+
+def train(chain: Chain, case: Case, rung: float, *overrides: str) -> Outcome:
+    others = () if case.stage == "sft" else ("sft.epochs=1",)
+    settings = (f"stage={case.stage}", f"{case.length}={rung}", "precision=fp32", "gates=warn")
+    found = chain.run(*settings, *others, *case.overrides, *overrides)
+    assert found.code == 0, found.err
+    return found
+
+
+def continued(outcome: Outcome, case: Case) -> list[str]:
+    """How it continued, without the directory of the checkpoint."""
+    lines = re.findall(rf"\b{case.stage}: (continues .*) \(.*\)$", outcome.out, re.M)
+    return [str(line) for line in lines]
+
+
+def steady(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: steady(each) for key, each in value.items() if not CHANGING.search(key)}
+    return [steady(each) for each in value] if isinstance(value, list) else value
+
+
+def content(artifact: Path) -> dict[str, Any]:
+    """Every byte of an artifact, and its manifest's metrics and recipe; without times."""
+    files: dict[str, Any] = {}
+    for path in sorted(artifact.rglob("*")):
+        name = str(path.relative_to(artifact))
+        if path.suffix == ".jsonl":
+            files[name] = [steady(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.is_file() and name != "manifest.json":
+            files[name] = path.read_bytes()
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    return {**files, **{key: steady(manifest[key]) for key in ("metrics", "recipe", "input_digests", "key")}}
+
+
+def assert_equal(found: Outcome, expected: Outcome, stage: str) -> None:
+    ours, theirs = content(found.artifact(stage)), content(expected.artifact(stage))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if json_or_bytes(ours[name]) != json_or_bytes(theirs[name])] == []
+
+
+def json_or_bytes(value: Any) -> Any:
+    return value if isinstance(value, bytes) else json.dumps(value, sort_keys=True)  # NaN equals NaN here
+
+
+def kept(chain: Chain, stage: str) -> list[int]:
+    """Steps of the checkpoints that stayed."""
+    found = (chain.directory / "store" / stage).glob(".*.last/step-*")
+    return [int(path.name.removeprefix("step-")) for path in found]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_rungs_and_killed_it_makes_what_it_makes_in_one_go(
+    name: str, chains: tuple[Chain, Chain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, other = chains
+    case = CASES[name]
+    stage = case.stage
+    assert continued(train(chain, case, 1), case) == []
+    (steps,) = kept(chain, stage)
+    second = train(chain, case, 2)
+    assert continued(second, case) == [f"continues the shorter run from step {steps} of {2 * steps}"]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Checkpointer, "after_step", killing(2 * steps + 1))
+        train(chain, case, 4, "checkpoint.every_steps=1")
+    last = train(chain, case, 4)
+    assert continued(last, case) == [f"continues from step {2 * steps + 1}"]
+    assert_equal(last, train(other, case, 4), stage)
+    assert kept(chain, stage) == [4 * steps]
+    assert not [*(chain.directory / "store" / stage).glob(".*.checkpoints")]
+    if name == "sft":
+        shutil.rmtree(other.directory / "store" / stage)
+        assert_equal(second, train(other, case, 2), stage)
+
+
+def killing(at: int) -> Any:
+    """`Checkpointer.after_step` that ends the process after the checkpoint of this step."""
+    after_step = Checkpointer.after_step
+
+    def raising(self: Checkpointer, step: int, *arguments: Any) -> None:
+        after_step(self, step, *arguments)
+        if step == at:
+            raise RuntimeError("killed")
+
+    return raising
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["sft.optim.lr=2e-2", "sft.batch_rows=4", "seed=1", "sft.data=other.jsonl", "sft.optim.warmup_steps=1"],
+)
+def test_another_knob_starts_anew(chain: Chain, change: str) -> None:
+    case = CASES["sft"]
+    chain.write("other.jsonl", [{"prompt": f"Say {n}", "completion": f"No {n}."} for n in range(24)])
+    train(chain, case, 1)
+    assert continued(train(chain, case, 2, change), case) == []
+    assert len(kept(chain, "sft")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("sft", "sft.optim.schedule=linear"),
+        ("sft", "sft.optim.warmup_steps=null"),  # a share of all steps
+        ("dpo", "dpo.evaluations=2"),  # spread over the length
+        ("ppo", "ppo.critic.optim.schedule=cosine"),
+    ],
+)
+def test_what_depends_on_the_length_leaves_no_checkpoint(chain: Chain, name: str, change: str) -> None:
+    case = CASES[name]
+    train(chain, case, 1, change)
+    assert not [*(chain.directory / "store" / case.stage).glob(".*.last")]
+    assert continued(train(chain, case, 2, change), case) == []
+
+
+def test_a_shorter_run_neither_uses_nor_replaces_the_checkpoint(chain: Chain) -> None:
+    case = CASES["sft"]
+    train(chain, case, 2)
+    assert continued(train(chain, case, 1), case) == []
+    assert kept(chain, "sft") == [4]
+    train(chain, case, 2, "force=[sft]")
+    assert continued(train(chain, case, 4), case) == ["continues the shorter run from step 4 of 8"]
+
+
+def test_force_and_resume_forget_the_checkpoint(chain: Chain) -> None:
+    case = CASES["sft"]
+    train(chain, case, 1)
+    assert continued(train(chain, case, 2, "force=[sft]"), case) == []
+    assert continued(train(chain, case, 4, "checkpoint.resume=false"), case) == []
+    assert kept(chain, "sft") == [8]
+
+
+def test_a_damaged_checkpoint_is_said_and_not_used(chain: Chain) -> None:
+    case = CASES["sft"]
+    train(chain, case, 1)
+    (path,) = (chain.directory / "store" / "sft").glob(".*.last/step-*/optimizer.pt")
+    path.write_bytes(b"damaged")
+    verified = run_main(chain.directory, ["verify"], chain.directory)
+    assert verified.code == 3 and ".last/step-00000002 is damaged: optimizer.pt" in verified.out
+    outcome = train(chain, case, 2)
+    assert continued(outcome, case) == [] and "checkpoint step-00000002 is damaged" in outcome.out
+    assert kept(chain, "sft") == [4]
+    assert run_main(chain.directory, ["verify"], chain.directory).code == 0
+
+
+def test_gc_shows_it_and_removes_it(chain: Chain) -> None:
+    case = CASES["sft"]
+    train(chain, case, 1)
+    assert run_main(chain.directory, ["status"], chain.directory).code == 0
+    outcome = run_main(chain.directory, ["gc", "yes=true"], chain.directory)
+    assert "  (the last checkpoint of a stage that has ended, for a longer run)\n" in outcome.out
+    assert kept(chain, "sft") == []
+    assert continued(train(chain, case, 2), case) == []
+
+
+def test_it_is_told_before_it_runs_and_why(chain: Chain) -> None:
+    case = CASES["sft"]
+    train(chain, case, 1)
+    outcome = train(chain, case, 2, "why=true")
+    assert continued(outcome, case) == ["continues the shorter run from step 2 of 4"]
+    assert "epochs" in outcome.out
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1])
+def test_keys_of_earlier_configs_stay(fraction: float) -> None:
+    """Without `warmup_steps` no recipe has it."""
+    (optim,) = [
+        stage.model_dump(mode="json")["optim"]
+        for name, stage in build(f"sft.optim.warmup_fraction={fraction}").stages.items()
+        if name == "sft"
+    ]
+    assert "warmup_steps" not in optim
