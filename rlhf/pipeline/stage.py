@@ -147,10 +147,10 @@ class Stage(Strict, ABC):
 
     def has_open_end(self) -> bool:
         """Whether a longer training begins with the same steps, so that it can continue a shorter one. By
-        default: a field has the mark `LENGTH`, and the rates of all optimizers have an open end. Override it
-        if another setting spreads something over the length."""
+        default: one field has the mark `LENGTH`, and the rates of all optimizers have an open end. Override
+        it if another setting spreads something over the length."""
         optims, lengths = [*optims_of(self)], fields_of(type(self), Mark.LENGTH)
-        return bool(optims and lengths) and all(each.has_open_end for each in optims)
+        return bool(optims) and len(lengths) == 1 and all(each.has_open_end for each in optims)
 
     def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """Digests of things outside the store that decide the result, in addition to the rewards and models

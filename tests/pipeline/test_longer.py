@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from helpers.chains import Chain, Outcome, run_main
+from helpers.chains import Chain, Outcome, RealChain, run_main
 from helpers.experiments import build
 from rlhf.pipeline.key import knobs
 from rlhf.training.checkpoint import Checkpointer
@@ -122,8 +122,8 @@ def content(artifact: Path) -> dict[str, Any]:
     return {**files, **{key: steady(manifest[key]) for key in ("metrics", "recipe", "input_digests", "key")}}
 
 
-def assert_equal(found: Outcome, expected: Outcome, stage: str) -> None:
-    ours, theirs = content(found.artifact(stage)), content(expected.artifact(stage))
+def assert_equal(found: Path, expected: Path) -> None:
+    ours, theirs = content(found), content(expected)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if json_or_bytes(ours[name]) != json_or_bytes(theirs[name])] == []
 
@@ -154,12 +154,12 @@ def test_in_rungs_and_killed_it_makes_what_it_makes_in_one_go(
         train(chain, case, 4, "checkpoint.every_steps=1", code=1)
     last = train(chain, case, 4, "checkpoint.every_steps=1")
     assert continued(last, case) == [f"continues from step {2 * steps + 1}"]
-    assert_equal(last, train(other, case, 4), stage)
+    assert_equal(last.artifact(stage), train(other, case, 4).artifact(stage))
     assert kept(chain, stage) == [4 * steps]
     assert not [*(chain.directory / "store" / stage).glob(".*.checkpoints")]
     if name == "sft":
         shutil.rmtree(other.directory / "store" / stage)
-        assert_equal(second, train(other, case, 2), stage)
+        assert_equal(second.artifact(stage), train(other, case, 2).artifact(stage))
 
 
 def killing(at: int) -> Any:
@@ -261,3 +261,45 @@ def test_keys_of_other_configs_stay() -> None:
     """Without `warmup_steps` no recipe has it."""
     optim = knobs(build().stages["sft"])["optim"]
     assert "warmup_fraction" in optim and "warmup_steps" not in optim
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> RealChain:
+    made = RealChain(tmp_path_factory.mktemp("ranks"))
+    (made.directory / "lengths.py").write_text("def score(prompts, texts):\n    return [*map(len, texts)]\n")
+    return made
+
+
+def on_ranks(zero: str, ranks: int, steps: int) -> tuple[str, ...]:
+    reward = ("ppo.reward=python:lengths:score", *POLICY[1:])
+    rates = open_end("ppo.optim", "ppo.critic.optim")
+    return (
+        *reward,
+        *rates,
+        f"zero={zero}",
+        f"launch.processes={ranks}",
+        "sft.epochs=1",
+        f"ppo.steps={steps}",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["none", "fsdp2", "zero3"])
+def test_on_two_ranks_killed_it_makes_what_it_makes_in_one_go(real: RealChain, zero: str) -> None:
+    name, one_go = f"rungs_{zero}", f"one_go_{zero}"
+    real.run(name, *on_ranks(zero, 2, 2))
+    real.run_killed("ppo", 3, name, "checkpoint.every_steps=1", *on_ranks(zero, 2, 4))
+    out, _ = real.run(name, *on_ranks(zero, 2, 4))
+    assert "ppo: continues from step 3 (" in out
+    real.run(one_go, *on_ranks(zero, 2, 4))
+    runs = real.directory / "runs"
+    assert_equal(runs / name / "artifacts" / "ppo", runs / one_go / "artifacts" / "ppo")
+
+
+@pytest.mark.slow
+def test_on_another_number_of_ranks_or_engine(real: RealChain) -> None:
+    real.run("ranks", *on_ranks("zero3", 2, 1))
+    out, _ = real.run("ranks", *on_ranks("zero3", 1, 2))
+    assert "ppo: continues the shorter run from step 1 of 2 (" in out
+    out, _ = real.run("ranks", *on_ranks("none", 1, 3))  # which cannot read it
+    assert "ppo: continues" not in out
