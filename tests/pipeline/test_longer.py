@@ -13,6 +13,8 @@ import pytest
 from helpers.chains import Chain, Outcome, RealChain, run_main
 from helpers.experiments import build
 from rlhf.pipeline.key import knobs
+from rlhf.pipeline.longer import Course
+from rlhf.pipeline.preflight import Attempt
 from rlhf.training.checkpoint import Checkpointer
 
 CHANGING = re.compile(r"time$|seconds|latency|memory|tokens_per|throughput")
@@ -249,12 +251,24 @@ def test_gc_shows_it_and_removes_it(chain: Chain) -> None:
     assert continued(train(chain, case, 2), case) == []
 
 
-def test_it_is_told_before_it_runs_and_why(chain: Chain) -> None:
+def test_it_is_told_with_why_and_the_time_left_counts_it(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt, found = Course.attempt, list[Attempt]()
+
+    def remembered(course: Course) -> Attempt:
+        found.append(attempt(course))
+        return found[-1]
+
+    monkeypatch.setattr(Course, "attempt", remembered)
     case = CASES["sft"]
     train(chain, case, 1)
-    outcome = train(chain, case, 2, "why=true")
-    assert continued(outcome, case) == ["continues the shorter run from step 2 of 4"]
-    assert "epochs" in outcome.out
+    outcome = train(chain, case, 4, "why=true")
+    assert continued(outcome, case) == ["continues the shorter run from step 2 of 8"]
+    assert re.search(r"sft runs \(\w+\): .*sft\.epochs", outcome.out)
+    first, second = found
+    assert (first.share, first.seconds) == (0.0, 0.0)
+    assert second.share == 0.25 and second.seconds > 0.0
 
 
 def test_keys_of_other_configs_stay() -> None:
