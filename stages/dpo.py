@@ -109,7 +109,8 @@ class DpoStage(PreferenceConfig, Stage):
     """Rows with a longer side are left out and counted. The model's context is a limit too."""
     evaluations: PositiveInt
     """Number of evaluations on the held-out rows, equally spaced, the last one after the last step. The
-    policy with the lowest loss on one half of these rows is published, and judged on the other half."""
+    policy with the lowest loss on one half of these rows is published, and judged on the other half. Only
+    with 1 can a longer run continue a shorter one: docs/store.md."""
 
     @model_validator(mode="after")
     def _only_what_the_loss_has(self) -> Self:
