@@ -264,7 +264,7 @@ def test_the_disk_holds_checkpoints_that_stay_for_a_longer_run(tmp_path: Path) -
     cost = cost_of(stages["sft"], gpus(80), stages)
     disk, attempts = Disk(tmp_path, 2 * cost.artifact + cost.checkpoint), {"sft": Attempt()}
     assert list(disk_complaints({"sft": cost}, disk, NO_CHECKPOINTS, attempts)) == []
-    smaller = disk._replace(free=disk.free - 1.0)
+    smaller = replace(disk, free=disk.free - 1.0)
     assert len(list(disk_complaints({"sft": cost}, smaller, NO_CHECKPOINTS, attempts))) == 1
     cost = cost_of(build().stages["sft"], gpus(80), stages)
     assert list(disk_complaints({"sft": cost}, smaller, NO_CHECKPOINTS, attempts)) == []
