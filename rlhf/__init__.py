@@ -11,6 +11,11 @@ __version__ = "0.1.0"
 __all__ = ["compose", "open_run", "run"]
 
 
+def __dir__() -> list[str]:
+    """The names of this module, with those that are imported when they are used."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """The Python API, imported when it is used: the command line shows its help without it."""
     if name in __all__:

@@ -2,7 +2,8 @@
 
 A first word without `=` is a command. Without a command, the config is composed from the keys and run.
 
-Exit codes: 0 done; 1 crash; 2 configuration or data error; 3 a gate failed (`verify`: something is damaged);
+Exit codes: 0 done; 1 crash; 2 configuration or data error; 3 a gate failed (`verify`: something is damaged;
+`bisect`: no cause was found);
 75 stopped by a scheduler's signal; 130 stopped by Ctrl-C; 141 the output was closed (`| head`). After 75 and
 130 the same command continues.
 """
@@ -13,6 +14,7 @@ import signal
 import sys
 from importlib import import_module, resources
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ COMMANDS = {
     "chat": "rlhf.cli.chat:chat",
     "init": "rlhf.cli.init:init",
     "keys": "rlhf.cli.keys:keys",
+    "bisect": "rlhf.cli.bisect:bisect",
+    "ceiling": "rlhf.cli.ceiling:ceiling",
 }
 """Command -> its function. The function gets the other arguments and the packaged config, and returns the
 exit code."""
@@ -82,6 +86,12 @@ def run_command_line() -> None:
         print(packaged_config()["hydra"]["help"]["template"])
     elif "--version" in arguments:
         print(f"rlhf {__version__}")
+    elif later := misplaced_command(arguments):
+        message = f"{later}: a command is the first word: `python -m rlhf {later} ...`."
+        if later == "keys":
+            message += " It knows the packaged stages, not your own."
+        print(f"Error: {message}", file=sys.stderr)
+        raise SystemExit(CONFIG_ERROR)
     elif command is None:
         with uninterrupted():
             from rlhf.cli.app import run
@@ -118,6 +128,14 @@ def run_command(name: str, arguments: list[str]) -> int:
 def is_command(word: str) -> bool:
     """Whether a first word is a command: no option (`-m`), no key=value, no removed key (`~key`)."""
     return "=" not in word and not word.startswith(("-", "~"))
+
+
+def misplaced_command(arguments: list[str]) -> str | None:
+    """A command after the first word, as in `stage=sft status`; None if there is none, or after a command."""
+    if not arguments or is_command(arguments[0]):
+        return None
+    later = (word for before, word in pairwise(arguments) if not before.startswith("--"))
+    return next((word for word in later if word in COMMANDS), None)
 
 
 def unknown_command_message(word: str) -> str:

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     ValidationError,
 )
+from pydantic_core import ErrorDetails
 
 from rlhf.printable import printable
 
@@ -78,6 +79,8 @@ def in_user_keys(keys: Mapping[str, str], stage: str = STAGE) -> Iterator[None]:
         raise
 
 
+UNPARSED = re.compile(r", unable to parse string as an? \w+$")
+"""Matches what pydantic adds to `Input should be a valid integer`."""
 SHORT_WORD_CHARACTERS = 6
 """Words with fewer characters are matched less strictly: one wrong character is a large part of them."""
 
@@ -145,14 +148,18 @@ def validated(model: type[ModelT], values: Mapping[str, Any], prefix: str, conte
     try:
         return model.model_validate(values, context=context)
     except ValidationError as error:
-        raise ConfigError("\n".join(_complaints(error, prefix, model))) from None
+        raise ConfigError("\n".join(_complaints(error, values, prefix, model))) from None
 
 
-def _complaints(error: ValidationError, prefix: str, model: type[BaseModel]) -> list[str]:
-    lines = []
+def _complaints(
+    error: ValidationError, values: Mapping[str, Any], prefix: str, model: type[BaseModel]
+) -> list[str]:
+    lines: list[str] = []
+    choices: dict[str, tuple[int, list[str]]] = {}  # setting -> place of its line, what it may be
     for detail in error.errors():
-        key = ".".join([*([prefix] if prefix else []), *(str(part) for part in detail["loc"])])
+        key = ".".join([*([prefix] if prefix else []), *_given_key(detail, values)])
         message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        message = UNPARSED.sub("", message.replace("Input should be", "it must be"))
         if detail["type"] == "extra_forbidden":
             near = did_you_mean(str(detail["loc"][-1]), _fields_at(model, detail["loc"][:-1]))
             lines.append(f"{key}: there is no such key.{near}")
@@ -164,15 +171,37 @@ def _complaints(error: ValidationError, prefix: str, model: type[BaseModel]) -> 
             lines.append(f"{key}={detail['input']!r}: it must be {expected}.")
         elif detail["type"] == "list_type":
             lines.append(f"{key}={detail['input']!r}: it must be a list, such as {key}=[A,B].")
-        elif detail["type"] == "literal_error":
-            near = did_you_mean(str(detail["input"]), re.findall("'([^']*)'", message))
-            lines.append(f"{key}={detail['input']!r}: {message}.{near}")
+        elif detail["type"] == "too_short":
+            lines.append(f"{key}={detail['input']!r}: it must name at least one.")
+        elif message.startswith("it must be "):
+            known = re.findall("'([^']*)'", message) if detail["type"] == "literal_error" else []
+            near = did_you_mean(str(detail["input"]), known)
+            setting = f"{key}={detail['input']!r}"
+            place, others = choices.setdefault(setting, (len(lines), []))
+            others.append(message.removeprefix("it must be "))
+            lines[place : place + 1] = [f"{setting}: it must be {' or '.join(others)}.{near}"]
         elif isinstance(detail["input"], Mapping):  # a check of a whole section, which it calls KEY
             named_message = message.replace("KEY.", f"{key}." if key else "")
             lines.append(f"{named_message}." if named_message != message else f"{key}: {message}.")
         else:
             lines.append(f"{key}={detail['input']!r}: {message}.")
     return lines
+
+
+def _given_key(detail: ErrorDetails, values: Mapping[str, Any]) -> Iterator[str]:
+    """The parts of the key as the user gave it: without the kind of a union, without the place of a text in a
+    list, and without the keys of a section that was given as one word."""
+    given: Any = values
+    for place, part in enumerate(detail["loc"]):
+        if isinstance(given, Mapping):
+            is_last = place == len(detail["loc"]) - 1
+            if part in given or (is_last and detail["type"] == "missing"):
+                yield str(part)
+                given = given.get(part)
+        elif isinstance(given, Sequence) and isinstance(part, int) and not isinstance(given, str):
+            if not isinstance(given[part], str):
+                yield str(part)
+            given = given[part]
 
 
 def _fields_at(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:

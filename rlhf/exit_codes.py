@@ -6,6 +6,8 @@ CONFIG_ERROR = 2
 """An error in the configuration or data."""
 GATE_FAILED = 3
 """A gate failed; of `verify`: something is damaged."""
+NOT_FOUND = 3
+"""Of `bisect`: no cause was found."""
 STOPPED = 75
 """Stopped by a scheduler's signal: the same command continues."""
 INTERRUPTED = 130

@@ -74,8 +74,6 @@ class DpoStage(PreferenceConfig, Stage):
         "accuracy_over_baseline": Metric(
             better="higher",
             purpose="{title}'s ranking against chance and length",
-            failed="it ranks held-out preferences no better than a rule that reads no word (labels that "
-            "contradict each other do this, and a rate that is too low)",
         ),
         **named(
             "held_out_loss_change", "held_out_loss_last", "baseline_accuracy", "margin", "chosen_change",

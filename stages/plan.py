@@ -74,6 +74,9 @@ def _with_unit(unit: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         if isinstance(value, int | float) or re.fullmatch(r"[\d.]+", str(value).strip()):
             raise ValueError(f"a number without a unit. Write {value}{unit}")
+        size = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*[kmgtp]?i?b", str(value).strip(), re.IGNORECASE)
+        if size is None or float(size[1]) == 0:
+            raise ValueError(f"no size above 0. Write a number and a unit, such as 80{unit}")
         return value
 
     return BeforeValidator(check)
@@ -100,7 +103,7 @@ class PlanStage(TellsOfRuns):
     trains: list[str] | None = Field(min_length=1)
     """The training stages to plan (sft, reward, ppo, your own), with their data and settings in this config.
     null plans sft; with `gpus` all three."""
-    methods: list[MethodName] | None
+    methods: list[MethodName] | None = Field(min_length=1)
     """The only tuning methods to compare, such as [none] for all parameters. null compares all, and the ways
     that leave the weights as they are."""
     rows: PositiveInt | Literal["prepared"] | None
@@ -111,8 +114,8 @@ class PlanStage(TellsOfRuns):
     answer_tokens: PositiveInt | None
     """Mean answer tokens of a row and of PPO's answers; null as for `prompt_tokens`."""
     longest_answer: PositiveInt | None
-    """Tokens of PPO's longest answers; null takes twice `answer_tokens`. Read only with `gpus`, if lengths
-    are not measured."""
+    """Tokens of PPO's longest answers; null takes twice `answer_tokens`, or what the model's context has room
+    for. Read only with `gpus`, if lengths are not measured."""
     gpus: PositiveInt | None
     """GPUs of each node, which need not exist here; null plans for this machine."""
     nodes: PositiveInt
@@ -184,10 +187,17 @@ class PlanStage(TellsOfRuns):
         """Whether the plan, not ppo.max_new_tokens, sets the length of PPO's answers."""
         return self.gpus is not None and not self.measures
 
-    @property
-    def longest(self) -> int:
-        """Tokens of PPO's longest answers."""
-        return self.longest_answer or 2 * self.lengths["answer_tokens"]
+    def lengths_in(self, context: int) -> dict[str, int]:
+        """`lengths`, with those that are assumed limited to what a context has room for."""
+        return {
+            key: min(value, context // 2) if key != "rows" and getattr(self, key) is None else value
+            for key, value in self.lengths.items()
+        }
+
+    def longest_in(self, context: int) -> int:
+        """Tokens of PPO's longest answers: without `longest_answer` what the context has room for."""
+        _, prompt, answer = self.lengths_in(context).values()
+        return self.longest_answer or max(answer, min(2 * answer, context - prompt))
 
     def planned(self, chain: Mapping[str, Stage]) -> list[str]:
         """Names of the planned stages, in the chain's order."""
@@ -226,22 +236,23 @@ class PlanStage(TellsOfRuns):
         self.check_gpu_keys(experiment)
         chain = experiment.stages
         base, shape = self.base(job)
-        on, use = self.cost_context(job, experiment, shape), self.use_case(job, experiment)
+        on, use = self.cost_context(job, experiment, shape), self.use_case(job, experiment, shape.context)
         planned = [chain[name] for name in self.planned(chain)]
         ranked = rank_strategies(planned, experiment, base, on, use, self.methods)
         best = ranked[0]
         cells = table(ranked, self.price_per_gpu_hour)
         reason = recommendation(best)
         if best.objections:
-            instead = [*fitting_alternatives(planned, experiment, base, on, use)]
-            reason = f"Nothing here can be done: each row says why. {'; '.join(instead)}".rstrip()
+            instead = [*fitting_alternatives(planned, experiment, base, on, use, self.methods)]
+            reason = "No strategy is possible: the last column of each row says why."
+            reason += f" But {'; '.join(instead)}." if instead else ""
         text = [
             f"# Plan\n\n{hardware_line(on)}\n",
             cells.markdown(),
             f"\n{reason}\n",
             speeds(best).markdown(),
             "",
-            *(f"{line}\n" for line in assumptions(best, self.lengths_line())),
+            *(f"{line}\n" for line in assumptions(best, self.lengths_line(shape.context))),
             phases(best).markdown(),
         ]
         if job.compute.is_main:
@@ -293,9 +304,10 @@ class PlanStage(TellsOfRuns):
             speed = job.compute.main_only(lambda: calibrated_speed(job.compute, Path(settings.store_dir)))
             machine, dtype_bytes = local_machine(job.compute, speed), job.compute.dtype.itemsize
         else:
+            nodes, gpus = "node" + "s" * (self.nodes > 1), "GPU" + "s" * (self.gpus > 1)
             machine = Machine(
                 kind="cuda",
-                name=f"planned: {self.nodes} nodes of {self.gpus} GPUs",
+                name=f"planned: {self.nodes} {nodes} of {self.gpus} {gpus}",
                 memory=float(self.gpu_memory),
                 host_memory=self.host_memory / self.gpus,
                 used=CUDA_CONTEXT + (NCCL_BUFFERS if self.gpus * self.nodes > 1 else 0.0),
@@ -308,18 +320,18 @@ class PlanStage(TellsOfRuns):
                 network=float(self.network),
             )
             dtype_bytes = 4 if settings.precision == "fp32" else 2
-        mean = float(self.lengths["answer_tokens"]) if self.plans_answers else None
+        mean = float(self.lengths_in(shape.context)["answer_tokens"]) if self.plans_answers else None
         return CostContext(
-            shape, dtype_bytes, settings.zero, machine, self.sizes(job),
+            shape, dtype_bytes, settings.zero, machine, self.sizes(job, shape.context),
             settings.vllm if settings.generation in (("vllm", "auto") if self.gpus else ("vllm",)) else None,
             pads_rows(settings.model, shape), answer_tokens=mean,
         )  # fmt: skip
 
-    def sizes(self, job: Job) -> Sizes:
+    def sizes(self, job: Job, context: int) -> Sizes:
         """Rows and lengths by role: prepared, given or assumed."""
         if self.measures:
             return job.data.size
-        num_rows, prompt, answer = self.lengths.values()
+        num_rows, prompt, answer = self.lengths_in(context).values()
 
         def given(role: str, split: Split) -> LengthStats:
             has_answer = not issubclass(self.mount.roles[role].row_types[0], PromptRow)
@@ -329,22 +341,31 @@ class PlanStage(TellsOfRuns):
 
         return given
 
-    def lengths_line(self) -> str:
+    def lengths_line(self, context: int) -> str:
         """The plan's line about lengths."""
         if self.measures:
             return "Lengths: those of the prepared data."
-        values = {key: f"plan.{key}={value}" for key, value in self.lengths.items()}
+        lengths = self.lengths_in(context)
+        values = {key: f"plan.{key}={value}" for key, value in lengths.items()}
         assumed = [text for key, text in values.items() if getattr(self, key) is None]
         given = [text for text in values.values() if text not in assumed]
         parts = {"given": ", ".join(given), "assumed, as nothing was given": ", ".join(assumed)}
-        return f"Lengths {'; '.join(f'{source}: {keys}' for source, keys in parts.items() if keys)}."
+        limited = [values[key] for key in lengths if lengths[key] < self.lengths[key]]
+        longest = self.longest_in(context)
+        if self.plans_answers and self.longest_answer is None and longest < 2 * lengths["answer_tokens"]:
+            limited.append(f"plan.longest_answer={longest}")
+        line = f"Lengths {'; '.join(f'{source}: {keys}' for source, keys in parts.items() if keys)}."
+        return line + (
+            f" Limited to the model's context of {context} tokens: {', '.join(limited)}." if limited else ""
+        )
 
-    def use_case(self, job: Job, experiment: Experiment) -> UseCase:
+    def use_case(self, job: Job, experiment: Experiment, context: int) -> UseCase:
         """The task's lengths and the plan's limits."""
         from rlhf.planner.strategies import UseCase
 
         compare = experiment.resolved["compare"]
-        rows, mean_prompt, mean_answer, has_questions = *map(float, self.lengths.values()), True
+        rows, mean_prompt, mean_answer = map(float, self.lengths_in(context).values())
+        longest, has_questions = self.longest_in(context) if self.plans_answers else None, True
         if self.measures:
             sft_rows = job.data.rows("sft", "train")
             rows, tokenizer = len(sft_rows), job.base.load_tokenizer()
@@ -353,7 +374,7 @@ class PlanStage(TellsOfRuns):
             both = fmean(len(exchange_ids(tokenizer, row.prompt, row.completion)[0]) for row in sample)
             mean_answer = both - mean_prompt
         return UseCase(
-            round(rows), mean_prompt, mean_answer, longest=self.longest if self.plans_answers else None,
+            round(rows), mean_prompt, mean_answer, longest=longest,
             wants_vllm=experiment.settings.generation == "vllm",
             examples=compare["few_shot"]["examples"], passages=compare["retrieval"]["passages"],
             has_questions=has_questions, deploy=self.deploy, hours=self.hours,
@@ -371,10 +392,10 @@ class PlanStage(TellsOfRuns):
             console.print(rich_table, highlight=False)
         if self.explain:
             console.print(escape("\n".join(explanation(ranked, self.price_per_gpu_hour))), highlight=False)
-        for line in assumptions(ranked[0], self.lengths_line()):
+        for line in assumptions(ranked[0], self.lengths_line(on.shape.context)):
             console.print(escape(line), highlight=False)
         console.print(escape(reason), highlight=False, soft_wrap=True)
         if not ranked[0].objections:
             directory = job.run_directory / "artifacts" / self.name
-            command = f"python -m rlhf --config-dir {directory} +experiment=planned"
+            command = f"To run it: python -m rlhf --config-dir {directory} +experiment=planned"
             console.print(command, highlight=False, soft_wrap=True, markup=False)

@@ -2,8 +2,7 @@
 
 Reads   the sources that the roles' keys name (sft.data, reward.pairs, ...); the base model's tokenizer.
 Writes  normalised rows, ROLE.SPLIT.arrow; their token ids, ROLE.SPLIT.tokens.arrow; report.json: rows read,
-        kept and dropped, and why; unlike.json: words and marks that the texts of one role have and those of
-        another lack.
+        kept and dropped, and why.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class PrepareStage(Stage):
     """The keys `prepare.*`. Values: conf/stages/prepare.yaml."""
 
-    version, random, repeats_keys, reads_weights = 15, False, True, False
+    version, random, repeats_keys, reads_weights = 16, False, True, False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "sft_rows": Metric("SFT rows", ".0f"),
         "reward_pairs": Metric("pairs", ".0f"),
@@ -80,11 +79,7 @@ class PrepareStage(Stage):
         have these names; and the code of users' roles."""
         sources = sources_of(chain)
         roles = sources.roles
-        digests = {
-            role: sources.lender(role)
-            or digest_of([source.reading_digest(roles[role].key) for source in sources.own(role)])
-            for role in roles
-        }
+        digests = {role: sources.content_digest(role) for role in roles}
         digests["names"] = digest_of(
             [
                 source.name
@@ -122,7 +117,7 @@ class PrepareStage(Stage):
             preparation = self.preparation(sources, job.base, Path(scratch))
             preparation.prepare(job.progress)
             preparation.write(job.directory)
-            preparation.show(job.progress.console)
+            preparation.show(job.progress.console, {})
             return preparation.metrics() | {
                 "foreign_template": float(uses_other_template(job.base)),
                 "vocabulary_size": float(len(preparation.tokenizer)),

@@ -48,8 +48,6 @@ class RewardStage(Stage):
         "accuracy_over_baseline": Metric(
             better="higher",
             purpose="the reward model{label}'s ranking against chance and length",
-            failed="it ranks no better than a rule that reads no word, so no policy can learn from it "
-            "(labels that contradict each other do this, and a rate that is too low)",
         ),
         **named(
             "baseline_accuracy", "margin", "calibration_error", "length_correlation", "score_mean",

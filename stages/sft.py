@@ -52,7 +52,6 @@ class SftStage(Stage):
         "held_out_loss_change": Metric(
             better="lower",
             purpose="{title}'s loss on held-out answers",
-            failed="it learned nothing of its examples, and all that follows starts from it",
         ),
         **named(
             "prompt_gain", "cut_share", "answer_tokens", "skipped_steps", "rows_cut", "rows_left_out",

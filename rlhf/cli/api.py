@@ -136,7 +136,7 @@ def run(config: Mapping[str, Any], *, quiet: bool = False) -> FinishedRun:
             try:
                 run_chain(pipeline, console)
             except GateError as error:
-                print_summary(pipeline.results, console)
+                print_summary(pipeline.results, console, ended_by=error)
                 error.add_note(f"The run is rlhf.open_run({str(directory)!r}).")
                 raise
             print_summary(pipeline.results, console)

@@ -29,9 +29,11 @@ def read(
     values = dict(known)
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key not in known or not equals or not value:
+        if key in known and equals and not value:
+            raise ConfigError(f"{command} {argument}: the value is missing. Write it after the sign.")
+        if key not in known or not equals:
             near = did_you_mean(key, known)
-            usage = " ".join(f"{name}=..." for name in known)
+            usage = " ".join(f"{name}=VALUE" for name in known)
             raise ConfigError(f"{command} {argument}: it takes {usage}.{near}")
         values[key] = value
     return values

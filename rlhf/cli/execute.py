@@ -156,7 +156,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                 try:
                     run_chain(pipeline, console)
                 except GateError as error:
-                    print_summary(pipeline.results, console)
+                    print_summary(pipeline.results, console, ended_by=error)
                     console.print(f"\n[red]{escape(str(error))}[/]", highlight=False)
                     console.print(
                         "Finished stages are kept. `gates=warn` continues after a failed gate.",

@@ -19,9 +19,9 @@ from rlhf.tracking.position import read_position
 
 HELP = """python -m rlhf gc [store_dir=DIR] [runs_dir=DIR] [yes=true]
 
-Show what in the store no run in runs_dir uses, with its size, and ask before it is removed. Where nobody can
-answer, nothing is removed, unless yes=true says so. Runs of other directories are not seen: what they use
-is removed too. Whatever a later run needs again is made again.
+Show what no run of runs_dir uses in the store, with its size, and ask before removing it. Without a terminal
+it cannot ask, and removes nothing. yes=true removes without asking. It does not know runs of other
+directories, and removes what they use. A later run makes again what it needs.
 """
 LEFTOVER_NAME = re.compile(r"\.(\w+)\.(checkpoints|last|part-.*|damaged-.*|replaced)")
 LEFTOVER_REASONS = {

@@ -40,6 +40,8 @@ RUN_TITLE = "For the whole run"
 PAGE_TITLE = "# Keys\n\nEvery key with its default and its meaning; `${...}` is another key's value."
 PAGE_LINK = re.compile(r"\(docs/([\w/-]+\.md)\)")
 """Matches the link to a page in an advice text."""
+MAX_SHOWN_ENDINGS = 3
+"""Most keys that are suggested for the end of a key, such as `lr`."""
 LINE_WIDTH = 100
 """Width of printed lines, in characters."""
 
@@ -69,6 +71,14 @@ def keys(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     Raises:
         ConfigError: there is no such key, or the schema cannot be written.
     """
+    for place, argument in enumerate(arguments):
+        name, equals, _ = argument.partition("=")
+        if equals and name != "schema":
+            raise ConfigError(
+                f"keys {argument}: `keys` takes names of keys, such as `keys {name}`, and schema=FILE."
+            )
+        if equals and any(each.startswith("schema=") for each in arguments[:place]):
+            raise ConfigError(f"keys {argument}: schema= is given twice. Leave one out.")
     parsed = read_words("keys", arguments, {"schema": ""}, HELP)
     if parsed is None:
         return DONE
@@ -93,13 +103,32 @@ def keys(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     for name in names:
         plain = re.sub(r"@\w+", "", name)  # STAGE@LABEL has the keys of its stage
         matching = [key for key in known if key.name == plain or key.name.startswith(f"{plain}.")]
+        matching = matching or [*_part_of_gate(plain, known)]
         if not matching:
+            endings = sorted(
+                (key.name for key in known if key.name.endswith(f".{plain}")), key=lambda key: key.count(".")
+            )[:MAX_SHOWN_ENDINGS]
+            near = f" Did you mean {' or '.join(endings)}?" if endings else ""
             raise ConfigError(
-                f"keys {name}: there is no such key.{did_you_mean(name, [key.name for key in known])} "
+                f"keys {name}: there is no such key."
+                f"{near or did_you_mean(name, [key.name for key in known])} "
                 "`python -m rlhf keys` lists all sections."
             )
+        if name != plain:
+            stage = plain.partition(".")[0]
+            print(f"{name.partition('.')[0]} has the keys of {stage}, with the same defaults.")
         _print(matching)
     return DONE
+
+
+def _part_of_gate(name: str, known: Iterable[Key]) -> Iterator[Key]:
+    """`ppo.gates.kl.max`: a part of a gate, which the lists of keys show in the gate's own line."""
+    gate, _, part = name.rpartition(".")
+    if ".gates." in gate and part in Bound.model_fields:
+        limits = [yaml.safe_load(key.default) for key in known if key.name == gate]
+        for each in limits:
+            default = (each or {}).get(part, "")
+            yield _key(name, default, Bound.model_fields[part].description or "")
 
 
 def _print(keys: Iterable[Key]) -> None:

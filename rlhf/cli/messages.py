@@ -300,7 +300,11 @@ def _unreadable_message(error: OverrideParseException, arguments: Sequence[str])
     key, has_value, value = override.partition("=")
     place = list(arguments).index(override) if override in arguments else 0
     before, after = list(arguments)[max(0, place - 1) : place], list(arguments)[place + 1 :]
+    if key != key.strip():
+        return f"{override!r}: spaces stand around the sign. Write {key.strip()}={value.strip()}."
     if not has_value:
+        if key in full_keys(packaged_keys()):
+            return f"{key}: it has no value. Write {key}=VALUE."
         if not before or "=" not in before[0]:
             return f"{override}: not KEY=VALUE."
         joined = shlex.quote(" ".join([*before, override]))

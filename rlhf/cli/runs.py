@@ -25,8 +25,8 @@ from rlhf.tracking.tables import Cells, shown
 
 STATUS_HELP = """python -m rlhf status [run_name=NAME] [runs_dir=DIR]
 
-How a run is, from its files: running (where, at which step, how long it will take), done, failed, stopped, or
-dead. Without a name: the newest run. Exit codes: 0, or 2 if there is no such run.
+Show the state of a run, from its files: running (where, at which step, how long it will take), done, failed,
+stopped, or dead (killed). Without a name: the newest run. Exit codes: 0, or 2 if there is no such run.
 """
 LS_HELP = """python -m rlhf ls [runs_dir=DIR]
 
@@ -63,6 +63,16 @@ class RunState:
         total = f"/{position['total']}" if position.get("total") else ""
         progress = f" ({position['task']} {position['done']}{total})" if position.get("task") else ""
         return f"{process}{position.get('stage', 'starting')}{progress}, {last_sign}"
+
+    @property
+    def ending(self) -> Iterator[str]:
+        """The error of a failed run, and what to do after a run did not reach its end."""
+        if self.status == "failed":
+            if (error := self.position.get("error")) and not error.startswith("GateError"):
+                yield f"error: {error}"
+            yield "Fix the cause first. Finished stages and the last checkpoint are kept."
+        if self.status in ("dead", "stopped"):
+            yield "The same command continues: finished stages and the last checkpoint are kept."
 
     @property
     def unfinished(self) -> list[str]:
@@ -172,8 +182,7 @@ def lines_of(state: RunState) -> Iterator[str]:
             yield f"  gate failed: {name} = {figure}, wanted {gate['bound']}"
     if state.verdict:
         yield from (f"  {line}" for line in state.verdict.split("\n"))
-    if state.status in ("dead", "stopped", "failed"):
-        yield "  The same command continues: finished stages and the last checkpoint are kept."
+    yield from (f"  {line}" for line in state.ending)
 
 
 def ls(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:

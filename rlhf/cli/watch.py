@@ -29,7 +29,7 @@ HOST, PORT = "127.0.0.1", 8765
 HELP = f"""python -m rlhf watch [run_name=NAME] [runs_dir=DIR] [port={PORT}]
 
 Serves the page of a run on {HOST} while the run goes on: curves, answers, where it is, how long it will take.
-Without a name: the newest run; of a sweep, the list of its trials. Ctrl-C ends it, and not the run.
+Without a name: the newest run; of a sweep, the list of its trials. Ctrl-C ends watch, not the run.
 """
 HEADERS = {
     "Cache-Control": "no-store",
@@ -179,8 +179,7 @@ def lines_of(state: RunState) -> Iterator[str]:
         yield "It runs on another host and has not written for long: it may be dead."
     if state.status == "dead":
         yield "Its process is gone."
-    if state.status in ("dead", "stopped", "failed"):
-        yield "The same command continues: finished stages and the last checkpoint are kept."
+    yield from state.ending
     if state.unfinished and state.status != "done":
         yield f"Left: {', '.join(state.unfinished)}."
     if state.seconds_left is not None:

@@ -204,7 +204,7 @@ class Comparison:
         """Measure memory, and time and cost of single requests. Best of n samples and scores n answers."""
         stage, job, budget = self.stage, self.job, self.budget(candidate, policy)
         if stage.num_timed:
-            given.figures["storage_bytes"] = self.storage(candidate.model) + builder.num_bytes
+            given.figures["storage_bytes"] = self.storage(candidate) + builder.num_bytes
             self.price_setup(candidate, builder, given)
             samples = stage.best_of if candidate.method == "best_of_n" else 1
             reward = self.reward() if candidate.method == "best_of_n" else None
@@ -231,22 +231,30 @@ class Comparison:
         they are known."""
         tuned = [self.artifact(candidate.model)] if self.has_artifact(candidate.model) else []
         if candidate.method == "best_of_n":
-            trained = (stage_of(part.source) for part in models_of(self.stage.reward))
-            tuned += [self.job.inputs[name] for name in filter(None, trained)]
+            tuned += self.reward_artifacts()
         training = None if candidate.model == "init" else training_seconds(tuned)
         if training is not None:
             setup = training + builder.setup_seconds
             cost = cost_of(setup, self.stage.price_per_hour)
             given.figures |= {"setup_seconds": setup, "setup_cost": cost}
 
+    def reward_artifacts(self) -> list[Artifact]:
+        """The models of the reward that stages of this run trained."""
+        trained = (stage_of(part.source) for part in models_of(self.stage.reward))
+        return [self.job.inputs[name] for name in filter(None, trained)]
+
     def has_artifact(self, model: str) -> bool:
         """Whether the model is in the store or in a directory that the user names."""
         return is_stage(model) or is_directory(model)
 
-    def storage(self, model: str) -> int:
-        """Bytes of a model's files."""
+    def storage(self, candidate: Candidate) -> int:
+        """Bytes of the files of a candidate's model; for best of n also of the reward models that stages
+        trained."""
+        model, rewards = candidate.model, 0
+        if candidate.method == "best_of_n":
+            rewards = sum(model_bytes(each.path) for each in self.reward_artifacts())
         if self.has_artifact(model):
-            return model_bytes(path_of(self.artifact(model)))
+            return model_bytes(path_of(self.artifact(model))) + rewards
         return model_bytes(
             (self.job.base if model == "base" else self.job.start(self.stage.start_model)).directory
         )
@@ -254,7 +262,7 @@ class Comparison:
     def is_untrained(self, candidate: Candidate) -> bool:
         """Whether a candidate is there without training of ours."""
         model, by_reward = candidate.model, candidate.method == "best_of_n"
-        if by_reward and any(stage_of(part.source) for part in models_of(self.stage.reward)):
+        if by_reward and self.reward_artifacts():
             return False
         return not is_stage(model) and not (
             is_directory(model) and isinstance(self.artifact(model), Artifact)

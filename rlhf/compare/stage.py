@@ -162,6 +162,9 @@ class ComparisonStage(Stage):
             raise ValueError(f"{key}: two candidates are called {twice}. Remove or rename one")
         if "best_of_n" in self.methods_used and self.reward is None:
             raise ValueError(f"{key}: {BEST_OF_N} needs KEY.reward. Add it, or leave {BEST_OF_N} out")
+        if self.temperature == 0 and ("best_of_n" in self.methods_used or self.samples_per_prompt > 1):
+            what = BEST_OF_N if "best_of_n" in self.methods_used else "KEY.samples_per_prompt"
+            raise ValueError(f"KEY.temperature=0 gives equal answers, and {what} needs others. Set it to 1")
         if self.quality in JUDGES and getattr(self, needed := JUDGES[self.quality]) is None:
             raise ValueError(
                 f"KEY.quality={self.quality} needs KEY.{needed}. Give one, or choose another KEY.quality"

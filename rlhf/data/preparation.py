@@ -36,7 +36,6 @@ from rlhf.data.prepared import (
     REPORT,
     SAME_PROMPT,
     TOO_LONG,
-    UNLIKE,
     PreparedData,
     Removed,
     RoleData,
@@ -47,7 +46,7 @@ from rlhf.data.roles import JUDGE, TRAINING, Roles, training_roles
 from rlhf.data.schema import PairRow, Split, draw_at_most, drawn
 from rlhf.data.sources import SourceConfig
 from rlhf.data.tokens import TEMPLATE_WITHOUT_TOOLS, BadRow, Examiner, Fault
-from rlhf.data.unlike import find_differences
+from rlhf.digests import digest_of
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text
 
@@ -97,6 +96,11 @@ class Sources:
         """The role whose prompts this role uses, or None."""
         return next((name for name, each in self.roles.items() if each.key == self.named[role]), None)
 
+    def content_digest(self, role: str) -> str:
+        """Digest of what the role's own sources hold, or the role whose prompts it uses."""
+        contents = [source.reading_digest(self.roles[role].key) for source in self.own(role)]
+        return self.lender(role) or digest_of(contents)
+
     def makers(self) -> dict[str, str]:
         """Role -> the stage that makes its rows."""
         return {
@@ -138,8 +142,6 @@ class Preparation:
     """`tokenizer_digest` of the tokenizer."""
     data: dict[str, RoleData] = field(default_factory=dict)
     """Role -> its rows, in the order of the roles table."""
-    differences: list[str] = field(default_factory=list)
-    """Differences between the data sets, as sentences. `write` sets them."""
 
     def __post_init__(self) -> None:
         self.digest = tokenizer_digest(self.tokenizer)
@@ -166,7 +168,7 @@ class Preparation:
         self._check_not_empty()
 
     def write(self, directory: Path) -> None:
-        """Write the rows of each split, and the reports."""
+        """Write the rows of each split, and the report."""
         prepared = PreparedData(directory, roles=self.roles)
         report = {}
         for role in self.data.values():
@@ -176,11 +178,8 @@ class Preparation:
             source, digest = ", ".join(self._names(role.role)), prepared.digest(role.role)
             made = {"made_by_runs": self._run_rows_note(role.role)}
             report[role.role] = {"source": source, "digest": digest, **made, **role.report()}
-        rows = {role: prepared.rows(role, self.roles[role].splits[0]) for role in report}
-        self.differences = [*find_differences(rows, self.roles)]
-        for name, content in {REPORT: report, UNLIKE: self.differences}.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False)
-            (directory / name).write_text(redacted_text(text), encoding="utf-8")
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
 
     def metrics(self) -> dict[str, float]:
         """Counts of rows and of removed rows. Shares are of the role that lost the largest share."""
@@ -207,25 +206,26 @@ class Preparation:
         """Training rows with a prompt of an evaluation set that has sources of its own."""
         return sum(self.data[role].count(LEAK) for role in training_roles(self.roles))
 
-    def show(self, console: Console) -> None:
-        """Print how many rows were read, kept and removed, and why."""
+    def show(self, console: Console, makers: Mapping[str, str]) -> None:
+        """Print how many rows were read, kept and removed, and why. `makers`: role -> the stage that made its
+        rows."""
         table = Table("data", "source", box=None, pad_edge=False, header_style="dim")
-        for heading in ("read", "train", "held out", "evaluation", "dropped", "tokens p50", "p95", "max"):
+        splits = ("train", "held out", "evaluation", "set aside", "dropped")
+        for heading in ("read", *splits, "tokens p50", "p95", "max"):
             table.add_column(heading, justify="right")
         for role in self.data.values():
             if self.sources.named[role.role]:
-                table.add_row(*self._table_cells(role))
+                table.add_row(*self._table_cells(role, makers.get(role.role)))
         console.print(table, highlight=False)
         for role in self.data.values():
             for name, columns in role.columns.items():
                 text = f"  {role.key}: {Path(name).name} {columns}"
                 console.print(text, style="dim", markup=False, highlight=False)
             cut = [f"{role.cut.count} to be cut ({role.cut.places()})"] if role.cut.count else []
-            if role.num_dropped or cut:
+            if role.removed or cut:
                 text = f"  {role.key}: {'; '.join([*role.reasons(), *cut])}"
-                console.print(text, style="yellow", markup=False, highlight=False)
-        for difference in self.differences:
-            console.print(f"  {difference}", style="yellow", markup=False, highlight=False)
+                style = "yellow" if role.num_dropped or cut else "dim"
+                console.print(text, style=style, markup=False, highlight=False)
         if any(role.count(TOO_LONG) + role.cut.count for role in self.data.values()):
             console.print(f"  {self._length_note()}", style="yellow", highlight=False)
         if self.num_leaks:
@@ -581,12 +581,14 @@ class Preparation:
         other = self.sources.lender(role)
         return [self.roles[other].key] if other else [*map(str, self.sources.own(role))]
 
-    def _table_cells(self, role: RoleData) -> Iterator[str]:
+    def _table_cells(self, role: RoleData, maker: str | None) -> Iterator[str]:
         yield role.key
-        yield ", ".join(source.rsplit("/", 1)[-1] for source in self._names(role.role))
+        names = [f"stage:{maker}"] if maker else self._names(role.role)
+        yield ", ".join(source.rsplit("/", 1)[-1] for source in names)
         yield str(role.num_read)
         for split in ("train", "held_out", "evaluation"):
             yield str(len(role.splits[split])) if split in role.splits else "-"
+        yield str(role.num_set_aside)
         yield str(role.num_dropped)
         lengths = quantiles(map(role.tokens, role.rows))
         for name in ("p50", "p95", "max"):

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 AnyRow = TypeVar("AnyRow")
 TrainSplit = Literal["train", "held_out"]
-REPORT, UNLIKE = "report.json", "unlike.json"
+REPORT = "report.json"
 DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
 FOR_JUDGE = "for the judge"
 NO_PROMPT, SAME_PROMPT = "no prompt", "same prompt"
@@ -186,12 +186,6 @@ class PreparedData:
 
         spans = TokenIds(path).spans
         return float(numpy.diff(spans).mean()) if len(spans) else None
-
-    def unlike(self) -> list[str]:
-        """Differences between the texts of roles, as sentences: see rlhf/data/unlike.py."""
-        path = self.directory / UNLIKE
-        sentences: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        return sentences  # artifacts of earlier versions have none
 
     def check_not_empty(self, role: str) -> None:
         """Refuse a role without rows that uses the prompts of another role. `prepare` itself refuses an empty
@@ -484,6 +478,11 @@ class RoleData:
         return sum(removed.count for reason, removed in self.removed.items() if reason not in NOT_DROPPED)
 
     @property
+    def num_set_aside(self) -> int:
+        """Number of valid rows that this role does not use: see `NOT_DROPPED`."""
+        return sum(map(self.count, NOT_DROPPED))
+
+    @property
     def bad_share(self) -> float:
         """Share of the rows read that the role could not use at all. Duplicates, outvoted rows and faults do
         not count."""
@@ -496,7 +495,10 @@ class RoleData:
 
     def reasons(self) -> list[str]:
         """The removed rows per reason, such as `2 tie (train.jsonl line 4, train.jsonl line 9)`."""
-        return [f"{removed.count} {reason} ({removed.places()})" for reason, removed in self.removed.items()]
+        return [
+            f"{removed.count} {reason.replace('_', ' ')} ({removed.places()})"
+            for reason, removed in self.removed.items()
+        ]
 
     def report(self) -> dict[str, Any]:
         """The role's part of report.json."""

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import count
@@ -366,8 +366,7 @@ def make_compute(
         keep_freed_memory()
     is_alone = on_cpu and world_size == 1 and zero == "none"  # then torch is not needed before a stage runs
     device_name = "cpu" if is_alone else _joined(on_cpu, rank, world_size, zero, timeout)
-    name, reason = (precision, "as configured") if precision != "auto" else choose_precision(device_name)
-    dtype = {"bf16": "bfloat16", "fp32": "float32"}[name]
+    kind = device_name.partition(":")[0]
     ranks = f", {world_size} ranks" if world_size > 1 else ""
     node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
     if SHARDINGS[zero].within_node:
@@ -375,8 +374,13 @@ def make_compute(
     sharding = f", {zero}" if zero != "none" else ""
     if zero == "hsdp" and node_ranks == world_size:
         sharding += " (on one node it is fsdp2)"
-    kind = device_name.partition(":")[0]
-    compute = Compute(device_name, dtype, zero, rank, world_size, node_ranks, timeout=timeout)
+    compute = Compute(device_name, "float32", zero, rank, world_size, node_ranks, timeout=timeout)
+    # rank 0's choice on every rank: hosts may have other CPUs
+    chosen = (
+        (precision, "as configured") if precision != "auto" else compute.broadcast(choose_precision(kind))
+    )
+    name, reason = chosen
+    compute = replace(compute, dtype_name={"bf16": "bfloat16", "fp32": "float32"}[name])
     return compute, f"{name} on {kind} ({reason}){ranks}{sharding}"
 
 

@@ -115,6 +115,9 @@ def choose_precision(device: str) -> tuple[str, str]:
     CPUs with AVX512-BF16 or AMX multiply bf16 several times faster than fp32; other CPUs emulate it. The
     CPU's flags decide, if the system shows them; otherwise a short measurement does. Flags are better: the
     load of the machine must not change the precision, which is part of every artifact's key.
+
+    Args:
+        device: `cpu` or `cuda`.
     """
     if device != "cpu":
         import torch

@@ -324,7 +324,7 @@ def _hub_snapshot(config: ModelConfig, *, weights: bool = False) -> Path:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ConfigError(
-            f"model.id={config.id} (revision {config.revision}): {str(error).splitlines()[0]} "
+            f"model.id={config.id} (revision {config.revision}): {str(error).splitlines()[0].rstrip('.')}. "
             "Check the name, the revision and the network, or use model=local."
         ) from None
 

@@ -19,7 +19,7 @@ from rlhf.models.start import directory_of, parse_model
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 
 AUTO = "auto"
-KEYS_WITHOUT_ROLE = ("compare.questions", "compare.corpus")
+KEYS_WITHOUT_ROLE = ("compare.questions", "compare.corpus", "evaluate.corpus")
 """Keys that name data which `prepare` does not read."""
 
 
@@ -68,8 +68,8 @@ def without_auto(config: Mapping[str, Any], roles: Roles, makers: Collection[str
     if own and auto_keys:
         values = ", ".join(f"{key}={_get(resolved, key) or 'null'}" for key in auto_keys)
         notes.append(
-            f"Your own data: {values}. No packaged set is used unless you name it, such as "
-            "evaluate.retention=[samples:retention_sentences,samples:retention_questions]."
+            f"As you gave data of your own, auto became: {values}. No packaged set is used unless you name "
+            "it, such as evaluate.retention=[samples:retention_sentences,samples:retention_questions]."
         )
     return Resolved(resolved, own, notes)
 
@@ -165,7 +165,8 @@ def _gate_subject(policies: Any, start_names: list[str], recipe_policies: list[s
         recipe_policies: the policies that the recipe compares.
     """
     named = policies if isinstance(policies, list) else []
-    others = [name for name in named if name not in (*start_names, BEST_OF_N)]
+    models = [name for name in named if "+" not in name and "/" not in name]  # asked the question alone
+    others = [name for name in models if name not in (*start_names, BEST_OF_N)]
     if not others:
         if BEST_OF_N in named:
             return BEST_OF_N

@@ -113,7 +113,8 @@ def prepare_rows(
             advice = [maker_of(maker, chain).offer_advice() for maker in row_makers(stage, chain)]
             raise ConfigError(" ".join([str(error), *advice])) from None
         preparation.write(directory)
-        preparation.show(progress.console)
+        makers = {role: source.stage for role, source in wanted.items() if source.stage}
+        preparation.show(progress.console, makers)
 
 
 def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostContext:

@@ -46,8 +46,6 @@ class Metric(NamedTuple):
     change."""
     purpose: str = ""
     """Name of that metric in the verdict, such as `{title}'s loss on held-out answers`."""
-    failed: str = ""
-    """What the verdict says if that metric is not better, such as `it learned nothing of its examples`."""
     healthy: Healthy | None = None
     """Healthy range of the curve of this name, which the run's page shades. A curve with the name of a gate
     has the gate's bound."""
@@ -146,8 +144,7 @@ def purpose_metric(stage: Stage) -> tuple[str, Metric] | None:
     in; None if there is none."""
     for name, metric in stage.metrics.items():
         if metric.better is not None:
-            purpose, failed = stage.filled(metric.purpose), stage.filled(metric.failed)
-            return name, metric._replace(purpose=purpose, failed=failed)
+            return name, metric._replace(purpose=stage.filled(metric.purpose))
     return None
 
 

@@ -98,9 +98,9 @@ class GateResult:
                 return f"It is so near the bound that it would take about {rows:,} more rows{where}."
             return f"About {rows:,} more row{'s' * (rows > 1)} like these would tell{where}."
         if self.sampled is not None and not self.sampled.rows:
-            return f"No row was of use: it has no value here{where}."
+            return f"No row could be measured, so it has no value{where}."
         if self.sampled is not None and self.sampled.rows < MIN_ROWS:
-            return f"So few tell nothing: it takes more rows{where}."
+            return f"These rows are too few to tell. Give more{where}."
         return "The figure lies on the bound: no number of rows would tell."
 
     def _filled(self, words: str) -> str:

@@ -189,7 +189,7 @@ class Pipeline:
             run.begin()
             content = to_yaml(redacted(self.experiment.resolved))
             (run.directory / "config.yaml").write_text(content, encoding="utf-8")
-            self.position.update(needed=self.experiment.needed(), ended=None, now=True)
+            self.position.update(needed=self.experiment.needed(), ended=None, error=None, now=True)
         except OSError as error:
             raise run.unwritable(error) from None
 
@@ -250,7 +250,7 @@ class Pipeline:
         self.forecast.skip(name)
         tracker.replay(artifact.path)
         run.record(name, "reused", key, artifact, 0.0)
-        why = f": every knob and input equals {artifact.path}" if self.experiment.settings.why else ""
+        why = f": the same settings and inputs as {artifact.path}" if self.experiment.settings.why else ""
         self.console.print(f"[cyan]{name}[/] reused ({key}){why}", highlight=False)
         return artifact
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rlhf.costs.hardware import GIB
-from rlhf.costs.memory import amount
+from rlhf.costs.memory import FP32, amount
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import MAX_GPU_SLOWDOWN, Activity, StageCost, ThroughputModel
 from rlhf.pipeline.preflight import peak_memory
@@ -190,11 +190,12 @@ def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator
 
 
 def hardware_line(on: CostContext) -> str:
-    """The planned hardware, as one line."""
-    machine = on.machine
+    """The planned hardware and its precision, as one line."""
+    machine, precision = on.machine, "fp32" if on.dtype_bytes == FP32 else "bf16"
     return (
-        f"{machine.name}: {machine.ranks} ranks of {machine.memory / GIB:.1f} GiB, "
-        f"{machine.speed.gflops:.0f} GFLOP/s, {machine.speed.gbytes:.0f} GB/s"
+        f"{machine.name}: {machine.ranks} rank{'s' * (machine.ranks > 1)} of "
+        f"{machine.memory / GIB:.1f} GiB, {precision}, {machine.speed.gflops:.0f} GFLOP/s, "
+        f"{machine.speed.gbytes:.0f} GB/s"
     )
 
 

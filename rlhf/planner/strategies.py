@@ -164,14 +164,25 @@ def rank_strategies(
 
 
 def fitting_alternatives(
-    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: CostContext, use: UseCase
+    stages: Sequence[Stage],
+    experiment: Experiment,
+    base: PreTrainedModel,
+    on: CostContext,
+    use: UseCase,
+    methods: Sequence[MethodName] | None = None,
 ) -> Iterator[str]:
-    """Advice if nothing fits: what fits on this hardware, and how many such ranks full tuning needs."""
+    """Advice if nothing fits: what fits on this hardware, and how many such ranks full tuning needs.
+
+    Args:
+        methods: `plan.methods`; None for all.
+    """
     for stage in stages if len(stages) > 1 else ():
-        alone = (tuning_strategy(name, [stage], experiment, base, on, use) for name in METHODS)
-        best = min((each for each in alone if not each.objections), key=lambda each: each.rank, default=None)
-        if best is not None:
-            yield f"{stage.name} alone fits with {best.name}: plan.trains=[{stage.name}]"
+        alone = {name: tuning_strategy(name, [stage], experiment, base, on, use) for name in METHODS}
+        fitting = [name for name in METHODS if not alone[name].objections]
+        if fitting:
+            best = min(fitting, key=lambda name: alone[name].rank)
+            also = f" plan.methods=[{best}]" if methods and best not in methods else ""
+            yield f"{stage.name} alone fits with {alone[best].name}: plan.trains=[{stage.name}]{also}"
     here = on.machine.ranks_here
     for doublings in range(1, 10):
         ranks = on.ranks * 2**doublings
@@ -190,11 +201,11 @@ def prompting_strategies(on: CostContext, use: UseCase) -> Iterator[Strategy]:
     fits_whole = use.rows * row + use.prompt + use.answer <= on.shape.context
     examples = use.rows if fits_whole else use.examples
     ways = {
-        "zero-shot": (0.0, 0.0, 4, "nothing tells it how to answer", "zero_shot"),
+        "zero-shot": (0.0, 0.0, 4, "the model as it is, without examples", "zero_shot"),
         "few-shot": (
             examples * row, examples * row, 0 if fits_whole else 3,
             f"all {use.rows} rows fit into one prompt" if fits_whole
-            else f"{examples} examples show the manner, at each request", "few_shot",
+            else f"each prompt holds {examples} examples of how to answer", "few_shot",
         ),
         "retrieval": (
             use.passages * row, use.rows * row, 3,
@@ -273,15 +284,22 @@ def tuning_strategy(
     if name == "qlora" and on.on_cpu:
         objections.append("4-bit weights need a GPU")
     if use.deploy == "api_only":
-        objections.append("deploy=api_only: weights are out of reach")
+        objections.append("plan.deploy=api_only: the weights cannot be changed")
     if use.deploy == "merged" and not method.merges:
-        objections.append("deploy=merged: it cannot be folded into the weights")
+        objections.append("plan.deploy=merged: this method cannot be merged into the weights")
     if use.deploy == "many_adapters" and not COSTS[name].is_adapter:
-        objections.append("deploy=many_adapters: each task would need a model of its own")
+        objections.append("plan.deploy=many_adapters: each task would need a model of its own")
     for stage in changed:
         if stage.name == "sft" and use.prompt + use.answer > (limit := stage.model_dump()["max_tokens"]):
             objections.append(
                 f"a row has {use.prompt + use.answer:.0f} tokens, and sft.max_tokens={limit} cuts them"
+            )
+    for stage_name, each in chosen.costs.items():
+        if each.longest > (context := min(each.context, setting.shape.context)):
+            answers = f" with plan.longest_answer={use.longest}" if use.longest and each.sampled else ""
+            objections.append(
+                f"{stage_name}: a prompt and its answer have {each.longest:.0f} tokens{answers}, and the "
+                f"context has {context:.0f}"
             )
     return with_objections(replace(strategy, objections=objections + refused), use)
 
@@ -475,7 +493,7 @@ def added_latency(on: CostContext, peft: PeftConfig, use: UseCase) -> Figure:
     """Added seconds per answer of a tuning method that is not merged into the weights."""
     cost = COSTS[peft.method]
     if METHODS[peft.method].merges and use.deploy != "many_adapters":
-        return Figure(0.0, "folded into the weights")
+        return Figure(0.0, "merged into the weights")
     read = prefill(on, cost.added_tokens(on.shape, peft))
     extra = on.dtype_bytes * cost.added(on.shape, peft) / (on.machine.speed.gbytes * 1e9)
     kernels = on.shape.layers * LAYER_SECONDS * cost.added_kernels
@@ -489,8 +507,12 @@ def with_objections(strategy: Strategy, use: UseCase) -> Strategy:
     """The strategy with objections about memory, time and latency added."""
     on, objections = strategy.on, list(strategy.objections)
     if not strategy.fits:
-        peak, _, _ = tightest(strategy.cost, on)
-        objections.append(f"{DOES_NOT_FIT}: {shortage(strategy.cost, on):.2g} times the memory ({peak.name})")
+        peak, on_host, share = tightest(strategy.cost, on)
+        memory = {None: "memory", True: "host memory", False: "GPU memory"}[on_host]
+        objections.append(
+            f"{DOES_NOT_FIT}: {peak.name} needs {share:.0%} of the {memory}, and at most "
+            f"{MAX_MEMORY_SHARE:.0%} may be used"
+        )
     if use.hours is not None and strategy.max_hours > use.hours:
         objections.append(f"{time_of(strategy)}, and plan.hours={use.hours:g}")
     if use.max_added_latency is not None and strategy.latency.value > use.max_added_latency:

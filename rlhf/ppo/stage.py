@@ -42,7 +42,6 @@ class PolicyStage(PolicyConfig, Stage):
         "held_out_score_gain": Metric(
             better="higher",
             purpose="{title}'s score on held-out prompts",
-            failed="{title} found no policy that scores better",
         ),
         **named(
             "first_ratio_deviation", "first_kl", "engine_mismatch", "held_out_score_last",

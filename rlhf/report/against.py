@@ -1,4 +1,4 @@
-"""Differences between a run and a neighbouring run that worked: the surest sign of what ruined it.
+"""Differences between a run and the nearest run that worked.
 
 The recipes of their artifacts are compared, so only what can change a result: keys, rows, models and code.
 """
@@ -49,12 +49,6 @@ class Worked(NamedTuple):
         found = " and ".join(f"{key}{how}" for key, how in self.differences.items())
         verb = "differs" if len(self.differences) == 1 else "differ"
         return f"against run {self.name}, which worked, only {found} {verb}."
-
-    @property
-    def section(self) -> str | None:
-        """The only section of the config that differs, such as `sft` or `model`; None if several differ."""
-        found = {key.partition(".")[0] for key in self.differences if "." in key}
-        return found.pop() if len(found) == 1 and all("." in key for key in self.differences) else None
 
 
 def worked_before(run: Run) -> Worked | None:

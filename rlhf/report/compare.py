@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,10 @@ ROWS: dict[str, tuple[str, str]] = {
     **{f"break_even_{method}": (f"pays off: {words}", ",.0f") for method, words in METHODS.items()},
 }
 """Metrics that end in /CANDIDATE: (words, format). docs/stages/compare.md explains each."""
+OF_REQUESTS = (
+    "seconds_p50", "seconds_p95", "prompt_tokens", "prompts_cut", "memory_bytes", "storage_bytes",
+)  # fmt: skip
+"""Metrics that are shown only if requests were timed."""
 REPEATED = re.compile(r"(pass|avg|maj)_at_(\d+)$")
 """Metrics of several answers per question."""
 WITH_INTERVAL = (
@@ -88,20 +92,32 @@ def requests_words(value: float) -> str:
 
 def comparison_cells(metrics: Mapping[str, float]) -> Cells:
     """One row per metric, one column per candidate; no rows if nothing was compared."""
-    names, rows = candidates(metrics), []
+    names = candidates(metrics)
+    headings = [f"{metrics.get('prompts', 0):.0f} questions", *map(words_of, names)]
+    return Cells(headings, [*comparison_rows(metrics, names)])
+
+
+def comparison_rows(
+    metrics: Mapping[str, float], names: Sequence[str], without: Collection[str] = ()
+) -> Iterator[list[str]]:
+    """The rows of the table, each with its words first. What single requests take is left out if they were
+    not timed.
+
+    Args:
+        names: the candidates, in order.
+        without: metrics that are left out.
+    """
     several = dict.fromkeys(metric for name in metrics if REPEATED.match(metric := name.partition("/")[0]))
+    is_timed = any(name.startswith("seconds_p50/") for name in metrics)
     for metric in [*several, *ROWS]:
         values = [metrics.get(f"{metric}/{name}") for name in names]
-        if all(value is None for value in values):
+        is_left_out = metric in without or (metric in OF_REQUESTS and not is_timed)
+        if is_left_out or all(value is None for value in values):
             continue
-        rows.append([row_of(metric)[0], *(cell_text(metric, value) for value in values)])
+        yield [row_of(metric)[0], *(cell_text(metric, value) for value in values)]
         lows, highs = ([metrics.get(f"{metric}_{end}/{name}") for name in names] for end in ("low", "high"))
         if metric in (*several, *WITH_INTERVAL) and any(low is not None for low in lows):
-            rows.append(
-                ["  95% interval", *(_interval(metric, *ends) for ends in zip(lows, highs, strict=True))]
-            )
-    headings = [words_of(name) for name in names]
-    return Cells([f"{metrics.get('prompts', 0):.0f} questions", *headings], rows)
+            yield ["  95% interval", *(_interval(metric, *ends) for ends in zip(lows, highs, strict=True))]
 
 
 def _interval(metric: str, low: float | None, high: float | None) -> str:

@@ -12,9 +12,7 @@ from rlhf.pipeline.auto import JUDGE
 from rlhf.pipeline.metrics import purpose_metric
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
-from rlhf.report.blame import Blame
-from rlhf.report.convictions import answers
-from rlhf.report.judges import KINDS, OWN_SCORE, VOTES, VOTES_WORDS, Judge, judge_of, votes
+from rlhf.report.judges import KINDS, OWN_SCORE, VOTES, VOTES_WORDS, Judge, answers, judge_of, votes
 
 Direction = Literal["better", "too small", "not better", "unknown"]
 
@@ -56,7 +54,8 @@ class Finding(NamedTuple):
         return "too small" if best < self.smallest else "better" if worst > 0 else "unknown"
 
     def __str__(self) -> str:
-        return f"{self.words} ({self.sampled.value:+.3g}{self.beside})"
+        value, low, high, _ = self.sampled
+        return f"{self.words} {value:+.3g} ({low:+.3g} to {high:+.3g}){self.beside}"
 
 
 def measured(run: Run) -> Iterator[tuple[str, Finding]]:
@@ -127,16 +126,16 @@ def text_after_gain(run: Run, policy: str, judge: Judge | None) -> str:
     return gains + (f"; {judge.remark}" if judge is not None and judge.remark else "")
 
 
-def silent_gold(run: Run) -> dict[str, Blame]:
-    """Blame for the last `evaluate` if its gold score tells nothing: it is the same for every answer, and the
-    reward's is not; or its mean is the same for policies with different answers. Else empty."""
+def silent_gold(run: Run) -> str:
+    """A sentence if the gold score tells nothing: it is the same for every answer, and the reward's is not;
+    or its mean is the same for policies with different answers. Else empty."""
     evaluation, metrics = last_evaluation(run.stages)
     names = [name for name in ("base", "init", *run.chain) if f"gold_deviation/{name}" in metrics]
     learned = [metrics[f"score_deviation/{name}"] for name in names if f"score_deviation/{name}" in metrics]
     if not names or (
         learned and not any(learned)
     ):  # such as when no answer is right: then neither score tells
-        return {}
+        return ""
     means = [metrics[f"gold_mean/{name}"] for name in names]
     spread = max(metrics[f"gold_deviation/{name}"] for name in names)
     if len({*means}) == 1 and not spread:
@@ -151,8 +150,8 @@ def silent_gold(run: Run) -> dict[str, Blame]:
             "no policy from another. Does it standardise each call's scores, or remember them by the prompt?"
         )
     else:
-        return {}
-    return {evaluation: Blame((evaluation,), f"{evaluation}.gold {why}")}
+        return ""
+    return f"{evaluation}.gold {why}"
 
 
 def all_differ(given: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> bool:

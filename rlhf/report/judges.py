@@ -7,10 +7,11 @@ other prompts. A verifier may judge too, as it checks new answers against the ri
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf.data.prepared import PreparedData
 from rlhf.evaluation.sampled import Sampled
@@ -26,7 +27,6 @@ from rlhf.pipeline.graph import (
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
-from rlhf.report.convictions import answers
 from rlhf.rewards.kinds import RewardMix, RewardPart, is_verifier, keyed_parts, parts_of, stage_of
 
 KINDS = {"gold": "gold score", "judge": "judge's score"}
@@ -47,6 +47,21 @@ class Judge(NamedTuple):
     words: str
     remark: str = ""
     """How often the judge is right, if measured."""
+
+
+def answers(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Policy -> the rows of its answers in the last `evaluate`, in the prompts' order; empty if there are
+    none."""
+    evaluation, _ = last_evaluation(run.stages)
+    path = run.directory / "artifacts" / evaluation / "responses.jsonl"
+    found: dict[str, list[dict[str, Any]]] = {}
+    if path.is_file():
+        with path.open(
+            encoding="utf-8"
+        ) as file:  # answers may contain characters at which splitlines would split
+            for row in map(json.loads, file):
+                found.setdefault(row["policy"], []).append(row)
+    return found
 
 
 def judge_of(run: Run) -> Judge | None:

@@ -16,13 +16,13 @@ from rich.table import Table
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled, reward_parts
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
-from rlhf.pipeline.run import GateResult, Run, as_markdown_list, with_outcome
+from rlhf.pipeline.run import GateError, GateResult, Run, as_markdown_list, with_outcome
 from rlhf.printable import printable
-from rlhf.report.compare import METHOD_WORDS, comparison_cells
+from rlhf.report.compare import METHOD_WORDS, comparison_cells, comparison_rows
 from rlhf.report.over_seeds import policies_json
 from rlhf.report.page.write import NAME, write_page
 from rlhf.report.policies import PICTURE, cost_of, write_picture
-from rlhf.report.verdict import decisive, outcome, verdict
+from rlhf.report.verdict import UNTRAINED_VERDICT, decisive, outcome, verdict
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole, redacted_text
 from rlhf.tracking.tables import Cells, shown
@@ -57,6 +57,8 @@ MARKS = {
     "cannot tell": "[yellow]cannot tell[/]",
     "not checked": "[dim]not checked[/]",
 }
+ENDED_UNTRAINED_VERDICT = "A gate ended the run; a random model says nothing about quality."
+"""The verdict of a run of a random model that a gate ended."""
 MAX_SHOWN_CHARS = 400
 """Most characters shown of a prompt or an answer."""
 
@@ -70,13 +72,19 @@ class ShownAnswer(NamedTuple):
     """The scores as text, the gold score first if there is one."""
 
 
-def print_summary(run: Run, console: Console) -> None:
-    """Show the results of the run, and write them to report.md and summary.json. Only rank 0 does this."""
+def print_summary(run: Run, console: Console, *, ended_by: GateError | None = None) -> None:
+    """Show the results of the run, and write them to report.md and summary.json. Only rank 0 does this.
+
+    Args:
+        ended_by: the failed gate that ended the run.
+    """
     if not run.writes:
         return
     if isinstance(console, RedactingConsole):
         console.has_times = False
     run.verdict, run.outcome = verdict(run), outcome(run)
+    if ended_by is not None and run.verdict == UNTRAINED_VERDICT:
+        run.verdict = ENDED_UNTRAINED_VERDICT
     decided = decisive(run)
     run.judged_by = None if decided is None else decided.metric
     _, metrics = last_evaluation(run.stages)
@@ -215,6 +223,8 @@ def policy_cells(run: Run) -> Cells:
             rows.append([words.format(start), *cells])
             cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in sampled]
             rows.append(["  95% interval, over prompts", *cells])
+    shown = {*COMPARED_METRICS, *GAINS_OVER_START, "question_accuracy_change"}
+    rows += comparison_rows(metrics, names, shown)
     rows += [[words, *cells] for words, cells in cost_cells(run, names)]
     prompts = int(metrics.get("prompts", 0))
     heading = f"{prompts} prompt{'s' * (prompts != 1)}"

@@ -13,7 +13,9 @@ from typing import Any
 
 import psutil
 
-from rlhf.disk import replace_text
+from rlhf.config import ConfigError
+from rlhf.disk import disk_error_message, replace_text
+from rlhf.tracking.redaction import redacted
 
 FILE_NAME = "position.json"
 WRITE_SECONDS = 1.0
@@ -39,12 +41,15 @@ class Position:
 
     @contextmanager
     def end(self) -> Iterator[None]:
-        """If an error or a signal ends the block, write `ended`. So a stopped or failed run is not taken for
-        a dead process."""
+        """If an error or a signal ends the block, write `ended`, and the error's first line. So a stopped or
+        failed run is not taken for a dead process."""
         try:
             yield
+        except KeyboardInterrupt:
+            self.update(ended="stopped", now=True)
+            raise
         except BaseException as error:
-            self.update(ended="stopped" if isinstance(error, KeyboardInterrupt) else "failed", now=True)
+            self.update(ended="failed", error=first_line(error), now=True)
             raise
 
     def update(self, *, now: bool = False, **values: Any) -> None:
@@ -54,3 +59,12 @@ class Position:
             self._written = time.monotonic()
             with suppress(OSError):  # a full disk: the run's own writes will report it
                 replace_text(self._path, json.dumps(self._values | {"time": time.time()}))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, as the run shows it."""
+    text = disk_error_message(error) if isinstance(error, OSError) else None
+    if text is None:
+        text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    line: str = redacted(text.partition("\n")[0])
+    return line

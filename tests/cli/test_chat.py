@@ -83,8 +83,8 @@ def test_a_directory_answers_without_a_run(finished_chain: tuple[Chain, Outcome]
         (("policy=pppo",), "policy=pppo: runs/run1 has no such policy, and there is no model in"),
         (("policy=[base,sft,ppo]",), "at most two can answer side by side"),
         (("run_name=nowhere",), "run_name=nowhere: there is no such run"),
-        (("temperature=-1",), "chat.temperature='-1': Input should be greater than or equal to 0"),
-        (("max_new_tokens=many",), "chat.max_new_tokens='many': Input should be a valid integer"),
+        (("temperature=-1",), "chat.temperature='-1': it must be greater than or equal to 0"),
+        (("max_new_tokens=many",), "chat.max_new_tokens='many': it must be a valid integer"),
         (("temprature=1",), "Did you mean temperature?"),
     ],
 )  # fmt: skip

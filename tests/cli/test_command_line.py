@@ -39,6 +39,8 @@ def composed(directory: Path, *arguments: str) -> Outcome:
         (["experiment=quick"], ["+experiment=quick"]),
         (["sft.optim=[1,2]"], ["sft.optim=[1,2]: a mapping, not a list", "sft.optim.lr"]),
         (["generate.splits={a:1}"], ["a list, not a mapping", "generate.splits=[A,B]"]),
+        (["model = tiny"], ["'model = tiny': spaces stand around the sign. Write model=tiny."]),
+        (["stage=sft", "seed"], ["Error: seed: it has no value. Write seed=VALUE."]),
         (["sft.data=my", "data/x.jsonl"], ["data/x.jsonl: not KEY=VALUE", "'sft.data=my data/x.jsonl'"]),
         (["sft.data={path:", "a.jsonl}"], ["the bracket is not closed"]),
         (["sft.data={path: a=b.jsonl}"], ["sft.data={path: a=b.jsonl}: not a list or a mapping"]),
@@ -75,6 +77,22 @@ def test_a_first_word_without_an_equals_sign_is_a_command(
     assert outcome.code == 2
     grammar = "The form is `python -m rlhf [COMMAND] [key=value ...]`, and COMMAND may be "
     assert outcome.err.startswith(f"Error: {arguments[0]}: there is no such command.{meant} {grammar}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["stage=sft", "status"], "status: a command is the first word: `python -m rlhf status ...`.\n"),
+        (["--config-dir", "mine", "keys", "toy"], "`python -m rlhf keys ...`. It knows the packaged stages"),
+        (["+stages@toy=toy", "keys", "toy"], "It knows the packaged stages, not your own."),
+    ],
+)
+def test_a_command_that_is_not_the_first_word_is_told(
+    tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    outcome = run_main(tmp_path, arguments, tmp_path)
+    assert outcome.code == 2 and told in outcome.err, outcome.err
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def complaint(outcome: Outcome) -> str:
         ("seed=-1", ["seed=-1"]),
         ("precision=fp16", ["precision='fp16': fp16 is not offered", "the loss is scaled", "Use auto, bf16"]),
         ("precision=fp64", ["precision='fp64'", "'auto', 'bf16' or 'fp32'"]),
-        ("sft.peft=lorra", ["sft.peft.method='lorra'", "'none', 'lora'"]),
+        ("sft.peft=lorra", ["sft.peft='lorra'", "'none', 'lora'"]),
         ("sft.peft={method:freeze,rank:4}", ["sft.peft.method=freeze does not read rank", "Remove"]),
         ("gates=maybe", ["gates='maybe'", "'enforce' or 'warn'"]),
         ("ppo.reward=happiness", ["ppo.reward='happiness'", "python:MODULE:FUNCTION"]),
@@ -106,7 +106,7 @@ def complaint(outcome: Outcome) -> str:
         ("model=hub", ["model=hub needs model.id=OWNER/NAME"]),
         ("model=local", ["model=local needs model.path=DIR"]),
         ("model=local model.path=nowhere", ["model.path=nowhere: no config.json"]),
-        ("generate.splits=[]", ["generate.splits", "at least 1 item"]),
+        ("generate.splits=[]", ["generate.splits", "it must name at least one"]),
         ("evaluate.retention=[a/test.txt,b/test.txt]", ["evaluate.retention has two", "test, test"]),
         ("model.chat_template=fancy", ["model.chat_template=fancy", "chatml, plain"]),
         ("store_dir=sft.jsonl", ["store_dir=sft.jsonl"]),
@@ -329,5 +329,5 @@ def test_the_process_itself_ends_with_2_and_one_message(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "Error: ppo.clip=-1: Input should be greater than 0.\n"
+    assert done.stderr == "Error: ppo.clip=-1: it must be greater than 0.\n"
     assert not (tmp_path / "runs").exists()

@@ -109,7 +109,7 @@ def test_another_stage_can_be_chosen(finished_chain: tuple[Chain, Outcome], tmp_
         (("run1", "new", "push=mine"), "push=mine: write OWNER/NAME"),
         (("run1", "new", "push=me/mine"), "the environment has no HF_TOKEN"),
         (("run1", "new", "private=no"), "private=no: true or false"),
-        (("run1", "new", "polcy=ppo"), "export polcy=ppo: it takes policy=... push=... private=..."),
+        (("run1", "new", "polcy=ppo"), "export polcy=ppo: it takes policy=VALUE push=VALUE private=VALUE"),
     ],
 )  # fmt: skip
 def test_a_slip_is_said_and_nothing_is_written(

@@ -214,7 +214,7 @@ def test_a_hostile_file_is_one_clear_line(tmp_path: Path, name: str, content: by
         (("a.jsonl", "b.jsonl"), "a.jsonl and b.jsonl both hold prompts with the answers to learn, and"),
         (("a.jsonl", "to=mine.txt"), "an experiment's file ends in .yaml"),
         (("a.jsonl", "to=my, own.yaml"), "init to=my, own.yaml: name it with letters, digits"),
-        (("a.jsonl", "out=mine.yaml"), "init out=mine.yaml: it takes to=..."),
+        (("a.jsonl", "out=mine.yaml"), "init out=mine.yaml: it takes to=VALUE"),
     ],
 )  # fmt: skip
 def test_a_slip_is_said(tmp_path: Path, words: tuple[str, ...], complaint: str) -> None:

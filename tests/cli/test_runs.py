@@ -45,7 +45,9 @@ def test_the_newest_run_is_told_or_one_by_its_name(chain: Chain) -> None:
     said = say(chain.directory, "status", "run_name=run1").out
     assert said.startswith("runs/run1: done\n  prepare ran")
     assert "\n  Whether it worked cannot be told.\n  Your data and settings work; a random model" in said
-    assert "gate failed: sft/held_out_loss_change = " in say(chain.directory, "status", "run_name=run2").out
+    by_gate = say(chain.directory, "status", "run_name=run2").out
+    assert "gate failed: sft/held_out_loss_change = " in by_gate and "same command" not in by_gate
+    assert "Fix the cause first. Finished stages" in by_gate and "error:" not in by_gate
     newest = say(chain.directory, "status").out
     assert newest == say(chain.directory, "status", "run_name=run2").out or "run3" in newest
 
@@ -88,6 +90,10 @@ def test_a_run_that_ends_early_leaves_its_page(
     )
     found = chain.run("stage=generate", f"ppo.reward=python:{name}:score")
     assert found.code == code, found.err
+    status = say(tmp_path, "status").out
+    assert ("The same command continues" in status) == (code == 130)
+    errors = [line for line in status.splitlines() if line.startswith("  error: ")]
+    assert [f"python:{name}:score" in error for error in errors] == [True] * (code == 2)
     assert headline in (found.directory / "report.html").read_text(encoding="utf-8")
     assert f"Page: {found.directory.relative_to(tmp_path)}/report.html" in found.out
 
@@ -96,7 +102,7 @@ def test_a_run_that_ends_early_leaves_its_page(
     ("words", "complaint"),
     [
         (("status", "run_name=run9"), "run_name=run9: there is no such run in runs. Did you mean run"),
-        (("status", "run=run1"), "status run=run1: it takes run_name=... runs_dir=.... Did you mean run"),
+        (("status", "run=run1"), "status run=run1: it takes run_name=VALUE runs_dir=VALUE. Did you mean run"),
         (("ls", "runs_dir=nowhere"), "runs_dir=nowhere: there is no such directory"),
         (("gc", "store_dir=nowhere"), "store_dir=nowhere: there is no such directory"),
         (("gc", "yes=perhaps"), "gc yes=perhaps: true or false"),

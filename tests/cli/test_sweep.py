@@ -193,7 +193,7 @@ def test_without_a_name_all_trials_share_the_time(tmp_path: Path) -> None:
         (("hydra/sweeper=optuna", "seed=1,2"), "hydra/sweeper=optuna needs sweep.metric=STAGE/NAME"),
         (("hydra/sweeper=optuna", "sweep.metric=ppo/kl"), "has nothing to search. Give a key an interval"),
         ((*OPTUNA, "run_name=x", "ppo.gamma=interval(1,0)"), "ppo.gamma=interval(1,0): "),
-        ((*OPTUNA, "run_name=x", "ppo.gamma=interval(0,2)"), "ppo.gamma=2.0: Input should be less than"),
+        ((*OPTUNA, "run_name=x", "ppo.gamma=interval(0,2)"), "ppo.gamma=2.0: it must be less than"),
         ((*OPTUNA, "run_name=x", "ppo.gamma=tag(lag,interval(0,1))"), "no tag lag. Known: log"),
         ((*OPTUNA, "run_name=x", "sft.peft=none,lorra"), "sft.peft.method='lorra'"),
         ((*OPTUNA, "run_name=x", LR, "sweep.trials=0"), "sweep.trials=0"),

@@ -120,7 +120,7 @@ def test_a_run_that_is_dead_is_said_so(root: Path) -> None:
     [
         (["run_name=nwe"], "run_name=nwe: there is no such run in {root}. Did you mean new?"),
         (["port=http"], "port=http: a port is a number from 0 to 65535."),
-        (["prot=1"], "watch prot=1: it takes run_name=... runs_dir=... port=.... Did you mean port?"),
+        (["prot=1"], "watch prot=1: it takes run_name=VALUE runs_dir=VALUE port=VALUE. Did you mean port?"),
     ],
 )
 def test_mistakes(root: Path, arguments: list[str], complaint: str) -> None:

@@ -26,7 +26,7 @@ from helpers.jobs import on_cpu
 from rlhf.cli.execute import LOST_PEER
 from rlhf.cli.launcher import ranks_wanted
 from rlhf.config import ConfigError
-from rlhf.distributed.compute import Compute, MicroBatch, find_rank, make_compute
+from rlhf.distributed.compute import Compute, MicroBatch, find_rank, leave_group, make_compute
 from rlhf.distributed.device import choose_precision, has_gpu
 from rlhf.distributed.shared_queue import SharedQueue
 from rlhf.pipeline.runner import Pipeline
@@ -365,6 +365,20 @@ def test_device_and_precision_found_without_torch_are_those_that_torch_finds() -
         name, why = choose_precision(str(compute.device))
         assert how == f"{name} on {compute.device.type} ({why})"
         assert compute.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def test_a_cpu_rank_chooses_its_precision_as_a_single_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = choose_precision("cpu")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    PartialState._reset_state()
+    compute, how = make_compute("cpu", "auto", "zero2")
+    try:
+        assert how == f"{alone[0]} on cpu ({alone[1]}), zero2"
+    finally:
+        leave_group(compute)
+        PartialState._reset_state()
 
 
 def test_a_gpu_without_bf16_computes_in_fp32_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

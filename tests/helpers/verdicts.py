@@ -47,7 +47,8 @@ class JudgedStage(OwnStage):
 
     metrics: ClassVar[Mapping[str, Metric]] = {
         "margin": Metric(
-            better="higher", purpose="{title}'s margin on held-out pairs", failed="it ranks no better"
+            better="higher",
+            purpose="{title}'s margin on held-out pairs",
         )
     }
 

@@ -273,3 +273,12 @@ def test_the_embedded_model_writes_sentences(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         attention = load_causal_lm(files.directory, embedded, dtype).config._attn_implementation
         assert attention == "packed"
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_two_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ConfigError, match=r"Name or service not known\. Check the name, the revision"):
+        base_identity(ModelConfig(kind="hub", id="foo/bar"))

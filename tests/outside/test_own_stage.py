@@ -126,10 +126,16 @@ def test_a_reward_kind_of_ones_own_is_like_the_others(finished_chain: tuple[Chai
     assert recipe["external"].keys() >= {"length", "python:toy_length:length"}
 
 
+def test_the_documented_values_are_those_of_the_file() -> None:
+    page = (HERE.parents[1] / "docs" / "extending.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(_target_: toy_dpo.*?)```", page, re.DOTALL)
+    assert shown == (HERE / "conf" / "stages" / "toy.yaml").read_text()
+
+
 def test_the_documented_commands_run(finished_chain: tuple[Chain, Outcome]) -> None:
     chain, _ = finished_chain
     page = (HERE.parents[1] / "docs" / "extending.md").read_text()
-    found = re.findall(r"^rlhf --config-dir my_conf (.*)$", page, re.MULTILINE)
+    found = re.findall(r"^python -m rlhf --config-dir my_conf (.*)$", page, re.MULTILINE)
     assert len(found) == 2
     for words in found:
         small = ("gates=warn", "compare.num_questions=2", "compare.max_new_tokens=4")

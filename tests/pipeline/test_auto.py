@@ -168,7 +168,7 @@ def test_own_answers_alone_are_enough_to_tune_and_to_judge(tmp_path: Path) -> No
     assert outcome.code == 0, outcome.err
     config = yaml.safe_load((outcome.directory / "config.yaml").read_text())
     assert config["ppo"]["prompts"] == config["evaluate"]["prompts"] == "sft.data"
-    assert "Your own data: reward.pairs=null, ppo.prompts=sft.data, evaluate.prompts=sft.data," in outcome.out
+    assert "auto became: reward.pairs=null, ppo.prompts=sft.data, evaluate.prompts=sft.data," in outcome.out
     assert "Gate retention_perplexity_ratio does not apply: evaluate.retention=null." in outcome.out
     assert "evaluate/win_rate" in outcome.summary["stages"]["evaluate"]["metrics"]
     assert "evaluate/gold_gain" not in outcome.summary["stages"]["evaluate"]["metrics"]

@@ -580,7 +580,7 @@ def test_control_characters_in_the_name_of_damage_are_shown(store: Store) -> Non
     ("argument", "words"),
     [
         ("store_dir=nowhere", "store_dir=nowhere: there is no"),
-        ("stage=sft", "verify stage=sft: it takes store_dir=..."),
+        ("stage=sft", "verify stage=sft: it takes store_dir=VALUE."),
     ],
 )
 def test_verify_tells_what_it_cannot_do(tmp_path: Path, argument: str, words: str) -> None:

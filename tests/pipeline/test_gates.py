@@ -94,12 +94,12 @@ def test_a_figure_near_its_bound_asks_for_no_data() -> None:
     ("result", "advice"),
     [
         (gate(AT_LEAST, 0.4, 0.6), "The figure lies on the bound: no number of rows would tell."),
-        (gate(AT_LEAST, -math.inf, math.inf, 1, 0.7), "So few tell nothing: it takes more rows."),
+        (gate(AT_LEAST, -math.inf, math.inf, 1, 0.7), "These rows are too few to tell. Give more."),
         (
             gate(AT_LEAST, -1.0, 0.56, 2, -0.2),
-            "So few tell nothing: it takes more rows.",
+            "These rows are too few to tell. Give more.",
         ),  # "about 3", by its width
-        (gate(AT_LEAST, -math.inf, math.inf, 0, math.nan), "No row was of use: it has no value here."),
+        (gate(AT_LEAST, -math.inf, math.inf, 0, math.nan), "No row could be measured, so it has no value."),
         (gate(AT_LEAST, 0.1, 0.2), "Try: do this."),
         (gate(AT_LEAST, 0.6, 0.7), ""),
     ],

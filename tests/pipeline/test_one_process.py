@@ -106,7 +106,12 @@ def test_a_failed_gate_is_an_error_that_names_the_run(tmp_path: Path, data: Path
     assert repr(str(tmp_path / "run" / "runs" / "run")) in note
     found = rlhf.open_run(tmp_path / "run" / "runs" / "run")
     assert "gate sft/held_out_loss_change failed" in repr(found)
+    assert found.verdict == "A gate ended the run; a random model says nothing about quality."
     assert [each["outcome"] for each in found.gates if each["name"] == "held_out_loss_change"] == ["failed"]
+
+
+def test_the_python_api_is_listed() -> None:
+    assert {"compose", "run", "open_run", "__version__"} <= {*dir(rlhf)}
 
 
 def test_what_a_rank_refused_is_told_whole(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_one_knob_of_ppo_runs_ppo_and_what_reads_it(chain: Chain, first: Outcome
     assert outcome.statuses == reused_except("ppo", "evaluate")
     before = yaml.safe_load((first.directory / "config.yaml").read_text())["ppo"]["kl"]["coef"]
     assert f"ppo runs ({outcome.key('ppo')}): ppo.kl.coef: {before} -> 0.1\n" in outcome.out
-    assert f"sft reused ({first.key('sft')}): every knob and input equals" in outcome.out
+    assert f"sft reused ({first.key('sft')}): the same settings and inputs as" in outcome.out
     assert f"made from another ppo ({first.key('ppo')} -> {outcome.key('ppo')})" in outcome.out
 
 

@@ -255,7 +255,7 @@ def test_a_name_that_there_is_not_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError) as error:
         grpo_stage("grpo.advantage=rlo")
     assert str(error.value) == (
-        "grpo.advantage='rlo': Input should be 'grpo', 'rloo', 'reinforce_plus_plus', "
+        "grpo.advantage='rlo': it must be 'grpo', 'rloo', 'reinforce_plus_plus', "
         "'reinforce_plus_plus_baseline' or 'python:MODULE:FUNCTION'. Did you mean rloo?"
     )
 

@@ -27,7 +27,7 @@ ROWS = (
     ("generation", "rewards"),
     ("evaluation", "costs"),
     ("pipeline",),
-    ("supervised", "ppo", "compare", "planner", "report", "label"),
+    ("supervised", "ppo", "compare", "planner", "report", "label", "bisect"),
     ("stages",),
     ("cli",),
     ("__main__",),

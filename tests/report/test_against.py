@@ -15,12 +15,11 @@ import pytest
 from helpers.chains import Chain
 from helpers.experiments import build
 from helpers.store import manifest
-from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.graph import in_order
 from rlhf.pipeline.key import knobs
-from rlhf.pipeline.run import GateResult, Run
+from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import write_manifest
 from rlhf.report import verdict as judging
@@ -118,28 +117,26 @@ def spoiled(runs: Path, chain: Mapping[str, Stage], path: str, value: Any, **cha
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "section", "said"),
+    ("path", "value", "said"),
     [
-        ("sft/knobs/optim/lr", 0.1, "sft", "sft.optim.lr=0.1 (there: 3e-05)"),
-        ("prepare/external/pairs", "p2", "reward", "reward.pairs (other rows)"),
-        ("prepare/knobs/held_out_fraction", 0.9, "prepare", "prepare.held_out_fraction=0.9 (there: 0.1)"),
-        ("ppo/external/learned", "code", "ppo", "ppo.reward=learned (another content)"),
-        ("ppo/external/init", "d2", "ppo", "ppo.init=sft (another content)"),
-        ("prepare/external/my_rows", "c2", "prepare", "prepare.my_rows (another content)"),
-        ("sft/seed", 1, "this", "seed=1 (there: 0)"),
-        ("sft/dtype", "bfloat16", "this", "precision=bfloat16 (there: float32)"),
-        ("sft/model", "m2", "this", "the base model"),
-        ("sft/version", 1, "this", "the version of rlhf"),
+        ("sft/knobs/optim/lr", 0.1, "sft.optim.lr=0.1 (there: 3e-05)"),
+        ("prepare/external/pairs", "p2", "reward.pairs (other rows)"),
+        ("prepare/knobs/held_out_fraction", 0.9, "prepare.held_out_fraction=0.9 (there: 0.1)"),
+        ("ppo/external/learned", "code", "ppo.reward=learned (another content)"),
+        ("ppo/external/init", "d2", "ppo.init=sft (another content)"),
+        ("prepare/external/my_rows", "c2", "prepare.my_rows (another content)"),
+        ("sft/seed", 1, "seed=1 (there: 0)"),
+        ("sft/dtype", "bfloat16", "precision=bfloat16 (there: float32)"),
+        ("sft/model", "m2", "the base model"),
+        ("sft/version", 1, "the version of rlhf"),
     ],
 )
 def test_the_only_difference_is_named(
-    tmp_path: Path, chain: dict[str, Stage], path: str, value: Any, section: str, said: str
+    tmp_path: Path, chain: dict[str, Stage], path: str, value: Any, said: str
 ) -> None:
     run = spoiled(tmp_path, chain, path, value)
-    assert (
-        f"Nobody is to blame for sure. Look first at {section}: against run good, which worked, only {said} "
-        "differs."
-    ) in verdict(run)
+    assert f"Against run good, which worked, only {said} differs." in verdict(run)
+    assert verdict(run).endswith(f"bisect good=good bad=bad runs_dir={tmp_path}")
 
 
 def test_what_follows_from_another_difference_is_left_out(tmp_path: Path, chain: dict[str, Stage]) -> None:
@@ -165,14 +162,14 @@ def test_the_code_of_one_of_several_rewards_is_named_by_the_key_that_has_it(
         recipes[name]["external"]["python:my:score"] = "new"
     run = write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")
     said = verdict(run)
-    assert "Look first at ppo: against run good, which worked, only ppo.reward={" in said
+    assert "Against run good, which worked, only ppo.reward={" in said
     assert '"python:my:score"}]} (another content) differs.' in said
 
 
 def test_keys_of_the_base_model_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
     run = spoiled(tmp_path, chain, "sft/model", "m2", changed={"model.chat_template": "odd.jinja"})
     said = "model.chat_template=odd.jinja (there: as packaged)"
-    assert f"Look first at model: against run good, which worked, only {said} differs." in verdict(run)
+    assert f"Against run good, which worked, only {said} differs." in verdict(run)
 
 
 def test_what_nobody_typed_is_worked_out_from_what_was(tmp_path: Path, chain: dict[str, Stage]) -> None:
@@ -191,7 +188,7 @@ def test_what_nobody_typed_is_worked_out_from_what_was(tmp_path: Path, chain: di
         {"ppo.steps": "8", "ppo.init": "mine/4bit"},
     )
     said = "ppo.init=mine/4bit (there: as packaged)"
-    assert f"Look first at ppo: against run good, which worked, only {said} differs." in verdict(run)
+    assert f"Against run good, which worked, only {said} differs." in verdict(run)
 
 
 def test_a_whole_section_that_was_typed_stands_for_its_parts(tmp_path: Path, chain: dict[str, Stage]) -> None:
@@ -202,111 +199,12 @@ def test_a_whole_section_that_was_typed_stands_for_its_parts(tmp_path: Path, cha
     assert "which worked, only sft.peft=lora (there: as packaged) differs." in verdict(run)
 
 
-def gate(run: Run, stage: str, name: str) -> None:
-    run.gates.append(GateResult(stage, name, 0.0, Bound(min=1.0, advice="look")))
-
-
-def test_who_differs_is_to_blame_and_not_where_it_shows(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = spoiled(tmp_path, chain, "prepare/external/sft", "s2")
-    gate(run, "generate", "score_reliability")
-    assert verdict(run).endswith(" Does it return its scores in the order of its arguments?")
-    run.gates.clear()
-    gate(run, "generate", "within_prompt_share")
-    sentence = verdict(run)
-    assert (
-        "To blame is sft: against run good, which worked, only sft.data (other rows) differs. It shows in "
-        "the reward of generate: all answers to one prompt have nearly the same score (within_prompt_share "
-        "= 0, wanted >= 1)."
-    ) in sentence
-    assert sentence.count("To blame") == 1
-
-
-def test_what_a_gate_says_of_the_same_stage_stays_first(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = spoiled(tmp_path, chain, "prepare/external/sft", "s2")
-    gate(run, "sft", "prompt_gain")
-    sentence = verdict(run)
-    assert "To blame is sft: what it learned to answer does not depend on the prompts" in sentence
-    assert sentence.endswith(" Against run good, which worked, only sft.data (other rows) differs.")
-
-
-def test_a_gate_that_nothing_explains_is_where_it_shows(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = spoiled(tmp_path, chain, "sft/knobs/epochs", 9.0)
-    gate(run, "ppo", "explained_variance")
-    sentence = verdict(run)
-    assert sentence.endswith(
-        "To blame is sft: against run good, which worked, only sft.epochs=9.0 (there: 2.0) differs. It shows "
-        "in ppo (explained_variance = 0)."
-    )
-
-
-def test_two_sections_blame_neither(tmp_path: Path, chain: dict[str, Stage]) -> None:
+def test_several_differences_are_listed(tmp_path: Path, chain: dict[str, Stage]) -> None:
     recipes = fault(recipes_of(chain), "sft/knobs/epochs", 9.0)
     write(tmp_path / "good", chain, recipes_of(chain), UP, "worked")
     run = write(tmp_path / "bad", chain, fault(recipes, "ppo/knobs/steps", 1), UNKNOWN, "cannot be told")
     said = "sft.epochs=9.0 (there: 2.0) and ppo.steps=1 (there: 12)"
-    assert f"Look first at this: against run good, which worked, only {said} differ." in verdict(run)
-    gate(run, "ppo", "explained_variance")
-    sentence = verdict(run)
-    assert "To blame is perhaps ppo (explained_variance = 0): its gate failed" in sentence
-    assert sentence.endswith(f" Against run good, which worked, only {said} differ.")
-
-
-def test_a_run_that_worked_less_well_is_noted(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    write(tmp_path / "good", chain, recipes_of(chain), UP, "worked")
-    changed = fault(recipes_of(chain), "prepare/external/ppo", "q2")
-    less = write(tmp_path / "less", chain, changed, Sampled(0.2, 0.1, 0.3, 96), "worked")
-    assert verdict(less).endswith(
-        " Note ppo: the gold score of the PPO model on new prompts gained less (+0.2, there +0.5): against "
-        "run good, which worked, only ppo.prompts (other rows) differs."
-    )
-    near = write(tmp_path / "near", chain, changed, Sampled(0.35, 0.25, 0.45, 96), "worked")
-    assert "gained less (+0.35, there +0.5), which may be chance: against run good" in verdict(near)
-    more = write(tmp_path / "more", chain, changed, Sampled(0.55, 0.45, 0.65, 96), "worked")
-    assert "Note" not in verdict(more)
-
-
-@pytest.mark.parametrize(
-    ("perplexity", "tokens", "is_noted"),
-    [(60.8, 23484.0, True), (38.0, 23484.0, False), (60.8, 19000.0, False)],
-)
-def test_a_model_that_knows_less_is_noted_where_it_reads_the_same_tokens(
-    tmp_path: Path, chain: dict[str, Stage], perplexity: float, tokens: float, is_noted: bool
-) -> None:
-    """As one that a conversion broke, and that SFT and PPO taught what the gold score likes."""
-    write(
-        tmp_path / "good", chain, recipes_of(chain), UP, "worked", level=0.8, perplexity=36.5, tokens=23484.0
-    )
-    recipes = recipes_of(chain)
-    for recipe in recipes.values():
-        recipe["model"] = "m2"
-    run = write(
-        tmp_path / "bad", chain, recipes, UP, "worked", {"model.path": "converted"},
-        level=0.85, perplexity=perplexity, tokens=tokens,
-    )  # fmt: skip
-    said = "Note model: the perplexity of the PPO model on evaluate.retention is higher (60.8, there 36.5): "
-    assert (f"{said}against run good, which worked, only model.path=converted" in verdict(run)) == is_noted
-    assert is_noted or "Note" not in verdict(run)
-
-
-def test_the_gold_score_itself_tells_where_both_were_evaluated_alike(
-    tmp_path: Path, chain: dict[str, Stage]
-) -> None:
-    """A broken base model can gain more than a sound one."""
-    write(tmp_path / "good", chain, recipes_of(chain), UP, "worked", level=0.8)
-    changed = fault(recipes_of(chain), "prepare/external/sft", "s2")
-    more = Sampled(0.7, 0.6, 0.8, 96)
-    broken = write(tmp_path / "broken", chain, changed, more, "worked", level=0.4)
-    assert verdict(broken).endswith(
-        " Note sft: the gold score of the PPO model on new prompts is lower (+0.4, there +0.8): against run "
-        "good, which worked, only sft.data (other rows) differs."
-    )
-    near = write(tmp_path / "near", chain, changed, more, "worked", level=0.75)
-    assert "is lower (+0.75, there +0.8), which may be chance: against run good" in verdict(near)
-    as_good = write(tmp_path / "as-good", chain, changed, UNKNOWN._replace(low=0.01), "worked", level=0.8)
-    assert "Note" not in verdict(as_good)
-    judged = fault(recipes_of(chain), "evaluate/external/vader", "4.0")  # by another score
-    otherwise = write(tmp_path / "otherwise", chain, judged, more, "worked", level=0.4)
-    assert "Note" not in verdict(otherwise)
+    assert f"Against run good, which worked, only {said} differ." in verdict(run)
 
 
 def test_the_run_that_differs_least_is_taken_and_of_several_the_newest(
@@ -351,20 +249,7 @@ def test_other_experiments_and_ruins_are_left_aside(tmp_path: Path, chain: dict[
     (tmp_path / "file").write_text("")
     run = write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")
     assert worked_before(run) is None
-    assert "against run" not in verdict(run)
-
-
-def test_a_figure_without_an_interval_there_is_not_compared(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    """As of one row, whose ends are infinite: they are null in the summary."""
-    good = write(tmp_path / "good", chain, recipes_of(chain), UP, "worked")
-    summary = json.loads((good.directory / "summary.json").read_text())
-    metrics = summary["stages"]["evaluate"]["metrics"]
-    metrics |= {"evaluate/gold_gain_low/ppo": None, "evaluate/gold_gain_high/ppo": None}
-    (good.directory / "summary.json").write_text(json.dumps(summary))
-    changed = fault(recipes_of(chain), "sft/knobs/epochs", 9.0)
-    assert "Note" not in verdict(
-        write(tmp_path / "run", chain, changed, Sampled(0.2, 0.1, 0.3, 96), "worked")
-    )
+    assert "gainst run" not in verdict(run)
 
 
 def test_real_recipes_are_compared(as_finished: Path, tmp_path: Path) -> None:
@@ -389,7 +274,7 @@ def test_real_recipes_are_compared(as_finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["gold", "judge", "reward"])
-def test_another_judge_convicts_nobody(tmp_path: Path, chain: dict[str, Stage], key: str) -> None:
+def test_a_run_with_another_judge_does_not_count(tmp_path: Path, chain: dict[str, Stage], key: str) -> None:
     recipes = recipes_of(chain)
     write(tmp_path / "code", chain, fault(recipes, "evaluate/external/vader", "4.0"), UP, "worked")
     write(tmp_path / "good", chain, fault(recipes, f"evaluate/knobs/{key}", "python:mine:f"), UP, "worked")

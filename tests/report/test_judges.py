@@ -44,7 +44,7 @@ def test_the_score_that_was_learned_from_does_not_judge(tmp_path: Path, gold: st
     assert "Improved" not in said and "Learned: SFT's loss" in said
     if gold == "null":
         assert said.startswith("The only score is the one that was trained on, which rises whether or not")
-        assert "the reward's score of the PPO model on new prompts (+0.2)" in said
+        assert "the reward's score of the PPO model on new prompts +0.2 (+0.1 to +0.3)" in said
     else:
         assert said.startswith("evaluate.gold: policies learned from learned, so it cannot judge them.")
     assert "Name a judge that nothing learned from: evaluate.gold (a function" in said
@@ -155,13 +155,10 @@ def test_a_second_reward_model_judges_where_it_is_shown_to_rank(
     assert outcome(run) == word
     said = verdict(run)
     if ranking == UP:
-        assert (
-            f"the judge's score of the PPO model on new prompts ({gain[0]:+.3g}; the judge is right on 0.74 "
-            "(0.70 to 0.78) of 420 held-out pairs)" in said
-        )
+        assert f"the judge's score of the PPO model on new prompts {gain[0]:+.3g} (" in said
+        assert "; the judge is right on 0.74 (0.70 to 0.78) of 420 held-out pairs" in said
     else:
         assert said.startswith("evaluate.judge: reward@judge is not shown to rank better than a rule that")
-        assert "To blame" not in said
 
 
 def test_a_reward_model_of_the_same_pairs_does_not_judge(tmp_path: Path) -> None:
@@ -209,34 +206,11 @@ def test_a_gain_below_the_smallest_is_not_worth_having(
     assert outcome(wanted) != "no gain worth having"
 
 
-def test_it_worked_is_not_followed_by_look_first(tmp_path: Path) -> None:
-    run = run_of(tmp_path, stages_of(), **GOOD | {"sft": UNKNOWN})
-    run.changed = [{"key": "sft.optim.lr", "default": "3e-5", "value": "3"}]
-    assert outcome(run) == "worked" and "Look first" not in verdict(run)
-    assert "Cannot be told from so few rows: SFT's loss" in verdict(run)
-    run = run_of(tmp_path, stages_of(), **GOOD | {"gold": UNKNOWN})
-    run.changed = [{"key": "ppo.optim.lr", "default": "3e-5", "value": "3"}]
-    assert outcome(run) == "cannot be told" and "Look first" in verdict(run)
-
-
 def test_gains_over_the_start_and_over_base_stand_side_by_side(tmp_path: Path) -> None:
     run = run_of(tmp_path, stages_of(), **GOOD)
     add(run, "evaluate", "gold_over_base/ppo", (0.37, 0.3, 0.44))
-    said = "Improved: the gold score of the PPO model on new prompts (+0.2 over SFT, +0.37 over base)."
-    assert said in verdict(run)
-
-
-def test_a_gain_by_the_judge_is_not_blamed_on_a_reward_that_is_out_of_sight(tmp_path: Path) -> None:
-    """The policy's own held-out score could not tell."""
-    run = run_of(tmp_path, stages_of(), **GOOD | {"ppo": UNKNOWN})
-    run.stages["reward"]["metrics"]["reward/score_deviation"] = 10.0
-    run.stages.setdefault("generate", {"metrics": {}})["metrics"]["generate/score_deviation"] = 0.1
-    assert outcome(run) == "worked" and "To blame" not in verdict(run)
-    for gain in (UNKNOWN, DOWN):
-        worse = run_of(tmp_path, stages_of(), **GOOD | {"ppo": UNKNOWN, "gold": gain})
-        worse.stages["reward"]["metrics"]["reward/score_deviation"] = 10.0
-        worse.stages.setdefault("generate", {"metrics": {}})["metrics"]["generate/score_deviation"] = 0.1
-        assert "To blame is reward: what tells its pairs apart is hardly" in verdict(worse)
+    said = "on new prompts +0.2 (+0.1 to +0.3) over SFT, +0.37 over base."
+    assert f"Improved: the gold score of the PPO model {said}" in verdict(run)
 
 
 def test_what_is_not_compared_with_its_start_is_not_judged(tmp_path: Path) -> None:
@@ -253,7 +227,7 @@ def test_data_that_cannot_be_used_are_told_also_with_a_base_model_that_guesses(t
     run.stages["prepare"]["metrics"]["prepare/vocabulary_size"] = 259.0
     run.stages["sft"]["metrics"]["sft/held_out_loss_before"] = 5.55
     run.gates.append(GateResult("prepare", "bad_share", 0.9, Bound(max=0.5, advice="look at it"), None))
-    assert outcome(run) == "did not work" and "To blame is prepare" in verdict(run)
+    assert outcome(run) == "did not work" and "First failed gate: prepare/bad_share" in verdict(run)
 
 
 def test_a_tiny_model_without_texts_says_nothing_about_quality(tmp_path: Path) -> None:
@@ -304,8 +278,9 @@ def test_people_judge_where_no_score_does(
     add(run, "label@people", "preferred/generate@ppo", share)
     add(run, "label@people", "preferred/generate@sft", (0.9, 0.8, 1.0))  # its start did not answer
     assert outcome(run) == word
-    said = f"people's votes on answers of the PPO model to new prompts ({share[0]:+.3g} over SFT)"
-    assert said in verdict(run) and "trained on" not in verdict(run)
+    figure = f"{share[0]:+.3g} ({share[1]:+.3g} to {share[2]:+.3g}) over SFT"
+    assert f"people's votes on answers of the PPO model to new prompts {figure}" in verdict(run)
+    assert "trained on" not in verdict(run)
     gold = run_of(tmp_path, stages_of(*PEOPLE[:-1]), **GOOD)
     gold.stages |= {"label@people": run.stages["label@people"]}
     assert outcome(gold) == "worked" and "people" not in verdict(gold)

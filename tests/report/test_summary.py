@@ -273,7 +273,7 @@ def test_a_page_that_cannot_be_written_is_said_and_loses_nothing(run: Run) -> No
     assert f"Page: {run.directory}/report.html could not be written (IsADirectoryError: " in out.getvalue()
     assert "Verdict. It did not work.\nImproved: " in out.getvalue()  # a gate failed
     report = (run.directory / "report.md").read_text()
-    assert "**Verdict.** It did not work.\n\n- Improved: " in report and "\n- To blame is perhaps" in report
+    assert "**Verdict.** It did not work.\n\n- Improved: " in report and "\n- First failed gate: " in report
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_every_way_to_write_them() -> None:
     ([], "of"),
     ([{"source": "vader", "wieght": 2}], "of.0.wieght: there is no such key"),
     ([{"source": "nonsense"}], "use learned, vader"),
-    ({"of": ["vader"], "combine": "max"}, "Input should be 'sum', 'minimum'"),
+    ({"of": ["vader"], "combine": "max"}, "it must be 'sum', 'minimum'"),
     (3, "valid"),
 ])  # fmt: skip
 def test_what_is_wrong_is_told(value: Any, said: str) -> None:

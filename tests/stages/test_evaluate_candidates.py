@@ -141,6 +141,11 @@ def test_an_endpoint_that_answers_something_else_is_an_error(
         ({"policies": ["http://h/v1#m+few_shot", "ppo"], "retriever": "embeddings"}, "gives no embeddings"),
         ({"policies": ["http://h/v1#m", "ppo"], "samples_per_prompt": 2}, "asked once per prompt"),
         ({"policies": ["a/b/sft", "c/b/sft", "ppo"]}, "two candidates are called b/sft"),
+        (
+            {"policies": ["sft+best_of_n", "ppo"], "reward": "vader", "temperature": 0.0},
+            r"^evaluate\.temperature=0 gives equal answers, and best_of_n needs others",
+        ),
+        ({"samples_per_prompt": 2, "temperature": 0.0}, "and evaluate.samples_per_prompt needs others"),
         ({"quality": "judge"}, r"evaluate\.quality=judge needs evaluate\.judge"),
     ],
 )

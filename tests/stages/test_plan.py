@@ -125,7 +125,7 @@ def test_one_small_gpu_needs_the_hosts_memory(chain: Chain, config_of_8b: Path) 
         (
             ["plan.deploy=merged"],
             ["adapter", "prefix", "prompt", "p-tuning"],
-            "deploy=merged: it cannot be folded into the weights",
+            "plan.deploy=merged: this method cannot be merged into the weights",
         ),
         (["plan.hours=0.0001"], ["full", "LoRA"], "and plan.hours=0.0001"),
         (["plan.max_added_latency=0"], ["few-shot", "retrieval"], "and plan.max_added_latency=0"),
@@ -315,7 +315,22 @@ def test_another_runs_plan_is_left_as_it_is(chain: Chain, config_of_8b: Path) ->
             "plan.gpus=8 plan.longest_answer=256",
             "plan.longest_answer=256 is less than the mean, plan.answer_tokens=512. Use 512",
         ),
-        ("plan.gpu_memory=80apples", "plan.gpu_memory='80apples'"),
+        (
+            "plan.gpu_memory=80apples",
+            "plan.gpu_memory='80apples': no size above 0. Write a number and a unit",
+        ),
+        (
+            "plan.gpu_memory=-4GiB",
+            "plan.gpu_memory='-4GiB': no size above 0. Write a number and a unit, such as",
+        ),
+        ("plan.gpu_memory=0GiB", "plan.gpu_memory='0GiB': no size above 0."),
+        ("plan.rows=0", "Error: plan.rows=0: it must be greater than 0 or 'prepared'.\n"),
+        ("plan.rows=many", "Error: plan.rows='many': it must be a valid integer or 'prepared'.\n"),
+        ("sft.peft=loraa", "Error: sft.peft='loraa': it must be 'none', 'lora'"),
+        ("sft.peft={method:loraa}", "Error: sft.peft.method='loraa': it must be 'none', 'lora'"),
+        ("plan.methods=[lora,loraa]", "Error: plan.methods='loraa': it must be 'none', 'lora'"),
+        ("plan.methods=[]", "Error: plan.methods=[]: it must name at least one.\n"),
+        ("plan.trains=[]", "Error: plan.trains=[]: it must name at least one.\n"),
         ("plan.trains=[generate]", "plan.trains"),
     ],
 )

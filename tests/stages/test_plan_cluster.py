@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -31,7 +32,8 @@ def planned(directory: Path, model: str, *overrides: str) -> Outcome:
     """The plan of a model of which there is a config.json and nothing else."""
     base = directory / model
     base.mkdir(exist_ok=True)
-    shutil.copy(CONFIGS / f"{model}.json", base / "config.json")
+    if not (base / "config.json").exists():
+        shutil.copy(CONFIGS / f"{model}.json", base / "config.json")
     arguments = ["stage=plan", "device=cpu", "model=local", f"model.path={base}", "run_name=plan", *overrides]
     outcome = run_main(directory, arguments, directory / "runs" / "plan")
     assert outcome.code == 0, outcome.err
@@ -166,20 +168,87 @@ def test_published_speeds_are_within_the_planned_range(
     assert least < larger_least and most < larger_most  # larger batches are faster
 
 
+@pytest.mark.parametrize(("precision", "weights"), [("auto", 2), ("fp32", 4)])
+def test_the_first_line_names_the_precision_of_the_figures(
+    precision: str, weights: int, tmp_path: Path
+) -> None:
+    outcome = planned(tmp_path, "llama_8b", "plan.gpus=2", "plan.trains=[sft]", "plan.methods=[lora]",
+                      f"precision={precision}")  # fmt: skip
+    name = "fp32" if weights == 4 else "bf16"
+    assert f"2 ranks of 80.0 GiB, {name}, 312000 GFLOP/s" in " ".join(outcome.out.split())
+    assert f"parameters x {weights} B" in (outcome.artifact("plan") / "plan.md").read_text()
+
+
 def test_what_is_out_of_reach_says_why_and_what_is_not(tmp_path: Path) -> None:
     one = ("plan.gpus=1", "plan.gpu_memory=80GiB")
     outcome = planned(tmp_path, "llama_70b", *one)
     said = " ".join(outcome.out.split())
-    assert "Nothing here can be done" in said and "sft alone fits with QLoRA" in said
+    assert "No strategy is possible" in said and "sft alone fits with QLoRA" in said
     (needed,) = re.findall(r"all parameters fit on (\d+) of these GPUs", said)
     assert int(needed) in (32, 64)
     again = " ".join(planned(tmp_path, "llama_70b", *one, "plan.trains=[sft]").out.split())
     assert "Recommended: QLoRA" in again
     text = (tmp_path / "runs" / "plan" / "artifacts" / "plan" / "plan.md").read_text()
     (full,) = [line for line in text.splitlines() if line.startswith("| no | full ")]
-    assert "times the memory" in full and "instead: QLoRA" in full
+    assert "of the host memory, and at most 90% may be used; instead: QLoRA" in full
+
+
+@pytest.mark.parametrize(
+    ("override", "memory"),
+    [("plan.gpu_memory=2GiB", "GPU memory"), ("plan.host_memory=2GiB", "host memory")],
+)
+def test_a_row_that_does_not_fit_names_the_memory(override: str, memory: str, tmp_path: Path) -> None:
+    sizes = ("plan.gpus=1", "plan.trains=[sft]", "plan.methods=[lora]", override)
+    text = (planned(tmp_path, "llama_8b", *sizes).artifact("plan") / "plan.md").read_text()
+    words = rf"does not fit: sft, [\w ]+ needs (\d+)% of the {memory}, and at most 90% may be used"
+    (share,) = re.findall(words, text)
+    assert int(share) > 90
+
+
+def test_advice_beyond_the_given_methods_names_both_keys(tmp_path: Path) -> None:
+    outcome = planned(tmp_path, "llama_70b", "plan.gpus=1", "plan.methods=[none]")
+    said = " ".join(outcome.out.split())
+    assert "sft alone fits with QLoRA: plan.trains=[sft] plan.methods=[qlora]" in said
 
 
 def test_larger_ranks_share_a_batch_that_is_proposed(tmp_path: Path) -> None:
     outcome = planned(tmp_path, "llama_8b", "plan.gpus=3", "plan.trains=[sft]", "plan.methods=[lora]")
     assert "sft.batch_rows=18" in outcome.out
+
+
+def short_context(directory: Path, tokens: int) -> ModelShape:
+    """Make `planned` plan for Llama 8B with a context of so many tokens. Returns its shape."""
+    base = directory / "llama_8b"
+    base.mkdir()
+    config = json.loads((CONFIGS / "llama_8b.json").read_text()) | {"max_position_embeddings": tokens}
+    (base / "config.json").write_text(json.dumps(config))
+    return shape_in(base)
+
+
+def test_assumed_lengths_fit_the_context(tmp_path: Path) -> None:
+    shape = short_context(tmp_path, 1024)
+    outcome = planned(tmp_path, "llama_8b", "plan.gpus=1", "plan.methods=[lora]", "generation=local")
+    assert "planned: 1 node of 1 GPU: 1 rank of 80.0 GiB, bf16," in outcome.out
+    assert (
+        "To run it: python -m rlhf --config-dir runs/plan/artifacts/plan +experiment=planned" in outcome.out
+    )
+    assert "the model's context of 1024 tokens: plan.longest_answer=512" in " ".join(outcome.out.split())
+    experiment, refused = taken(outcome, shape, 1)
+    assert refused == [] and experiment.stages["ppo"].model_dump()["max_new_tokens"] == 512
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("plan.answer_tokens=1000",), "have 1512 tokens with plan.longest_answer=1000"),
+        (("plan.longest_answer=600",), "have 1112 tokens with plan.longest_answer=600"),
+        (("plan.trains=[ppo]", "plan.prompt_tokens=1024"), "have 1536 tokens with plan.longest_answer=512"),
+    ],
+)
+def test_given_lengths_that_exceed_the_context_are_refused_in_each_row(
+    overrides: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    short_context(tmp_path, 1024)
+    outcome = planned(tmp_path, "llama_8b", "plan.gpus=1", "plan.methods=[lora]", *overrides)
+    (row,) = re.findall(r"^\| no \| LoRA .*", (outcome.artifact("plan") / "plan.md").read_text(), re.M)
+    assert f"ppo: a prompt and its answer {words}, and the context has 1024" in row

@@ -117,6 +117,12 @@ def test_evaluation_is_drawn_when_it_shares_its_source(bench: Bench) -> None:
     assert bench.report["pairs"]["removed"]["in_evaluation"]["count"] == num_evaluation
     assert bench.summary["leaks"] == bench.summary["dropped"] == 0  # by design, so no leak
     assert "LEAK" not in bench.output
+    assert f"ppo.prompts: {num_evaluation} in evaluation (" in bench.output
+    assert f"evaluate.prompts: {40 - num_evaluation} left for training (" in bench.output
+    kept = bench.report["ppo"]["kept"]
+    shares = f"{kept['train']} {kept['held_out']} - {num_evaluation} 0"  # the last two: set aside, dropped
+    assert f"ppo.prompts ppo.jsonl 40 {shares} " in bench.output
+    assert kept["train"] + kept["held_out"] + num_evaluation == 40
 
 
 def test_the_same_file_elsewhere_is_the_same_source(bench: Bench) -> None:
@@ -138,19 +144,6 @@ def test_a_leak_from_another_source_is_removed_and_told_loudly(bench: Bench) -> 
         "LEAK: 2 training rows ask what evaluate.prompts or evaluate.retention asks; they are left out: "
         "1 in sft.data (sft.jsonl line 8); 1 in ppo.prompts (ppo.jsonl line 3)."
     ) in bench.output
-
-
-def test_data_that_are_unlike_others_are_told_and_kept(bench: Bench) -> None:
-    for number, row in enumerate(bench.rows["sft"]):
-        row["completion"] = f"<{number}>"
-    data = bench.prepare()
-    said, *_ = data.unlike()
-    assert said == (
-        'The answers of sft.data have digits (100%), "<" (100%), ">" (100%); the answers of reward.pairs '
-        "hardly ever."
-    )
-    assert said in bench.output
-    assert sum(bench.report["sft"]["kept"].values()) == 40
 
 
 def test_a_retention_row_that_is_trained_on_is_a_leak(bench: Bench) -> None:

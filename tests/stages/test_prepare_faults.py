@@ -51,7 +51,7 @@ def test_evaluation_prompts_that_are_near_training_prompts_are_left_out(bench: B
     assert found["examples"][0] == (
         f'evaluate.jsonl line 31: "{first}" and ppo.jsonl line 1: "{questions()[0]}"'
     )
-    assert f"evaluate.prompts: 10 near_duplicate ({found['examples'][0]}" in bench.output
+    assert f"evaluate.prompts: 10 near duplicate ({found['examples'][0]}" in bench.output
 
 
 def test_near_duplicates_across_drawn_splits_are_left_out_too(bench: Bench) -> None:
@@ -128,7 +128,7 @@ def test_an_evaluation_that_is_all_trained_on_is_refused(bench: Bench) -> None:
     bench.rows["evaluate"] = [{"prompt": f"{row['prompt']}."} for row in bench.rows["ppo"]]
     complaint = bench.complaint()
     assert complaint.startswith(
-        "evaluate.prompts: no rows are left for evaluation: 40 read; 0 kept; 40 near_"
+        "evaluate.prompts: no rows are left for evaluation: 40 read; 0 kept; 40 near "
     )
     assert complaint.endswith(
         "What is evaluated is trained on, so it cannot judge. Name prompts in evaluate.prompts that no stage "
@@ -300,7 +300,7 @@ def test_a_set_of_such_rows_alone_is_refused_with_advice(bench: Bench) -> None:
     assert "80 read; 0 kept; 80 contradiction (pairs.jsonl line 1: " in bench.complaint()
     assert bench.complaint().endswith("Were columns exchanged, or labels joined to the wrong rows?")
     bench.rows["pairs"] = [copying("pairs", text) for text in questions()]
-    assert "40 read; 0 kept; 40 copied_answer (pairs.jsonl line 1: " in bench.complaint()
+    assert "40 read; 0 kept; 40 copied answer (pairs.jsonl line 1: " in bench.complaint()
     assert "made from whole transcripts?" in bench.complaint()
     assert "set prepare.on_copied_answer=keep." in bench.complaint()
 

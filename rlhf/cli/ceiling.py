@@ -1,0 +1,218 @@
+"""`python -m rlhf ceiling RUN`: how much better a run gets if one of its parts is as good as can be had.
+
+Ceiling analysis: Ng, "Machine Learning Yearning", chapters 53 to 57, error analysis by parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.bisect.differences import downstream
+from rlhf.bisect.scores import NoScoresError, Scores, difference, in_words
+from rlhf.cli.command import read_words
+from rlhf.cli.trials import Judged, Trials, is_true, judged_run, section_of
+from rlhf.config import ConfigError
+from rlhf.data.schema import PromptRow
+from rlhf.disk import replace_text
+from rlhf.evaluation.sampled import Sampled
+from rlhf.exit_codes import DONE
+from rlhf.pipeline.defaults import references
+from rlhf.pipeline.fields import Rows, marked_fields
+from rlhf.pipeline.graph import starts_from
+from rlhf.pipeline.recipe import BEST_OF_N, kind_of
+from rlhf.tracking.progress import clock
+from rlhf.tracking.tables import Cells, shown
+
+HELP = """python -m rlhf ceiling RUN [dry_run=true] [runs_dir=DIR]
+
+Replace each part of a run by the best that is to be had, and measure how much better its policy gets: the SFT
+model by what SFT started from, the reward by the judge itself, the policy gradient by best of n with the same
+reward, the prompts by prompts of the evaluation that are not asked. RUN is a run's name or its directory.
+dry_run=true only shows the trials and their times. The result is printed, and written to
+RUNS_DIR/ceiling-RUN/. After Ctrl-C the same command continues.
+"""
+MIN_PROMPTS = 8
+"""Fewest further prompts from which a policy can learn."""
+
+
+class Replacement(NamedTuple):
+    """A part of a run, replaced by the best that is to be had."""
+
+    part: str
+    by: str
+    config: dict[str, Any] | None
+    """The trial's config; None if the part cannot be replaced, for the reason `by`."""
+    touches: frozenset[str] = frozenset()
+    """The stages that it changes directly."""
+    policy: str = ""
+    """The policy that is judged, if it is not the run's."""
+    files: Mapping[Path, Sequence[PromptRow]] = {}
+    """Files that the trial reads, with their prompts."""
+
+
+def ceiling(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
+    """Run the trials and show how much each part restores."""
+    given = read_words("ceiling", arguments, {"dry_run": "false", "runs_dir": defaults["runs_dir"]}, HELP)
+    if given is None:
+        return DONE
+    words, keys = given
+    if len(words) != 1:
+        raise ConfigError("ceiling: name one run, as in `python -m rlhf ceiling RUN`.")
+    is_dry = is_true("ceiling dry_run", keys["dry_run"])
+    base = judged_run("ceiling ", words[0], Path(keys["runs_dir"]))
+    trials = Trials(base, "ceiling", f"ceiling-{base.name}", budget=0)
+    if is_dry:
+        rows = [
+            [each.part, each.by, "-" if each.config is None else clock(seconds_of(base, each))]
+            for each in replacements(base, trials.directory)
+        ]
+        trials.console.print(shown(Cells(["part", "replaced by", "time"], rows), right=[2]))
+        return DONE
+    return trials.finish(lambda: run_all(base, trials))
+
+
+def replacements(base: Judged, directory: Path) -> Iterator[Replacement]:
+    """The parts of the run, in the order of the chain."""
+    stage = base.experiment.stages[base.subject]
+    yield from of_start(base)
+    rewards = [*stage.reads().rewards]
+    judge = base.config()[base.evaluation][base.kind]
+    if len(rewards) != 1:
+        yield Replacement("reward", f"{base.subject} learns from no reward, or from several", None)
+        yield Replacement("policy gradient", f"{base.subject} learns from no reward, or from several", None)
+    else:
+        key = rewards[0].removeprefix(f"{base.subject}.")
+        reward = base.config()[base.subject][key]
+        if reward == judge:
+            yield Replacement("reward", "it is the judge already", None)
+        else:
+            config, touched = with_key(base, key, judge)
+            yield Replacement("reward", f"{rewards[0]}={judge}", config, touched)
+        yield of_best_of_n(base, reward)
+    yield from of_prompts(base, directory)
+
+
+def of_start(base: Judged) -> Iterator[Replacement]:
+    """The model that the policy starts from, replaced by what that started from."""
+    chain = base.experiment.stages
+    start = starts_from(chain[base.subject])
+    if start is None or start[1] not in chain:
+        yield Replacement("start", f"{base.subject} starts from no stage's model", None)
+        return
+    key, made_by = start
+    before = starts_from(chain[made_by])
+    by = "base" if before is None else before[1]
+    config, touched = with_key(base, key, by)
+    yield Replacement(made_by, f"{base.subject}.{key}={by}", config, touched)
+
+
+def of_best_of_n(base: Judged, reward: Any) -> Replacement:
+    """The policy gradient, replaced by the best of several answers of its start."""
+    if base.section.start not in base.section.policies:
+        return Replacement("policy gradient", f"{base.evaluation}.policies lacks {base.section.start}", None)
+    policies = sorted({*base.section.policies, BEST_OF_N})
+    config = base.config(policies=policies, reward=reward)
+    by = f"the best of {base.section.best_of} answers by the same reward"
+    return Replacement("policy gradient", by, config, frozenset([base.evaluation]), BEST_OF_N)
+
+
+def of_prompts(base: Judged, directory: Path) -> Iterator[Replacement]:
+    """The prompts that the policy learns from, replaced by evaluation prompts that are not asked."""
+    stage = base.experiment.stages[base.subject]
+    fields = (each for each in marked_fields(stage) if any(isinstance(mark, Rows) for mark in each.marks))
+    key = next((each.key for each in fields if each.key == "prompts"), None)
+    if key is None:
+        yield Replacement("prompts", f"{base.subject} learns from no prompts", None)
+        return
+    asked, others = base.rows()[: base.prompts], base.rows()[base.prompts :]
+    if len(others) < MIN_PROMPTS:
+        words = f"{base.evaluation}.prompts has only {len(others)} prompts that are not asked"
+        yield Replacement("prompts", words, None)
+        return
+    files = {directory / "asked.jsonl": asked, directory / "not_asked.jsonl": others}
+    paths = [*map(str, files)]
+    config, touched = with_key(base, key, paths[1])
+    section_of(config, base.evaluation)["prompts"] = paths[0]
+    by = f"{len(others)} prompts of {base.evaluation} that are not asked"
+    yield Replacement("prompts", by, config, touched | {"prepare"}, files=files)
+
+
+def as_row(row: PromptRow) -> dict[str, Any]:
+    """A prompt as it stands in a file of prompts."""
+    is_text = row.is_text and len(row.prompt) == 1
+    return {**row.columns, "prompt": row.prompt[0]["content"] if is_text else row.prompt}
+
+
+def with_key(base: Judged, key: str, value: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """The run's config with another value of a key of its policy's stage, and of the keys that repeat it; and
+    the stages that this changes. The evaluation stays as it is."""
+    config = base.config()
+    before = config[base.subject][key]
+    section_of(config, base.subject)[key] = value
+    touched = {base.subject}
+    for other, repeated in references().items():
+        name, _, own = other.partition(".")
+        is_same = repeated == f"{kind_of(base.subject)}.{key}" and "." not in own
+        if is_same and name != kind_of(base.evaluation) and config[name].get(own) == before:
+            config[name][own] = value
+            touched.add(name)
+    return config, frozenset(touched & {*base.experiment.needed()})
+
+
+def seconds_of(base: Judged, each: Replacement) -> float:
+    """Roughly how long a trial takes, by the run's own times."""
+    changed = downstream(each.touches, base.experiment.stages)
+    factor = base.section.best_of if each.policy else 1
+    return factor * sum(base.seconds(name) or 0.0 for name in base.experiment.needed() if name in changed)
+
+
+def run_all(base: Judged, trials: Trials) -> int:
+    """Run the trials, print and write the table."""
+    own, results = base.scores(), dict[str, Sampled | str]()
+    found = [*replacements(base, trials.directory)]
+    pending = [each for each in found if each.config is not None]
+    trials.budget = len(pending)
+    for number, each in enumerate(pending):
+        left = sum(seconds_of(base, other) for other in pending[number + 1 :])
+        words, seconds = f"{each.part} replaced: {each.by}", seconds_of(base, each)
+        for path, rows in each.files.items():
+            replace_text(path, "".join(json.dumps(as_row(row)) + "\n" for row in rows))
+        try:
+            results[each.part] = difference(
+                [trials.run(each.config or {}, words, seconds, left, each.policy)], [own]
+            )
+        except NoScoresError as error:
+            results[each.part] = str(error)
+    heading = f"{base.words} minus that of {base.subject}"
+    table = Cells(["part", "replaced by", "", heading], [*rows_of(base, own, found, results)])
+    parts = [dict(zip(("part", "by", "result", "gain"), row, strict=True)) for row in table.rows]
+    content = {"run": str(base.files.directory), "judge": base.kind, "parts": parts}
+    trials.write(f"Ceilings of {base.name}", [], table, content)
+    return DONE
+
+
+def rows_of(
+    base: Judged, own: Scores, found: Sequence[Replacement], results: Mapping[str, Sampled | str]
+) -> Iterator[list[str]]:
+    """The table: the parts, the largest gain first; those that could not be replaced; the other policies."""
+    measured = [(each, gain) for each in found if isinstance(gain := results.get(each.part), Sampled)]
+    for each, gain in sorted(measured, key=lambda pair: -pair[1].value):
+        yield [each.part, each.by, in_a_word(gain), in_words(gain)]
+    for each in found:
+        why = results.get(each.part, each.by)
+        if isinstance(why, str):
+            yield [each.part, each.by if each.config else "-", "no trial", why]
+    for name in base.section.policies:
+        if name != base.subject:
+            gain = difference([base.scores(name)], [own])
+            yield [f"(policy {name})", "-", in_a_word(gain), in_words(gain)]
+
+
+def in_a_word(gain: Sampled) -> str:
+    """Whether a replacement is better than the run's own part."""
+    if gain.low > 0:
+        return "restores"
+    return "is worse" if gain.high < 0 else "cannot tell"

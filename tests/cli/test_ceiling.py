@@ -1,0 +1,135 @@
+"""`ceiling` on a small chain: which parts it replaces, how the table ends, and what it cannot replace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.chains import Chain, Outcome, run_main
+
+REWARD = """
+def length(messages, responses):
+    return [float(len(text)) for text in responses]
+
+def letters(messages, responses):
+    return [float(sum(each.isascii() and each.isalpha() for each in text)) for text in responses]
+"""
+CHAIN = (
+    "stage=evaluate", "ppo.reward=python:scoring:length", "evaluate.gold=python:scoring:letters",
+    "ppo.score.normalize=running", "ppo.critic.init=sft", "gates=warn", "evaluate.num_prompts=8",
+    "evaluate.prompts=many.jsonl", "evaluate.best_of=3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    made = Chain(tmp_path_factory.mktemp("ceiling"))
+    made.write("many.jsonl", [{"prompt": f"What is {n}?", "answer": f"{n}"} for n in range(40)])
+    (made.directory / "scoring.py").write_text(REWARD)
+    outcome = made.run(*CHAIN)
+    assert outcome.code == 0, outcome.err
+    return made
+
+
+def say(chain: Chain, *words: str, code: int = 0) -> Outcome:
+    outcome = run_main(chain.directory, ("ceiling", *words), chain.directory)
+    assert outcome.code == code, f"{outcome.code}\n{outcome.out}\n{outcome.err}"
+    return outcome
+
+
+def parts_of(chain: Chain, name: str) -> dict[str, dict[str, Any]]:
+    content = json.loads((chain.directory / "runs" / name / "ceiling.json").read_text())
+    return {each["part"]: each for each in content["parts"]}
+
+
+def trial(chain: Chain, number: int) -> Outcome:
+    return Outcome(0, "", "", chain.directory / "runs" / f"ceiling-run1-0{number}")
+
+
+def test_each_part_is_replaced_and_only_what_is_downstream_is_made(chain: Chain) -> None:
+    planned = say(chain, "run1", "dry_run=true").out
+    assert all(
+        words in planned for words in ("ppo.init=base", "ppo.reward=python:scoring:letters", "best of 3")
+    )
+    assert not (chain.directory / "runs" / "ceiling-run1").exists()
+    told = say(chain, "run1")
+    assert "Trial 4 of at most 4: prompts replaced: 32 prompts of evaluate that are not asked" in told.out
+    parts = parts_of(chain, "ceiling-run1")
+    assert {*parts} == {"sft", "reward", "policy gradient", "prompts", "(policy base)", "(policy sft)"}
+    assert all(each["result"] in ("restores", "cannot tell", "is worse") for each in parts.values())
+    assert [trial(chain, number).statuses["sft"] for number in (2, 3, 4)] == ["reused"] * 3
+    assert "ppo" in trial(chain, 1).statuses and trial(chain, 1).statuses["ppo"] == "ran"
+    assert trial(chain, 2).statuses["ppo"] == "ran"
+    assert trial(chain, 3).statuses["ppo"] == "reused", "best of n trains nothing"
+    assert trial(chain, 4).statuses["ppo"] == "ran"
+    assert (
+        "| policy gradient | the best of 3 answers by the same reward |"
+        in (chain.directory / "runs" / "ceiling-run1" / "ceiling.md").read_text()
+    )
+
+
+def test_a_replacement_that_restores_is_the_first_row(chain: Chain) -> None:
+    """Best of three by its length: an answer of the start that has more letters too."""
+    say(chain, "run1")
+    rows = [*parts_of(chain, "ceiling-run1").values()][:4]
+    gains = [float(each["gain"].partition(" ")[0]) for each in rows]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_the_best_answers_are_compared_with_those_of_the_policy(chain: Chain) -> None:
+    say(chain, "run1")
+    path = trial(chain, 3).artifact("evaluate") / "comparison.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    gain = sum(row["best_of_n"]["gold"] - row["ppo"]["gold"] for row in rows) / len(rows)
+    assert gain != 0
+    assert parts_of(chain, "ceiling-run1")["policy gradient"]["gain"].startswith(f"{gain:+.3f} (95%: ")
+
+
+def test_the_trials_learn_from_what_they_should(chain: Chain) -> None:
+    say(chain, "run1")
+    recipes = {
+        number: json.loads((trial(chain, number).artifact("ppo") / "manifest.json").read_text())["recipe"]
+        for number in (1, 2, 4)
+    }
+    assert recipes[1]["knobs"]["init"] == "base"
+    assert recipes[2]["knobs"]["reward"] == "python:scoring:letters"
+    directory = chain.directory / "runs" / "ceiling-run1"
+    practised = [json.loads(line) for line in (directory / "not_asked.jsonl").read_text().splitlines()]
+    asked = [json.loads(line) for line in (directory / "asked.jsonl").read_text().splitlines()]
+    assert (len(practised), len(asked)) == (32, 8)
+    assert all({*row} == {"prompt", "answer"} for row in (*practised, *asked)), "columns are kept for rewards"
+    for number in (1, 2, 3, 4):
+        path = trial(chain, number).artifact("evaluate") / "comparison.jsonl"
+        prompts = [json.loads(line)["prompt"][0]["content"] for line in path.read_text().splitlines()]
+        assert prompts == [row["prompt"] for row in asked], "every trial is asked the same"
+
+
+def test_the_same_command_again_makes_nothing(chain: Chain) -> None:
+    say(chain, "run1")
+    made = {path: path.stat().st_mtime_ns for path in chain.directory.glob("store/*/*/manifest.json")}
+    say(chain, "run1")
+    assert made == {path: path.stat().st_mtime_ns for path in chain.directory.glob("store/*/*/manifest.json")}
+
+
+def test_what_cannot_be_replaced_is_said(chain: Chain, tmp_path: Path) -> None:
+    other = Chain(shutil.copytree(chain.directory, tmp_path / "chain", symlinks=True))
+    outcome = other.run(
+        "stage=evaluate", "evaluate.policies=[base,sft]", "evaluate.subject=sft", "evaluate.init=base",
+        "evaluate.reward=null", "evaluate.gold=python:scoring:letters", "gates=warn", "run_name=only_sft",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    say(other, "only_sft")
+    parts = parts_of(other, "ceiling-only_sft")
+    assert parts["start"]["gain"] == "sft starts from no stage's model"
+    assert parts["prompts"]["gain"] == "sft learns from no prompts"
+    assert parts["(policy base)"]["result"] in ("restores", "cannot tell", "is worse")
+
+
+def test_mistakes_are_named_in_the_users_words(chain: Chain) -> None:
+    assert "name one run" in say(chain, code=2).err
+    assert "ceiling run2: there is no such run in runs. Did you mean run1?" in say(chain, "run2", code=2).err
+    assert "Did you mean dry_run?" in say(chain, "run1", "dry_runs=true", code=2).err
