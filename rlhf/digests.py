@@ -1,4 +1,4 @@
-"""sha256 of values, files and directories, a cache of file digests, and flushing to disk. Needs no torch."""
+"""sha256 of values, files and directories, a cache of file digests, flushing, hard links. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,8 @@ from typing import Any
 from rlhf.disk import naming, opened, replace_text
 
 MANIFEST = "manifest.json"
-
+NO_LINK_ERRORS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
+"""Errors of `link` if the file system has no hard links, or allows no more of them to this file."""
 
 SETTLED_NANOSECONDS = 2_000_000_000
 """The digest of a file is not cached if the file changed less than this ago. Some file systems store times in
@@ -152,6 +154,17 @@ def flush(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Make a hard link to a file; a copy if the file system makes no link."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINK_ERRORS:
+            raise
+        shutil.copyfile(source, target)
+        flush(Path(target))
 
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")

@@ -30,7 +30,7 @@ from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.checks import length_complaints
 from rlhf.pipeline.costing import starting
-from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
+from rlhf.pipeline.fields import LENGTH, UNKEYED, Batch, Memory, Model, Rows
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
 from rlhf.pipeline.stage import Stage, View
@@ -94,7 +94,7 @@ class DpoStage(PreferenceConfig, Stage):
     makes a policy, or a `save_pretrained` directory."""
     optim: OptimConfig
     peft: Peft
-    epochs: PositiveInt
+    epochs: Annotated[PositiveInt, LENGTH]
     """Passes over the rows."""
     batch_rows: Batch
     """Rows per optimizer step, over all ranks."""
@@ -107,7 +107,8 @@ class DpoStage(PreferenceConfig, Stage):
     """Rows with a longer side are left out and counted. The model's context is a limit too."""
     evaluations: PositiveInt
     """Number of evaluations on the held-out rows, equally spaced, the last one after the last step. The
-    policy with the lowest loss on one half of these rows is published, and judged on the other half."""
+    policy with the lowest loss on one half of these rows is published, and judged on the other half. Only
+    with 1 can a longer run continue a shorter one: docs/store.md."""
 
     @model_validator(mode="after")
     def _only_what_the_loss_has(self) -> Self:
@@ -154,6 +155,10 @@ class DpoStage(PreferenceConfig, Stage):
             fix=f"Lower {self.name}.max_tokens={self.max_tokens} to that, so that longer rows are left out, "
             "or start from a model with a longer context.",
         )  # fmt: skip
+
+    def has_open_end(self) -> bool:
+        """Several evaluations are spread over the length. A single one is made after the last step."""
+        return super().has_open_end() and self.evaluations == 1
 
     @property
     def virtual_tokens(self) -> int:

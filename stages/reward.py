@@ -25,7 +25,7 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.start import files_of
 from rlhf.pipeline.checks import length_complaints
-from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Rows
+from rlhf.pipeline.fields import LENGTH, UNKEYED, Batch, Memory, Model, Rows
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import SIZES, Healthy, Metric, named
 from rlhf.pipeline.stage import Stage, View
@@ -65,7 +65,7 @@ class RewardStage(Stage):
     Without `sft`, no SFT stage is needed."""
     optim: OptimConfig
     peft: Peft
-    epochs: PositiveInt
+    epochs: Annotated[PositiveInt, LENGTH]
     """Passes over the pairs. Usually one: reward models overfit in the second (Ouyang et al. 2022, C.2)."""
     batch_pairs: Batch
     """Pairs per optimizer step, over all ranks."""

@@ -24,7 +24,7 @@ from rlhf.data.sources import SourceConfig
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.costing import starting
-from rlhf.pipeline.fields import UNKEYED, Batch, Memory, Model, Reads, Rows, reads_of
+from rlhf.pipeline.fields import LENGTH, UNKEYED, Batch, Memory, Model, Reads, Rows, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import TUNED, Healthy, Metric, named
 from rlhf.pipeline.stage import Stage
@@ -74,7 +74,7 @@ class SftStage(Stage):
     """
     optim: OptimConfig
     peft: Peft
-    epochs: PositiveFloat
+    epochs: Annotated[PositiveFloat, LENGTH]
     """Passes over the training rows, such as 1.5."""
     batch_rows: Batch
     """Rows of `data` per optimizer step, over all ranks; replayed rows come in addition."""

@@ -23,10 +23,11 @@ Show what no run of runs_dir uses in the store, with its size, and ask before re
 it cannot ask, and removes nothing. yes=true removes without asking. It does not know runs of other
 directories, and removes what they use. A later run makes again what it needs.
 """
-LEFTOVER_NAME = re.compile(r"\.(\w+)\.(checkpoints|part-.*|damaged-.*|replaced)")
+LEFTOVER_NAME = re.compile(r"\.(\w+)\.(checkpoints|last|part-.*|damaged-.*|replaced)")
 LEFTOVER_REASONS = {
     "checkpoints": "checkpoints of a stage that did not end, and no run in runs_dir is at that stage",
     "damaged": "damaged, set aside",
+    "last": "the last checkpoint of a stage that has ended, for a longer run",
     "part": "left by a run that was killed",
     "replaced": "left by a run that was killed",
 }

@@ -58,7 +58,7 @@ def complaints(root: Path) -> Iterator[str | None]:
     for path in sorted(root.glob("[!.]*/[!.]*")):
         if path.is_dir():
             yield _complaint(store, path)
-    for path in sorted(root.glob("[!.]*/.*.checkpoints/step-*")):
+    for path in sorted([*root.glob("[!.]*/.*.checkpoints/step-*"), *root.glob("[!.]*/.*.last/step-*")]):
         _, complaint = verify_checkpoint(path)
         yield f"{path} is damaged: {complaint}" if complaint else None
 

@@ -66,6 +66,8 @@ class StageCost:
     """Bytes of the published artifact."""
     checkpoint: float = 0.0
     """Bytes of one checkpoint."""
+    keeps_last: bool = False
+    """Whether its last checkpoint stays, for a longer run."""
     tokens: float = 0.0
     """Tokens of all rows that the stage learns from, prompts included. A row counts once per epoch or
     rollout."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined
@@ -25,7 +26,8 @@ def cost_of(stage: Stage, on: CostContext, chain: Mapping[str, Stage]) -> StageC
         chain: all stages; other stages' knobs may matter too.
     """
     own = stage.cost(on, chain)
-    return _from_fields(stage, starting(stage, on, chain)) if own is None else own
+    cost = _from_fields(stage, starting(stage, on, chain)) if own is None else own
+    return replace(cost, keeps_last=True) if stage.has_open_end() else cost
 
 
 def starting(stage: Stage, on: CostContext, chain: Mapping[str, Stage]) -> CostContext:

@@ -16,6 +16,7 @@ from rlhf.data.mount import Mount
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.start import parse_model
 from rlhf.rewards.kinds import RewardMix, RewardSource
+from rlhf.training.config import OptimConfig
 
 if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
@@ -31,6 +32,8 @@ class Mark(Enum):
     MEMORY = auto()
     UNKEYED = auto()
     """It cannot change the result (sizes of micro-batches, intervals), so it is in no key."""
+    LENGTH = auto()
+    """How long the stage trains: a larger number only adds steps to the end."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def _checked_model(name: str, info: ValidationInfo) -> str:
 
 
 UNKEYED = Mark.UNKEYED
+LENGTH = Mark.LENGTH
 Model = Annotated[str, Field(min_length=1, validate_default=True), AfterValidator(_checked_model), Mark.MODEL]
 """A stage that makes a policy (`sft`, `dpo`, ...), `base` or a `save_pretrained` directory. Its name is
 checked, its stage becomes an input, and the model's content is in the key. A stage's first field of this type
@@ -162,6 +166,15 @@ def marked_fields(config: BaseModel, prefix: str = "") -> Iterator[MarkedField]:
 def fields_of(kind: type[BaseModel], mark: Mark) -> list[str]:
     """Names of a stage's own fields with this mark."""
     return [name for name, info in kind.model_fields.items() if mark in _marks(info)]
+
+
+def optims_of(config: BaseModel) -> Iterator[OptimConfig]:
+    """The settings of a stage's optimizers, also those of sections in the config."""
+    for _, value in config:
+        if isinstance(value, OptimConfig):
+            yield value
+        elif isinstance(value, BaseModel):
+            yield from optims_of(value)
 
 
 def peft_of(stage: Stage) -> PeftConfig | None:

@@ -207,6 +207,8 @@ class Learner:
                 job.log({"lr": self.rates[0], **metrics}, number)
                 self.done = number
                 self._end_if_bad(partial(rows, batch), max_bad_steps, advice)
+                if job.checkpoints.keeps_last and number == len(batches):  # a longer run may not measure here
+                    job.checkpoints.save(number, self.engine, self._state_dict())
                 self._evaluate_if_due()
                 task.advance(1, note(metrics))
                 job.checkpoints.after_step(number, self.engine, self._state_dict())

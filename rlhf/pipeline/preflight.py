@@ -539,9 +539,9 @@ def with_checkpoint_copy(cost: StageCost, on: CostContext, config: CheckpointCon
 def disk_complaints(
     costs: Mapping[str, StageCost], disk: Disk, checkpoints: CheckpointConfig, attempts: Mapping[str, Attempt]
 ) -> Iterator[str]:
-    """Complain if the store's disk has no room for the artifacts, for the weights from which one is
-    written, and for the checkpoints of the stage that needs most, in addition to existing checkpoints."""
-    published = sum(cost.artifact for cost in costs.values())
+    """Complain if the store's disk has no room for the artifacts, for checkpoints that stay, for the weights
+    from which one is written, and for the checkpoints of the stage that needs most, besides existing ones."""
+    published = sum(cost.artifact + cost.keeps_last * cost.checkpoint for cost in costs.values())
     published += max((cost.artifact for cost in costs.values()), default=0.0)  # its trained or merged weights
     missing = [checkpoint_bytes(cost, checkpoints) - attempts[name].bytes for name, cost in costs.items()]
     largest = max(0.0, *missing)

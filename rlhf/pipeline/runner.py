@@ -34,6 +34,7 @@ from rlhf.pipeline.forecast import Forecast
 from rlhf.pipeline.graph import inputs, naming_keys, reads_base_model, roles_of, row_makers, sampled_models
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.key import RunContext, digest_names, external_digests, recipe_of
+from rlhf.pipeline.longer import Course
 from rlhf.pipeline.made_rows import data_of, prepare_rows, roles_read
 from rlhf.pipeline.manifest import content_digest, make_manifest
 from rlhf.pipeline.metrics import as_summary, undeclared
@@ -51,7 +52,6 @@ from rlhf.tracking.position import Position
 from rlhf.tracking.progress import Progress, clock
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker, make_tracker
-from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
 RUN_LOCK = threading.RLock()
 """Runs of one process take turns: they share torch's random numbers, default dtype and ranks."""
@@ -287,6 +287,7 @@ class Pipeline:
         progress = Progress(self.console, self.forecast.update, partial(held_bytes, self.compute))
         self.forecast.begin(name)
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
+        course = self.course(stage, recipe, artifacts, forget=forced)
         tracker.begin(scratch)
         chain, rows = self.experiment.stages, scratch.with_name(f"{scratch.name}.rows")
         prepared = artifacts["prepare"].path if "prepare" in artifacts else scratch
@@ -301,17 +302,7 @@ class Pipeline:
             directory=scratch,
             tracker=tracker,
             progress=progress,
-            checkpoints=Checkpointer(
-                directory=self.store.checkpoints(name, key),
-                config=self.checkpointing(forget=forced),
-                compute=self.compute,
-                tracker=tracker,
-                signals=self.signals,
-                log=self.log,
-                stage=name,
-                recipe=recipe,
-                input_digests=self.input_digests(stage, artifacts),
-            ),
+            checkpoints=course.checkpointer(tracker, self.signals, self.log),
             reward_server=self.experiment.settings.reward_server,
             run_directory=run.directory,
             external_digests=self.external_digests[name],
@@ -362,7 +353,7 @@ class Pipeline:
 
         artifact = self.compute.main_only(publish)
         self.made.add(name)
-        self.compute.main_only(job.checkpoints.discard)
+        self.compute.main_only(course.end)
         run.record(name, "ran", key, artifact, seconds)
         cost = job.checkpoints.cost()
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
@@ -389,9 +380,13 @@ class Pipeline:
         """Differences from an artifact in the store, in words."""
         return in_words(stage, differences, self.store.root, roles_of(self.experiment.stages))
 
-    def checkpointing(self, *, forget: bool) -> CheckpointConfig:
-        """How a stage saves its state. `forget` deletes the checkpoints that are there, for `force=`."""
-        return self.experiment.settings.checkpoint.model_copy(update={"resume": False} if forget else {})
+    def course(
+        self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact], *, forget: bool = False
+    ) -> Course:
+        """The checkpoints of a stage's run. `forget` deletes those that are there, for `force=`."""
+        config = self.experiment.settings.checkpoint.model_copy(update={"resume": False} if forget else {})
+        inputs = self.input_digests(stage, artifacts)
+        return Course(self.store, stage, recipe, inputs, config, self.compute)
 
     def log(self, text: str) -> None:
         """Print a line, without markup."""
@@ -530,12 +525,7 @@ class Pipeline:
             if artifact:
                 known[name] = artifact
             else:
-                key = recipe_key(recipe)
-                resumes = self.experiment.settings.checkpoint.resume
-                pending[name] = Attempt(
-                    float(self.store.checkpoint_bytes(name, key)),
-                    *(self.store.checkpoint_progress(name, key) if resumes else ()),
-                )
+                pending[name] = self.course(stage, recipe, known).attempt()
         return pending
 
     def reusable(self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Artifact | None:

@@ -19,7 +19,7 @@ from rlhf.data.roles import Role
 from rlhf.digests import DirectoryDigest
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
-from rlhf.pipeline.fields import Mark, Reads, fields_of, reads_of
+from rlhf.pipeline.fields import Mark, Reads, fields_of, optims_of, reads_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.metrics import Metric
 
@@ -144,6 +144,13 @@ class Stage(Strict, ABC):
         """Knobs that decide nothing because other knobs turn them off, in addition to those of the type
         `Memory` and those that are `UNKEYED`."""
         return ()
+
+    def has_open_end(self) -> bool:
+        """Whether a longer training begins with the same steps, so that it can continue a shorter one. By
+        default: one field has the mark `LENGTH`, and the rates of all optimizers have an open end. Override
+        it if another setting spreads something over the length."""
+        optims, lengths = [*optims_of(self)], fields_of(type(self), Mark.LENGTH)
+        return bool(optims) and len(lengths) == 1 and all(each.has_open_end for each in optims)
 
     def external_digests(self, digest: DirectoryDigest, chain: Mapping[str, Stage]) -> dict[str, str]:
         """Digests of things outside the store that decide the result, in addition to the rewards and models

@@ -271,6 +271,10 @@ class Store:
         """Where a stage that is making the artifact keeps its checkpoints."""
         return self.root / stage / f".{key}.checkpoints"
 
+    def last_checkpoint(self, stage: str, key: str) -> Path:
+        """Where the last checkpoint of a finished stage stays, for a longer run: rlhf/pipeline/longer.py."""
+        return self.root / stage / f".{key}.last"
+
     def checkpoint_bytes(self, stage: str, key: str) -> int:
         """Size of these checkpoints. A file under several names counts once."""
         files = [path.stat() for path in self.checkpoints(stage, key).rglob("*") if path.is_file()]

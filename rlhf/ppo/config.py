@@ -13,7 +13,7 @@ from rlhf.config import Strict
 from rlhf.data.sources import PromptSource, SourceConfig
 from rlhf.models.peft.config import Peft
 from rlhf.models.peft.methods import METHODS
-from rlhf.pipeline.fields import UNKEYED, Batch, Function, Memory, Model, Rows, Score
+from rlhf.pipeline.fields import LENGTH, UNKEYED, Batch, Function, Memory, Model, Rows, Score
 from rlhf.rewards.kinds import critic_part
 from rlhf.training.config import OptimConfig
 
@@ -91,7 +91,7 @@ class PolicyConfig(Strict):
     """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
     classification model), `python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, `judge:URL`, or the URL of
     a server; or a list of several: docs/rewards.md."""
-    steps: PositiveInt
+    steps: Annotated[PositiveInt, LENGTH]
     """Number of rollouts. The policy learns from each of them in `epochs` passes."""
     batch_episodes: Batch
     """Episodes per rollout, over all ranks."""

@@ -17,7 +17,6 @@ links to those files, and its manifest has their digests. A resumed run takes th
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -36,7 +35,7 @@ from uuid import uuid4
 from pydantic import PositiveFloat, PositiveInt
 
 from rlhf.config import ConfigError, Strict
-from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, first_outside, flush
+from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, first_outside, flush, link_or_copy
 from rlhf.disk import content_of
 from rlhf.distributed.compute import Compute, portable
 from rlhf.distributed.device import host_memory
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FORMAT = 6
 LOOP, BEST = "loop.pt", "best"
-NO_LINK_ERRORS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
-"""Errors of `link` if the file system has no hard links, or allows no more of them to this file."""
 WRITE_ERROR = re.compile("unexpected pos|PytorchStreamWriter|write|iostream error", re.I)
 """Messages of torch.save if it cannot write to the disk. Any other error means that another rank was lost."""
 
@@ -146,6 +143,8 @@ class Checkpointer:
     """The recipe of the artifact that the stage makes."""
     input_digests: Mapping[str, str] = field(default_factory=dict)
     """Digests of the stage's inputs. A checkpoint made from other inputs is not used."""
+    keeps_last: bool = False
+    """Whether the state after the last step is saved too, before the model is measured for the last time."""
     seconds: float = 0.0
     """Seconds of earlier attempts, up to the checkpoint that this one continues from."""
     written: list[tuple[float, int]] = field(default_factory=list)
@@ -191,7 +190,8 @@ class Checkpointer:
         if cuda_random is not None and self.compute.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_random)
         self.tracker.restore(directory)
-        self.log(f"{self.stage}: continues from step {self.newest['step']} ({directory})")
+        if not self._is_of_shorter_run:  # then `training` says so, which knows the number of steps
+            self.log(f"{self.stage}: continues from step {self.newest['step']} ({directory})")
         return state
 
     @contextmanager
@@ -203,6 +203,11 @@ class Checkpointer:
         """
         self._last = self._step_start = time.monotonic()
         self._steps = steps
+        if self.newest is not None and self._is_of_shorter_run:
+            self.log(
+                f"{self.stage}: continues the shorter run from step {self.newest['step']} of {steps} "
+                f"({self.directory / self.newest['name']})"
+            )
         with self.signals.deferred():
             yield
             self._complete()
@@ -293,6 +298,11 @@ class Checkpointer:
             return self.compute.main_only(work)
 
     @property
+    def _is_of_shorter_run(self) -> bool:
+        """Whether the newest checkpoint is the last one of a shorter run of this stage."""
+        return self.newest is not None and digest_of(self.newest["recipe"]) != digest_of(self.recipe)
+
+    @property
     def _inputs_digest(self) -> str:
         return digest_of(dict(self.input_digests))[:12]
 
@@ -366,6 +376,8 @@ class Checkpointer:
 
         self._complete()
         start = time.monotonic()
+        if self.compute.broadcast((self.directory / f"step-{step:08d}").exists()):
+            return
         part = self._part(step)
         contents = dict(engine.state() or {})
         if self.compute.is_main:
@@ -578,10 +590,4 @@ def _link_files(source: Path, target: Path) -> None:
     """Make a second directory of the same files: with hard links, or with copies if there are no links."""
     target.mkdir()
     for file in source.iterdir():
-        try:
-            os.link(file, target / file.name)
-        except OSError as error:
-            if error.errno not in NO_LINK_ERRORS:
-                raise
-            shutil.copyfile(file, target / file.name)
-            flush(target / file.name)
+        link_or_copy(file, target / file.name)

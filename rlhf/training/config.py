@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from rlhf.config import Strict
 
@@ -26,5 +26,17 @@ class OptimConfig(Strict):
     constant."""
     warmup_fraction: float = Field(ge=0, lt=1)
     """Share of the steps, at the start, in which the rate rises from 0."""
+    warmup_steps: NonNegativeInt | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Number of these steps, instead of `warmup_fraction`; null uses the fraction. With schedule=constant a
+    longer run then continues a shorter one: docs/store.md."""
     max_grad_norm: PositiveFloat
     """Gradients with a larger norm are scaled down to it."""
+
+    @property
+    def has_open_end(self) -> bool:
+        """Whether no step's rate depends on the number of steps, as `schedule` and `warmup_steps` say."""
+        return self.schedule == "constant" and self.warmup_steps is not None
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Steps in which the rate rises, of a run of `num_steps`."""
+        return round(num_steps * self.warmup_fraction) if self.warmup_steps is None else self.warmup_steps

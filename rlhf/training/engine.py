@@ -84,7 +84,9 @@ class Engine(ABC):
         rates, waits = [], []
         for index, config in enumerate(self._configs):
             first = first_steps.get(index, 0)
-            factor = rate_factor(config.schedule, step - first, num_steps - first, config.warmup_fraction)
+            remaining = num_steps - first
+            warmup = config.num_warmup_steps(remaining)
+            factor = rate_factor(config.schedule, step - first, remaining, warmup)
             waits.append(step < first)
             rates.append(0.0 if waits[-1] else config.lr * factor)
         for group, rate, waiting in zip(self._param_groups(), rates, waits, strict=True):

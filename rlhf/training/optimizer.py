@@ -274,13 +274,15 @@ def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
     }
 
 
-def rate_factor(schedule: Schedule, step: int, num_steps: int, warmup_fraction: float) -> float:
+def rate_factor(schedule: Schedule, step: int, num_steps: int, warmup: int) -> float:
     """Factor of the learning rate in `step` (counted from 0): a linear warm-up, then the schedule. A decaying
     schedule reaches 0 one step after the last.
 
+    Args:
+        warmup: number of steps in which the factor rises.
+
     Source of cosine: Loshchilov and Hutter 2017 (arXiv:1608.03983), without restarts.
     """
-    warmup = round(num_steps * warmup_fraction)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     left = max(0.0, (num_steps - step) / max(1, num_steps - warmup))

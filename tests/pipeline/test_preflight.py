@@ -259,6 +259,17 @@ def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> N
     assert line.startswith(f"store_dir={tmp_path}") and "checkpoint.keep" in line
 
 
+def test_the_disk_holds_checkpoints_that_stay_for_a_longer_run(tmp_path: Path) -> None:
+    stages = build("sft.optim.schedule=constant", "sft.optim.warmup_steps=2").stages
+    cost = cost_of(stages["sft"], gpus(80), stages)
+    disk, attempts = Disk(tmp_path, 2 * cost.artifact + cost.checkpoint), {"sft": Attempt()}
+    assert list(disk_complaints({"sft": cost}, disk, NO_CHECKPOINTS, attempts)) == []
+    smaller = replace(disk, free=disk.free - 1.0)
+    assert len(list(disk_complaints({"sft": cost}, smaller, NO_CHECKPOINTS, attempts))) == 1
+    cost = cost_of(build().stages["sft"], gpus(80), stages)
+    assert list(disk_complaints({"sft": cost}, smaller, NO_CHECKPOINTS, attempts)) == []
+
+
 def test_what_an_artifact_is_made_from_is_on_the_disk_too(tmp_path: Path) -> None:
     two = {"sft": StageCost(artifact=4.0), "reward": StageCost(artifact=3.0)}
     attempts, disk = dict.fromkeys(two, Attempt()), Disk(tmp_path, 10.0)

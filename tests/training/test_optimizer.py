@@ -308,7 +308,7 @@ def test_frozen_parameters_are_left_out() -> None:
     ],
 )
 def test_the_schedule_by_hand(num_steps: int, warmup: float, expected: list[float]) -> None:
-    rates = [rate_factor("linear", step, num_steps, warmup) for step in range(num_steps)]
+    rates = [rate_factor("linear", step, num_steps, round(num_steps * warmup)) for step in range(num_steps)]
     assert rates == pytest.approx(expected)
 
 
@@ -322,4 +322,4 @@ def test_the_schedule_by_hand(num_steps: int, warmup: float, expected: list[floa
 )
 def test_each_schedule_warms_up_alike(schedule: Schedule, expected: list[float]) -> None:
     """Six steps, of which a third warm up; and two behind the last."""
-    assert [rate_factor(schedule, step, 6, 1 / 3) for step in range(8)] == pytest.approx(expected)
+    assert [rate_factor(schedule, step, 6, 2) for step in range(8)] == pytest.approx(expected)
