@@ -103,7 +103,8 @@ def rung(
         (torch.full(shape, default) if given is None else given.expand(shape)).reshape(-1, candidates)
         for given, default in ((running_C, True), (slow_C, False))
     )
-    mean_NC = score_NCB.nanmean(-1).masked_fill(~running, -math.inf).nan_to_num(nan=-math.inf)
+    mean_NC = score_NCB.nanmean(-1)
+    mean_NC = mean_NC.masked_fill(~running | mean_NC.isnan(), -math.inf)
     best = running & (mean_NC >= mean_NC.amax(-1, keepdim=True) - TIE)
     upper = torch.full_like(mean_NC, -math.inf)
     tail_N = ERROR / num_rungs / (running.sum(-1) - 1).clamp(min=1)
@@ -124,8 +125,8 @@ def rung(
 
 
 def best_untrained(score: Mapping[str, Tensor], cost: Mapping[str, float]) -> str:
-    """The untrained option with the highest mean on the choosing questions ([B]) that all options answered; of
-    equal ones the cheapest."""
+    """The untrained option with the highest mean on the choosing questions ([B]) that all options answered.
+    Of equal ones it is the cheapest."""
     if not score:
         raise ValueError("There is no untrained option to compare with. The base model is one.")
     common_B = ~torch.stack([*score.values()]).isnan().any(0)
@@ -176,8 +177,8 @@ def claims(
 ) -> Claims:
     """Compare the finalists with the untrained option.
 
-    - A gain above 0 is claimed by Holm's step-down test, one-sided at error / 2. So at most 2.5% of judgements
-      claim any gain that is not there.
+    - A gain above 0 is claimed by Holm's step-down test, one-sided at error / 2. So at most 2.5% of
+      judgements claim any gain that is not there.
     - The intervals are Dunn's (Bonferroni's), of which each side has error / 4 / K; error / 2 for a single
       finalist. If Holm claims a gain, the interval begins at 0 or above. So interval and claim always agree,
       and by Bonferroni's inequality all claims and intervals are right together in 95% of cases. The exact
@@ -214,7 +215,7 @@ def claims(
     low, high = gain.bound(tail, -1), gain.bound(tail, 1)
     low = torch.where(claimed, low.clamp(min=0.0), low)
     at_most = gain.bound(error / 2, 1).masked_fill(~plays, -math.inf).amax(-1)
-    measured = gain.value.masked_fill(~plays, -math.inf).nan_to_num(nan=-math.inf)
+    measured = gain.value.masked_fill(~plays | gain.value.isnan(), -math.inf)
     fit = claimed & (measured >= smallest_gain - TIE)
     best = measured.masked_fill(~fit, -math.inf).argmax(-1)
     best_SB = score_KSB.take_along_dim(best[..., None, None, None], -3)
@@ -258,8 +259,8 @@ class Decision:
     at_most: float = math.nan
     """No finalist gains more (97.5%)."""
     more_questions: int | None = None
-    """How many more questions, of which a third is sealed, tell with 80% power if the leader's true gain is the
-    measured one. None if no number does: then the measured gain is no aim, or more seeds are needed."""
+    """How many more questions, of which a third is sealed, tell with 80% power if the true gains are the
+    measured ones. None if no number does: a gain is exactly `smallest_gain`, or the seeds are too few."""
     is_method: bool = False
     """Whether the finalists are methods, judged over seeds, and not single artifacts."""
 
@@ -330,8 +331,8 @@ def judge(
 def more_questions(found: Claims, smallest_gain: float, error: float) -> int | None:
     """How many more questions would tell, a third of them sealed; None if no number would.
 
-    If the leader's measured gain is large enough, they would show that it is above 0. Else they would show that
-    no finalist reaches `smallest_gain`.
+    If the leader's measured gain is large enough, they would show that it is above 0. Else they would show
+    that no finalist reaches `smallest_gain`.
     """
     leader, num_finalists = int(found.leader), len(found.p)
     value = float(found.gain.value[leader])
@@ -352,12 +353,12 @@ def more_questions(found: Claims, smallest_gain: float, error: float) -> int | N
 
 
 def questions_needed(question_variance: float, seed_variance: float, gap: float, tail: float) -> int | None:
-    """Sealed questions with which an interval with chance `tail` on each side excludes a value that lies `gap`
-    from the truth, with a power of 80%. None if the seeds' part of the variance alone is too large.
+    """Sealed questions with which the bound at `tail` excludes a value that lies `gap` from the truth, with a
+    power of 80%. None if the seeds' part of the variance alone is too large.
 
         (z(tail) + z(0.2))^2 (seed_variance + question_variance / questions) = gap^2
 
-    Source: Chow, Shao and Wang 2008, "Sample size calculations in clinical research", 2nd edition, section 3.1.
+    Source: Chow, Shao and Wang 2008, "Sample size calculations in clinical research", 2nd edition, 3.1.
     """
     z_tail, z_power = -torch.special.ndtri(torch.tensor([tail, 1 - POWER], dtype=torch.float64))
     left = (max(0.0, gap) / float(z_tail + z_power)) ** 2 - seed_variance
