@@ -85,7 +85,8 @@ def answers(quality_NRC: Tensor, hard_NB: Tensor, correlation: float) -> Tensor:
     rest_NRCB = fresh_NRCB.mul_(math.sqrt((1 - correlation) * (1 - LASTING)))
     rest_NRCB.add_(own_N1CB, alpha=math.sqrt((1 - correlation) * LASTING))
     rest_NRCB.add_(hard_NB[:, None, None], alpha=math.sqrt(correlation))
-    return (rest_NRCB < torch.special.ndtri(quality_NRC).float()[..., None]).float()
+    limit_NRC: Tensor = torch.special.ndtri(quality_NRC).float()
+    return (rest_NRCB < limit_NRC[..., None]).float()
 
 
 def halve(score_NRCB: Tensor, kept: Iterable[int], price_C: Tensor, slow_C: Tensor) -> tuple[Tensor, Tensor]:

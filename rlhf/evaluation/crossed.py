@@ -56,7 +56,8 @@ class Estimate(NamedTuple):
             middle = (low + high) / 2
             short = self.quantile(middle) < t.abs()
             low, high = torch.where(short, middle, low), torch.where(short, high, middle)
-        return torch.special.ndtr(-t.sign() * (low + high) / 2)
+        p: Tensor = torch.special.ndtr(-t.sign() * (low + high) / 2)
+        return p
 
     def quantile(self, z: Tensor) -> Tensor:
         """Half width in standard errors of the interval that a normal variable would have at z."""

@@ -29,6 +29,8 @@ ERROR = 0.05
 """Chance of a wrong statement: that the halving drops its best candidate, or that an interval misses."""
 POWER = 0.8
 """Chance that the further questions tell, if the leader's true gain is the measured one."""
+MOST_QUESTIONS = 100_000
+"""Number of further questions above which nobody writes them, and none is advised."""
 TIE = 1e-9
 """Difference of two means that is only rounding."""
 
@@ -206,12 +208,10 @@ def claims(
     gain = estimate(score_KSB - untrained_SB[..., None, :, :], score_range)
     plays = torch.ones_like(gain.value, dtype=torch.bool) if in_play_K is None else in_play_K
     plays = plays.expand(gain.value.shape)
-    number = plays.sum(-1, keepdim=True)
-    p, order = gain.p_above(0.0).masked_fill(~plays, math.inf).sort(dim=-1)
-    steps = (number - torch.arange(p.shape[-1])).clamp(min=1) * p
-    adjusted = torch.empty_like(p).scatter(-1, order, steps.cummax(-1).values).clamp(max=1.0)
+    number = plays.sum(-1, keepdim=True).double()
+    adjusted = holm(gain.p_above(0.0), plays)
     claimed = plays & (adjusted <= error / 2)
-    tail = torch.where(number > 1, error / 4, error / 2) / number.clamp(min=1)
+    tail = error / torch.where(number > 1, 4 * number, 2.0)
     low, high = gain.bound(tail, -1), gain.bound(tail, 1)
     low = torch.where(claimed, low.clamp(min=0.0), low)
     at_most = gain.bound(error / 2, 1).masked_fill(~plays, -math.inf).amax(-1)
@@ -225,6 +225,15 @@ def claims(
     winner = measured.masked_fill(~(fit & ~behind & cheapest), -math.inf).argmax(-1)
     winner = torch.where(fit.any(-1), winner, -1)
     return Claims(gain, adjusted, claimed, low, high, at_most, winner, measured.argmax(-1))
+
+
+def holm(p_K: Tensor, plays_K: Tensor) -> Tensor:
+    """Holm's adjusted p-values, [..., K]; 1 for who does not play. The smallest counts as often as there are
+    players, the next once less, and none is below a smaller one's."""
+    p, order = p_K.masked_fill(~plays_K, math.inf).sort(dim=-1)
+    left = plays_K.sum(-1, keepdim=True) - torch.arange(p.shape[-1])
+    steps = (left.clamp(min=1) * p).cummax(-1).values
+    return torch.empty_like(p).scatter(-1, order, steps).clamp(max=1.0)
 
 
 class Outcome(StrEnum):
@@ -260,7 +269,7 @@ class Decision:
     """No finalist gains more (97.5%)."""
     more_questions: int | None = None
     """How many more questions, of which a third is sealed, tell with 80% power if the true gains are the
-    measured ones. None if no number does: a gain is exactly `smallest_gain`, or the seeds are too few."""
+    measured ones. None if 100,000 do not: a gain is almost `smallest_gain`, or the seeds are too few."""
     is_method: bool = False
     """Whether the finalists are methods, judged over seeds, and not single artifacts."""
 
@@ -329,7 +338,7 @@ def judge(
 
 
 def more_questions(found: Claims, smallest_gain: float, error: float) -> int | None:
-    """How many more questions would tell, a third of them sealed; None if no number would.
+    """How many more questions would tell, a third of them sealed; None if `MOST_QUESTIONS` would not.
 
     If the leader's measured gain is large enough, they would show that it is above 0. Else they would show
     that no finalist reaches `smallest_gain`.
@@ -349,7 +358,8 @@ def more_questions(found: Claims, smallest_gain: float, error: float) -> int | N
     known = [each for each in needed if each is not None]
     if len(known) < len(needed):
         return None
-    return math.ceil(max(1, max(known) - int(found.gain.rows[leader])) / SEALED)
+    more = math.ceil(max(1, max(known) - int(found.gain.rows[leader])) / SEALED)
+    return more if more <= MOST_QUESTIONS else None
 
 
 def questions_needed(question_variance: float, seed_variance: float, gap: float, tail: float) -> int | None:
@@ -362,4 +372,4 @@ def questions_needed(question_variance: float, seed_variance: float, gap: float,
     """
     z_tail, z_power = -torch.special.ndtri(torch.tensor([tail, 1 - POWER], dtype=torch.float64))
     left = (max(0.0, gap) / float(z_tail + z_power)) ** 2 - seed_variance
-    return math.ceil(question_variance / left) if left > 0 else None
+    return math.ceil(question_variance / left) if left > 0 and question_variance >= 0 else None
