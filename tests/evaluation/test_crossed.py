@@ -26,7 +26,17 @@ def test_two_seeds_by_hand() -> None:
     assert float(found.seed_variance) == pytest.approx(1.0)
 
 
-def test_what_is_neither_of_seeds_nor_of_questions_counts_once() -> None:
+def test_what_is_of_both_counts_once() -> None:
+    """Mean squares: seeds 3 (2.25 + 2.25) = 13.5, questions 2 (2.25 + 0.25 + 4) / 2 = 6.5, and the rest
+    (29.5 - 13.5 - 13) / 2 = 1.5."""
+    found = estimate(torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 8.0]]), None)
+    assert float(found.error.square()) == pytest.approx((13.5 + 6.5 - 1.5) / 6)
+    assert float(found.seed_share) == pytest.approx(13.5 / 18.5)
+    assert float(found.seed_variance) == pytest.approx((13.5 - 1.5) / 6)
+    assert float(found.question_variance) == pytest.approx(6.5 / 2)
+
+
+def test_what_is_neither_of_seeds_nor_of_questions_counts_not_at_all() -> None:
     """0, 2 and 2, 0: seeds and questions agree on average, and only the rest is left, with mean square 4.
     Neither gives a variance then: 0, not -1."""
     found = estimate(torch.tensor([[0.0, 2.0], [2.0, 0.0]]), None)
@@ -45,6 +55,8 @@ def test_a_bounded_score_has_a_question_more_for_each_side() -> None:
     """1, 0, -1, 0 and 1, -1: variance 4 / 5, error sqrt(0.8 / 6); 2.571 is Student's with 5."""
     found = estimate(torch.tensor([[1.0, 0.0, -1.0, 0.0]]), 1.0)
     assert float(found.bound(0.025, 1)) == pytest.approx(2.571 * math.sqrt(0.8 / 6), rel=3e-3)
+    one_sided = estimate(torch.ones(1, 4), 1.0)
+    assert (float(one_sided.value), float(one_sided.centre)) == (1.0, pytest.approx(4 / 6))
     agreeing = estimate(torch.zeros(1, 10), 1.0)
     assert float(agreeing.bound(0.025, 1)) > 0.2
     assert float(estimate(torch.zeros(1, 10), 2.0).error) == pytest.approx(2 * float(agreeing.error))
@@ -68,7 +80,7 @@ def test_neither_order_nor_unscored_questions_nor_other_problems_matter() -> Non
 def test_without_a_spread_nothing_is_known(d_SB: Tensor) -> None:
     found = estimate(d_SB, None)
     assert float(found.bound(0.025, -1)) == -math.inf and float(found.bound(0.025, 1)) == math.inf
-    assert float(found.p_above(0.0)) == 0.5
+    assert float(found.p_above(0.0)) == 0.5 and float(found.error) == math.inf
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])

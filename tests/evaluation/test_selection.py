@@ -52,13 +52,14 @@ def test_a_part_without_questions_is_refused(questions: list[str]) -> None:
 
 def test_a_rung_by_hand() -> None:
     """The second leads the first by 0.1 on each question, and the third by 1, 1, 1 and 1.4: by 1.1, with
-    error 0.1. Student's t with 3 degrees of freedom and a tail of 0.05 / 3 is 3.74. The fourth varies much."""
+    error 0.1. Student's t with 3 degrees of freedom and a tail of 0.05 / 3 is 3.74. The fourth one varies."""
     best_B = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     lead_CB = torch.tensor([[-0.1] * 4, [0.0] * 4, [-1.0, -1.0, -1.0, -1.4], [3.5, -4.5, 3.5, -4.5]])
     found = after(best_B + lead_CB)
     assert found.worse.tolist() == [True, False, True, False]
     assert found.kept.tolist() == [False, True, False, True]
     assert not bool(found.cut.any())
+    assert float(found.upper[1]) == math.inf
     assert float(found.upper[2]) == pytest.approx(-1.1 + 0.1 * 3.74, abs=0.02)
 
 
@@ -175,6 +176,11 @@ def test_intervals_and_claims_agree() -> None:
     assert bool((found.claimed == (found.low >= 0)).all())
     only_holm = found.claimed & (found.low == 0)
     assert bool(only_holm.any()) and bool((found.claimed & (found.low > 0)).any())
+    some = ~found.claimed
+    assert found.low[some].tolist() == pytest.approx(found.gain.bound(0.05 / 4 / 3, -1)[some].tolist())
+    assert found.high.flatten().tolist() == pytest.approx(
+        found.gain.bound(0.05 / 4 / 3, 1).flatten().tolist()
+    )
     alone = claims(score_NKSB[:, :1], torch.zeros(500, 1, 30), cost_K=torch.ones(1), score_range=None)
     assert alone.low[:, 0].tolist() == pytest.approx(alone.gain.bound(0.025, -1)[:, 0].tolist())
     plays = torch.tensor([True, False, False])
@@ -235,6 +241,9 @@ def test_neither_the_order_of_finalists_nor_of_questions_matters() -> None:
     one = judge(scores, UNTRAINED, cost=COST, score_range=None)
     moved = judge(other, UNTRAINED[:, order], cost=COST, score_range=None)
     assert one.winner == moved.winner
+    twins = {"b": scores["full"], "a": scores["full"]}
+    for each in (twins, dict(reversed(twins.items()))):
+        assert judge(each, UNTRAINED, cost={"a": 1.0, "b": 1.0}, score_range=None).winner == "a"
     for name in scores:
         assert one.finalists[name].gain == pytest.approx(moved.finalists[name].gain)
 
@@ -276,6 +285,7 @@ def test_how_many_more_questions_would_tell_by_hand() -> None:
     assert found.more_questions == pytest.approx(3 * (502.3 * variance - 200), abs=6)
     refuting = decide(finalists(full=0.0), smallest_gain=0.125)
     assert refuting.more_questions == found.more_questions
+    assert decide(finalists(full=0.1), smallest_gain=0.225).more_questions == found.more_questions
     assert decide(finalists(full=0.0), smallest_gain=0.0).more_questions is None
     assert decide(finalists(full=0.0), smallest_gain=0.001).more_questions is None
     two = decide(finalists(full=0.125, lora=0.0), smallest_gain=0.05)
