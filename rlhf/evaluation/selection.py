@@ -79,9 +79,9 @@ def rung(
 
     A candidate is worse if the upper end of its paired difference to the best lies below 0. The level is
     Bonferroni's over candidates and rungs: all rungs together drop the best of their candidates in at most 5%
-    of cases (Gupta's subset selection). There is no limit to how many are dropped as worse, because the level
-    holds for any number. But a short run can mislead about a slow starter, and no interval shows that: mark
-    it in `slow_C`.
+    of cases (Gupta's subset selection). There is no limit to how many are dropped as worse: the level holds
+    for any number, and a limit of half only cost more in simulations. But a short run can mislead about a
+    slow starter, and no interval shows that: mark it in `slow_C`.
 
     The rest of successive halving is the budget's: of those not worse, `max_kept` run on, with half of the
     candidates as the usual value. The best is kept first, then slow starters, then the highest upper ends: a
