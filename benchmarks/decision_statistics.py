@@ -1,6 +1,6 @@
 """How often is a decision to train wrong, and what does successive halving lose? A simulation.
 
-    python benchmarks/decision_statistics.py             # 144,000 decisions; 100 seconds of one core
+    python benchmarks/decision_statistics.py             # 180,000 decisions; 2 minutes of one core
     python benchmarks/decision_statistics.py --quick     # seconds: few draws of few cells
 
 Each draw is a whole decision by `rlhf/evaluation/selection.py`: questions, two untrained options, candidates
@@ -11,7 +11,8 @@ two thirds that chose; "winner alone" is the usual 95% interval there of the bes
 An answer is right or wrong: right if a normal variable is below the quantile of the model's quality, which is
 so the true share of right answers. The variables of two models have a correlation, because questions are
 hard or easy for all. Results are pooled over two correlations (0.3, 0.7) and two standard deviations of
-quality over seeds (0, 2 points). Untrained options are right in 45% and 55%. Kinds of candidates:
+quality over seeds (0, 2 points). The first table has the deviation 0 alone: no gain is exactly 0 there.
+Untrained options are right in 45% and 55%. Kinds of candidates:
 
 - none: all as good as the best untrained option.
 - small, medium: one is 5 or 10 points better, the others are as in none.
@@ -53,6 +54,8 @@ LASTING = 0.5
 """Part of the variance that is a candidate's own on a question and the same at all rungs."""
 DRAWS, QUICK_DRAWS, CHUNK = 500, 20, 250
 """Per cell of effect, candidates, questions, correlation and spread."""
+EXACT = 3
+"""So many times the draws where no candidate is better and seeds do not differ: the rate of false claims."""
 SEED_DRAWS, QUICK_SEED_DRAWS = 4000, 200
 SEEDS, SEED_SPREADS, SEALED_QUESTIONS = (2, 3, 5), (0.0, 0.02, 0.05, 0.1), (20, 67, 200)
 PLANNED_GAINS = (0.05, 0.1, 0.15)
@@ -263,8 +266,14 @@ def beyond(name: str, count: float, draws: float, nominal: float, is_error: bool
     return [f"{name}: {100 * count / draws:.1f}% of {draws:.0f} draws, nominal {100 * nominal:.1f}%"]
 
 
-def print_decisions(cells: Mapping[tuple[str, int, int], Totals]) -> list[str]:
-    """Print the tables of whole decisions; the figures beyond their nominal values."""
+def print_decisions(
+    cells: Mapping[tuple[str, int, int], Totals], exact: Mapping[tuple[int, int], Totals]
+) -> list[str]:
+    """Print the tables of whole decisions; the figures beyond their nominal values.
+
+    Args:
+        exact: candidates, questions -> totals where no candidate is better, and seeds do not differ.
+    """
     all_candidates = sorted({candidates for _, candidates, _ in cells})
     all_questions = sorted({questions for _, _, questions in cells})
     table(
@@ -273,7 +282,7 @@ def print_decisions(cells: Mapping[tuple[str, int, int], Totals]) -> list[str]:
          "interval holds", "all intervals hold", "same, winner alone"),
         (
             (candidates, questions, *(
-                share(cells["none", candidates, questions], name)
+                share(exact[candidates, questions], name)
                 for name in ("sealed false claim", "same false claim", "same alone false claim",
                              "sealed covered", "sealed all covered", "same alone covered")
             ))
@@ -310,8 +319,10 @@ def print_decisions(cells: Mapping[tuple[str, int, int], Totals]) -> list[str]:
         ),
     )  # fmt: skip
     wrong = []
-    for key, total in cells.items():
-        name, draws = ", ".join(map(str, key)), total["draws"]
+    named = [(", ".join(map(str, key)), total) for key, total in cells.items()]
+    named += [(", ".join(map(str, ("exactly none", *key))), total) for key, total in exact.items()]
+    for name, total in named:
+        draws = total["draws"]
         wrong += beyond(f"{name}: false claims", total["sealed false claim"], draws, ERROR / 2, True)
         wrong += beyond(f"{name}: false no", total["sealed false no"], draws, ERROR / 2, True)
         wrong += beyond(f"{name}: intervals", total["sealed all covered"], draws, 1 - ERROR, False)
@@ -360,7 +371,14 @@ def main() -> int:
         )
         for effect, candidates, questions in product(EFFECTS, sizes[0], sizes[1])
     }
-    wrong = print_decisions(cells)
+    exact = {
+        (candidates, questions): pooled(
+            simulate("none", candidates, questions, correlation, 0.0, EXACT * draws)
+            for correlation in CORRELATIONS
+        )
+        for candidates, questions in product(*sizes)
+    }
+    wrong = print_decisions(cells, exact)
     draws = QUICK_SEED_DRAWS if quick else SEED_DRAWS
     wrong += print_seeds(draws)
     table(
