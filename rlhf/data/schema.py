@@ -286,13 +286,17 @@ def copied_answer(row: Row) -> str | None:
     return None
 
 
-def hash_fraction(identity: str, purpose: Literal["evaluation", "held_out", "limit", "judge"]) -> float:
+Purpose = Literal["evaluation", "held_out", "judge", "sealed"]
+"""What a share of the prompts is set aside for."""
+
+
+def hash_fraction(identity: str, purpose: Purpose | Literal["limit"]) -> float:
     """A number in [0, 1) from the hash of purpose and prompt identity."""
     digest = hashlib.sha256(f"{purpose}:{identity}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
-def drawn(identity: str, fraction: float, purpose: Literal["evaluation", "held_out", "judge"]) -> bool:
+def drawn(identity: str, fraction: float, purpose: Purpose) -> bool:
     """Whether a prompt belongs to the `fraction` set aside for this purpose.
 
     `hash_fraction` decides. So the draw does not depend on the role or on other rows. Draws for different
