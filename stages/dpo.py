@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from rlhf.config import Complaint, ConfigError
 from rlhf.costs.setup import CostContext
@@ -94,7 +94,7 @@ class DpoStage(PreferenceConfig, Stage):
     makes a policy, or a `save_pretrained` directory."""
     optim: OptimConfig
     peft: Peft
-    epochs: Annotated[PositiveInt, LENGTH]
+    epochs: Annotated[PositiveFloat, LENGTH]
     """Passes over the rows."""
     batch_rows: Batch
     """Rows per optimizer step, over all ranks."""

@@ -10,9 +10,9 @@ Writes  responses.jsonl; comparison.jsonl (one prompt per line, all policies' an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
@@ -23,7 +23,7 @@ from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import PromptRow, QuestionRow
+from rlhf.data.schema import PromptRow, QuestionRow, Row, prompt_identity
 from rlhf.data.sources import PromptSource, SourceList
 from rlhf.digests import DirectoryDigest
 from rlhf.evaluation.lm_eval import Harness
@@ -100,6 +100,9 @@ class EvaluateStage(ComparisonStage):
     """The smallest gain worth having, in deviations of the score over the answers of PPO's start."""
     num_prompts: PositiveInt | None
     """Number of evaluation prompts, the first ones; null uses all."""
+    part: Literal["all", "choosing", "sealed"]
+    """Which of these prompts are asked. `decide` chooses candidates with the choosing ones, and judges with
+    the sealed ones, about a third, which the hash of each prompt draws."""
     subject: str
     """The policy that gates check: its win rate, gains and forgetting are logged without a policy's name.
     `auto` uses the only policy that is neither base nor what PPO started from; if there are several, ppo; if
@@ -267,7 +270,7 @@ class EvaluateStage(ComparisonStage):
 
     def questions_of(self, data: PreparedData) -> tuple[list[Question], dict[str, float]]:
         """The evaluation prompts, with their references."""
-        rows = data.rows("evaluate", "evaluation")[: self.num_prompts]
+        rows = self.asked(data.rows("evaluate", "evaluation")[: self.num_prompts])
         questions = []
         for number, row in enumerate(rows, 1):
             assert isinstance(row, PromptRow)
@@ -280,6 +283,22 @@ class EvaluateStage(ComparisonStage):
                 )
             questions.append(Question(f"prompt {number}", row, None if reference is None else str(reference)))
         return questions, {}
+
+    def asked(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The prompts of `part`.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if self.part == "all":
+            return rows
+        from rlhf.evaluation.selection import split_questions
+
+        try:
+            choosing, sealed = split_questions([prompt_identity(row) for row in rows])
+        except ValueError as error:
+            raise ConfigError(Complaint(f"{self.name}.part={self.part}", str(error))) from None
+        return [rows[index] for index in (choosing if self.part == "choosing" else sealed)]
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """That of all comparisons, from the directory where the start's training began."""

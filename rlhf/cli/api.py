@@ -14,7 +14,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import count
 from numbers import Integral, Real
@@ -68,7 +69,11 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> dict[str, 
         escaped_path = str(Path(config_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")
         arguments = [*arguments, f"hydra.searchpath=['file://{escaped_path}']"]
     try:
-        with HYDRA_LOCK, hydra.initialize_config_module("rlhf.conf", version_base="1.3"):
+        with (
+            HYDRA_LOCK,
+            _outside_hydra(),
+            hydra.initialize_config_module("rlhf.conf", version_base="1.3"),
+        ):
             node = hydra.compose("config", overrides=arguments)
             resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
@@ -80,6 +85,20 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> dict[str, 
     if complaint := next(choice_complaints(config), None):
         raise ConfigError(complaint)
     return config
+
+
+@contextmanager
+def _outside_hydra() -> Iterator[None]:
+    """While open, Hydra can be initialized, also in a job of `hydra.main`."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    state = GlobalHydra.instance()
+    before = state.hydra
+    state.clear()
+    try:
+        yield
+    finally:
+        state.hydra = before
 
 
 def run(config: Mapping[str, Any], *, quiet: bool = False) -> FinishedRun:

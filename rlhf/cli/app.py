@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -75,11 +76,19 @@ def run_composed(node: DictConfig) -> Any:
         raise SystemExit(CONFIG_ERROR)
     name = config["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
     job = HydraConfig.get()
+    if config["decide"] is not None and job.mode == RunMode.MULTIRUN:
+        print(
+            "Error: recipe=decide has pilots of its own, so it cannot be swept. Leave out -m.",
+            file=sys.stderr,
+        )
+        raise SystemExit(CONFIG_ERROR)
     if job.mode == RunMode.MULTIRUN:
         outcome = run_trial(config, f"{name}-{job.job.num}")
         if job.sweeper._target_ in SWEEPERS:
             return outcome
         code = outcome.code  # other sweepers do not read exit codes
+    elif config["decide"] is not None:
+        code = run_decision(config, name)
     else:
         code = execute(config, name)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -87,6 +96,18 @@ def run_composed(node: DictConfig) -> Any:
     if code:
         raise SystemExit(code)
     return None
+
+
+def run_decision(config: dict[str, Any], name: str) -> int:
+    """Run `recipe=decide`. Its pilots are composed again, with the same arguments."""
+    from rlhf.cli.execute import set_up_libraries
+
+    set_up_libraries()
+    from rlhf.cli.decide import decide
+
+    job = HydraConfig.get()
+    given = [Path(each.path) for each in job.runtime.config_sources if each.provider == "command-line"]
+    return decide(config, name, list(job.overrides.task), next(iter(given), None))
 
 
 def refuse_to_pickle_secrets(arguments: list[str]) -> None:

@@ -168,8 +168,8 @@ def paired_gain(own: Answers, other: Answers, kind: str) -> Sampled:
 
 def agreement(policies: Sequence[Answers]) -> dict[str, float]:
     """Correlation of learned and gold score within each policy's answers: a rise of both from one policy to
-    the next does not count. Empty if one of the scores is missing."""
-    if not all({"score", "gold"} <= {*each.scores} for each in policies):
+    the next does not count. Empty without policies, or if one of the scores is missing."""
+    if not policies or not all({"score", "gold"} <= {*each.scores} for each in policies):
         return {}
     score_BP, gold_BP = (
         torch.stack(

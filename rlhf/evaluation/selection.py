@@ -137,11 +137,20 @@ def best_untrained(score: Mapping[str, Tensor], cost: Mapping[str, float]) -> st
 
 
 def over_limits(
-    measured: Mapping[str, Mapping[str, float]], limits: Mapping[str, float]
+    measured: Mapping[str, Mapping[str, float]], limits: Mapping[str, tuple[float, float]]
 ) -> dict[str, tuple[str, ...]]:
-    """The limits that each refused candidate exceeds. A value that is missing or NaN is over its limit."""
+    """The limits that each refused candidate exceeds. A value that is missing or NaN is over its limit.
+
+    Args:
+        measured: candidate -> figure -> value.
+        limits: figure -> lowest and highest allowed value.
+    """
     over = {
-        name: tuple(limit for limit, most in limits.items() if not values.get(limit, math.nan) <= most)
+        name: tuple(
+            figure
+            for figure, (least, most) in limits.items()
+            if not least <= values.get(figure, math.nan) <= most
+        )
         for name, values in measured.items()
     }
     return {name: limits_over for name, limits_over in over.items() if limits_over}

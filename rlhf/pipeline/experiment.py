@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat
 from pydantic.errors import PydanticUserError
 
 from rlhf.config import ConfigError, Strict, did_you_mean, validated
@@ -39,7 +39,7 @@ from rlhf.pipeline.recipe import (
     with_own_roles,
 )
 from rlhf.pipeline.sampling_engine import unusable_by_vllm
-from rlhf.pipeline.settings import LaunchConfig, SweepConfig
+from rlhf.pipeline.settings import DecideConfig, LaunchConfig, SweepConfig
 from rlhf.pipeline.stage import Stage, View
 from rlhf.rewards.code import import_code
 from rlhf.rewards.http import RewardServerConfig
@@ -109,6 +109,11 @@ class Settings(Strict):
     only says so."""
     sweep: SweepConfig
     recipe: RecipeConfig
+    budget: str | PositiveFloat | None
+    """What `recipe=decide` may use: a time (`90s`, `30m`, `2h`), GPU hours (`16gpuh`), or an amount of money,
+    in the currency of evaluate.price_per_hour (`20`)."""
+    decide: DecideConfig | None
+    """Only with `recipe=decide`."""
     instances: dict[str, dict[str, Any]]
     """Named instances: STAGE@LABEL, with its keys that differ from the stage's own. A name with {round} makes
     one instance for each round of the recipe after the first."""

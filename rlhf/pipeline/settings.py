@@ -1,4 +1,4 @@
-"""`launch.*` and `sweep.*`, without torch; values: conf/config.yaml."""
+"""`launch.*`, `sweep.*` and `decide.*`, without torch; values: conf/config.yaml, conf/recipe/decide.yaml."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rlhf.config import ConfigError, Strict, did_you_mean
 from rlhf.pipeline.metrics import check_metric
@@ -75,3 +75,61 @@ class LaunchConfig(Strict):
 
     processes: PositiveInt | None
     """Ranks on this machine; null uses one for each visible GPU, or one without a GPU."""
+
+
+class LimitConfig(Strict):
+    """The range of a figure in which a candidate may be shipped."""
+
+    min: float | None = None
+    max: float | None = None
+
+
+class CandidateConfig(Strict):
+    """`decide.candidates.NAME`: a way to get better answers. Values: conf/decide/."""
+
+    title: str
+    """What tables call it."""
+    asks: str
+    """Who answers, as in evaluate.policies: `base+few_shot`, `sft`, `sft+retrieval`, `ppo`."""
+    set: list[str] = []
+    """Keys of its runs, as on the command line, such as `sft.peft=lora`."""
+    length: str | None = None
+    """The key that says how long it trains, such as `sft.epochs`. Pilots train a share of it. Null: it always
+    trains to its end."""
+    needs: list[Literal["verifier"]] = []
+    """`verifier`: only if its policy learns from a verifier, which checks answers against right ones."""
+    slow: bool = False
+    """It may look bad in its first steps: it is not dropped for its quality before its full length."""
+
+
+def _shares(shares: list[float]) -> list[float]:
+    if shares != sorted({*shares}) or shares[-1] != 1.0:
+        raise ValueError("give rising shares, of which the last is 1, such as [0.25,0.5,1]")
+    return shares
+
+
+class DecideConfig(Strict):
+    """`decide.*`: which way to tune, if any, is worth it. Values: conf/recipe/decide.yaml."""
+
+    candidates: Annotated[dict[str, CandidateConfig], Field(min_length=1)]
+    """What is tried. `'~decide.candidates.NAME'` leaves one out."""
+    set: list[str]
+    """Keys of all runs, as on the command line: a constant rate, so that longer pilots continue shorter ones."""
+    shares: Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_shares)]
+    """Share of a candidate's length that it has trained after each rung."""
+    finalists: PositiveInt
+    """Largest number of candidates that the sealed questions judge."""
+    smallest_gain: NonNegativeFloat
+    """The smallest gain worth training for, in units of the judge's score. With 0, `do not train` is only
+    said of candidates that are worse."""
+    limits: dict[str, LimitConfig]
+    """Figure of the final evaluation -> the range in which a finalist may be shipped, such as
+    `+decide.limits.retention_perplexity_ratio.max=1.15`."""
+    seeds: PositiveInt
+    """1: the winner is the very model that was judged. More: each finalist is trained with so many seeds, and
+    the winner is a method."""
+    num_timed: NonNegativeInt
+    """Number of sealed questions that finalists are asked one at a time, for latency and cost."""
+    requests: NonNegativeFloat
+    """Number of answers that training must pay off for: of equal finalists, the one whose training and
+    answers cost less is the winner."""

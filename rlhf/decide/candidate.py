@@ -1,0 +1,142 @@
+"""A candidate of a decision: what is known of it so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.evaluation.intervals import mean
+from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.settings import CandidateConfig
+
+Scores = Mapping[str, float]
+"""Prompt -> the judge's score of the answer."""
+FIGURES = (
+    "seconds_p50", "seconds_p95", "cost_per_thousand", "memory_bytes", "retention_perplexity_ratio",
+    "question_accuracy_change", "length_ratio", "stop_rate",
+)  # fmt: skip
+"""Figures of the final evaluation that a limit can name."""
+
+
+class State(StrEnum):
+    """What became of a candidate."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    COMPARED = "compared"
+    """It needs no training."""
+    WORSE = "worse"
+    CUT = "cut"
+    """For lack of budget."""
+    IMPOSSIBLE = "cannot run"
+    FAILED = "failed"
+    FINALIST = "finalist"
+    REFUSED = "refused"
+    WINNER = "winner"
+
+
+class Result(NamedTuple):
+    """What a finished trial measured."""
+
+    scores: Scores
+    metrics: Mapping[str, float]
+    """Summary metrics of this candidate's answers, without its name."""
+    run: str
+
+
+@dataclass
+class Candidate:
+    """A candidate, with its results."""
+
+    name: str
+    config: CandidateConfig
+    is_trained: bool
+    state: State = State.WAITING
+    why: str = ""
+    share: float | None = None
+    """Share of its length that its newest result was trained."""
+    chosen: Result | None = None
+    """On the choosing questions."""
+    sealed: Sequence[Result] = ()
+    """On the sealed questions, one for each seed."""
+    gain: Sampled | None = None
+    gain_over_base: Sampled | None = None
+    limits_over: Sequence[str] = ()
+    train_seconds: float = math.nan
+    """Seconds in which its models were trained, with those that it starts from."""
+    step_seconds: float = 0.0
+    """Seconds of its own stage for the full length, as measured so far."""
+    ask_seconds: float = 0.0
+    """Seconds in which it was asked the choosing questions."""
+    seconds: float = 0.0
+    """Seconds of its pilots."""
+    planned: dict[str, float] = field(default_factory=dict)
+    """Stage -> predicted seconds of its first pilot."""
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.config.title
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may still be a finalist."""
+        return self.state in (State.WAITING, State.RUNNING, State.CUT) and self.chosen is not None
+
+    @property
+    def mean(self) -> float:
+        """Mean score on the choosing questions."""
+        return self.quality.value if self.quality is not None else -math.inf
+
+    @property
+    def quality(self) -> Sampled | None:
+        """Mean score on the choosing questions, with its interval."""
+        if self.chosen is None or not self.chosen.scores:
+            return None
+        return mean(torch.tensor([*self.chosen.scores.values()], dtype=torch.float64))
+
+    def figures(self) -> Iterator[tuple[str, float]]:
+        """The figures of the newest evaluation."""
+        results = [*self.sealed, *([self.chosen] if self.chosen is not None else [])]
+        for figure in (*FIGURES, "setup_cost"):
+            value = next((each.metrics[figure] for each in results if figure in each.metrics), None)
+            if value is not None and math.isfinite(value):
+                yield figure, value
+
+    def as_json(self) -> dict[str, Any]:
+        """Its entry in decision.json."""
+        figures = dict(self.figures())
+        return {
+            "name": self.name,
+            "title": self.title,
+            "asks": self.config.asks,
+            "trained": self.is_trained,
+            "state": self.state.value,
+            "why": self.why,
+            "share": self.share if self.is_trained else None,
+            "quality": _sampled(self.quality),
+            "gain": _sampled(self.gain),
+            "gain_over_base": _sampled(self.gain_over_base),
+            "limits_over": [*self.limits_over],
+            "train_seconds": self.train_seconds if math.isfinite(self.train_seconds) else None,
+            **{figure: figures.get(figure) for figure in FIGURES},
+        }
+
+
+def _sampled(found: Sampled | None) -> dict[str, float | None] | None:
+    if found is None:
+        return None
+    return {key: each if math.isfinite(each) else None for key, each in found._asdict().items()}
+
+
+def table(scores: Sequence[Scores], prompts: Sequence[str]) -> Tensor:
+    """Scores as a tensor [C, B]; NaN where a prompt has no score."""
+    return torch.tensor(
+        [[each.get(prompt, math.nan) for prompt in prompts] for each in scores], dtype=torch.float64
+    )

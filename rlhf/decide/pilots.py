@@ -1,0 +1,77 @@
+"""The pilots of a decision, in the order in which they ran: runs/NAME/pilots.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rlhf.disk import replace_text
+
+Part = Literal["choosing", "sealed"]
+Ended = Literal["done", "stopped", "failed"]
+
+
+class Trial(NamedTuple):
+    """What a pilot runs: the same trial is never run twice."""
+
+    candidate: str
+    share: float
+    """Share of the candidate's length that it trains."""
+    part: Part
+    """The questions that it is asked."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A trial that ran."""
+
+    trial: Trial
+    run: str
+    """Name of its run."""
+    start: float
+    """Seconds of the decision before it."""
+    seconds: float
+    expected: float
+    """Seconds that were expected."""
+    ended: Ended
+    why: str = ""
+    """Why it failed."""
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    """Stage -> seconds that the planner predicted."""
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """Stage that ran -> seconds."""
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return self.trial._asdict() | {key: each for key, each in asdict(self).items() if key != "trial"}
+
+
+class PilotLog:
+    """The pilots so far, in a file with a line for each. Another process continues it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.pilots = path, list[Pilot]()
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                values = json.loads(line)
+                trial = Trial(**{key: values.pop(key) for key in Trial._fields})
+                self.pilots.append(Pilot(trial, **values))
+
+    def add(self, pilot: Pilot) -> None:
+        """Append a pilot."""
+        self.pilots.append(pilot)
+        replace_text(self.path, "".join(json.dumps(each.as_json()) + "\n" for each in self.pilots))
+
+    def done(self, trial: Trial) -> Pilot | None:
+        """The pilot that ran this trial to its end."""
+        found = [each for each in self.pilots if each.trial == trial and each.ended == "done"]
+        return found[-1] if found else None
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the decision up to the end of the last pilot."""
+        return max((each.start + each.seconds for each in self.pilots), default=0.0)
