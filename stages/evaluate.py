@@ -23,7 +23,7 @@ from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import PromptRow, QuestionRow, Row, prompt_identity
+from rlhf.data.schema import PromptRow, QuestionRow, Row, TextRow, prompt_identity
 from rlhf.data.sources import PromptSource, SourceList
 from rlhf.digests import DirectoryDigest
 from rlhf.evaluation.lm_eval import Harness
@@ -299,6 +299,10 @@ class EvaluateStage(ComparisonStage):
         except ValueError as error:
             raise ConfigError(Complaint(f"{self.name}.part={self.part}", str(error))) from None
         return [rows[index] for index in (choosing if self.part == "choosing" else sealed)]
+
+    def retention_rows(self, data: PreparedData) -> Sequence[TextRow | QuestionRow]:
+        """None for the choosing prompts: what is forgotten chooses no candidate."""
+        return () if self.part == "choosing" else super().retention_rows(data)
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """That of all comparisons, from the directory where the start's training began."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlhf.compare.cost import break_even
+from rlhf.costs.price import break_even
 from rlhf.evaluation.answers import Answers
 from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled

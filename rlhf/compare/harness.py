@@ -25,11 +25,12 @@ from rlhf.compare.candidate import (
     is_stage,
 )
 from rlhf.compare.context_budget import ContextBudget
-from rlhf.compare.cost import cost_of, model_bytes
 from rlhf.compare.endpoint import Endpoint
 from rlhf.compare.figures import best_untrained, break_even_metrics, request_metrics
 from rlhf.compare.prompts import Question
 from rlhf.compare.retrieval import make_index
+from rlhf.compare.sizes import model_bytes
+from rlhf.costs.price import cost_of
 from rlhf.data.chat_template import prompt_ids
 from rlhf.data.schema import Message
 from rlhf.evaluation.answers import Answers, agreement, divergence, paired_gain, policy_metrics
@@ -132,7 +133,7 @@ class Comparison:
             prompts, references = [row.prompt for row in rows], [row.completion for row in rows]
             losses = reference_losses(policy, prompts, references, stage.micro_batch_tokens)
             task.advance()
-            retained = retention(policy, data.rows("retention", "evaluation"), stage.micro_batch_tokens)
+            retained = retention(policy, stage.retention_rows(data), stage.micro_batch_tokens)
             task.advance()
         return Knowledge(losses, retained, stage.knowledge(self.job, model, policy))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -43,6 +43,7 @@ from rlhf.costs.sampling import max_virtual_tokens, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined, sequential_cost
 from rlhf.data.prepared import LengthStats, PreparedData
+from rlhf.data.schema import QuestionRow, TextRow
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest
 from rlhf.distributed.device import hardware
@@ -137,6 +138,10 @@ class ComparisonStage(Stage):
         Raises:
             ConfigError: there are no questions, or they lack what the config needs.
         """
+
+    def retention_rows(self, data: PreparedData) -> Sequence[TextRow | QuestionRow]:
+        """The texts and questions that show what was forgotten."""
+        return data.rows("retention", "evaluation")
 
     @property
     @abstractmethod

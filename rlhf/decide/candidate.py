@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -95,23 +95,31 @@ class Candidate:
         return self.quality.value if self.quality is not None else -math.inf
 
     @property
+    def scores(self) -> Scores:
+        """The scores of its answers to the choosing questions."""
+        return {} if self.chosen is None else self.chosen.scores
+
+    @property
     def quality(self) -> Sampled | None:
         """Mean score on the choosing questions, with its interval."""
-        if self.chosen is None or not self.chosen.scores:
-            return None
-        return mean(torch.tensor([*self.chosen.scores.values()], dtype=torch.float64))
+        return mean(torch.tensor([*self.scores.values()], dtype=torch.float64)) if self.scores else None
 
-    def figures(self) -> Iterator[tuple[str, float]]:
-        """The figures of the newest evaluation."""
-        results = [*self.sealed, *([self.chosen] if self.chosen is not None else [])]
-        for figure in (*FIGURES, "setup_cost"):
-            value = next((each.metrics[figure] for each in results if figure in each.metrics), None)
-            if value is not None and math.isfinite(value):
-                yield figure, value
+    @property
+    def figures(self) -> dict[str, float]:
+        """The figures of the final evaluation: with several seeds, their mean."""
+        found = {
+            figure: [each.metrics[figure] for each in self.sealed if figure in each.metrics]
+            for figure in FIGURES
+        }
+        return {figure: sum(values) / len(values) for figure, values in found.items() if values}
+
+    def seconds_to(self, share: float, before: float) -> float:
+        """What its pilot takes that trains on from one share of its length to another, and asks it."""
+        return 0.0 if share <= before else self.ask_seconds + self.step_seconds * (share - before)
 
     def as_json(self) -> dict[str, Any]:
         """Its entry in decision.json."""
-        figures = dict(self.figures())
+        figures = self.figures
         return {
             "name": self.name,
             "title": self.title,
@@ -124,15 +132,20 @@ class Candidate:
             "gain": _sampled(self.gain),
             "gain_over_base": _sampled(self.gain_over_base),
             "limits_over": [*self.limits_over],
-            "train_seconds": self.train_seconds if math.isfinite(self.train_seconds) else None,
-            **{figure: figures.get(figure) for figure in FIGURES},
+            "train_seconds": finite(self.train_seconds) if self.is_trained else None,
+            **{figure: finite(figures.get(figure)) for figure in FIGURES},
         }
+
+
+def finite(value: float | None) -> float | None:
+    """The value; None if it is not finite, as JSON has no such number."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _sampled(found: Sampled | None) -> dict[str, float | None] | None:
     if found is None:
         return None
-    return {key: each if math.isfinite(each) else None for key, each in found._asdict().items()}
+    return {key: finite(each) for key, each in found._asdict().items()}
 
 
 def table(scores: Sequence[Scores], prompts: Sequence[str]) -> Tensor:

@@ -1,14 +1,22 @@
-"""The result of a decision in words."""
+"""The result of a decision: in words, and for decision.json."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from rlhf.decide.candidate import Candidate
+from rlhf.costs.price import break_even, cost_of
+from rlhf.decide.candidate import Candidate, State, finite
 from rlhf.evaluation.sampled import Sampled
 from rlhf.evaluation.selection import Decision, Outcome
 from rlhf.pipeline.settings import DecideConfig
+from rlhf.tracking.progress import clock
+
+JUDGES = {"gold": "gold score", "judge": "judge's score", "rouge_l": "ROUGE-L"}
+"""Score -> its words. Others are their own."""
 
 
 class Judgement(NamedTuple):
@@ -20,57 +28,167 @@ class Judgement(NamedTuple):
     questions: int
 
 
-def headline(
-    judgement: Judgement,
-    candidates: Mapping[str, Candidate],
-    untrained: Candidate,
-    judge: str,
-    config: DecideConfig,
-) -> list[str]:
-    """What was decided, and why: the first line says it, the others give reasons."""
-    found = judgement.found
-    gains = {name: each.gain for name, each in found.finalists.items()}
-    lines = []
-    if found.winner is not None:
-        each = candidates[found.winner]
-        lines.append(
-            f"Ship {each.title}: its {judge} is {in_words(gains[each.name])} over that of {untrained.title}, the best "
-            "option without training."
-        )
-        if each.gain_over_base is not None and untrained.config.asks != "base":
-            lines.append(f"Over the base model: {in_words(each.gain_over_base)}.")
-    elif found.outcome is Outcome.NO_TRAINING and not gains:
-        lines.append(f"Do not train: every finalist is outside a limit. Use {untrained.title}.")
-    elif found.outcome is Outcome.NO_TRAINING:
-        lines.append(
-            f"Do not train: {untrained.title} is as good. No finalist gains more than {found.at_most:+.3g} in "
-            f"{judge}, and decide.smallest_gain={config.smallest_gain:g}."
-        )
-    else:
+@dataclass(frozen=True)
+class Told:
+    """What can be told of a decision so far."""
+
+    config: DecideConfig
+    candidates: Mapping[str, Candidate]
+    untrained: Candidate | None
+    """The best option without training, once it is known."""
+    winner: Candidate | None
+    judgement: Judgement | None
+    kind: str
+    """The score that judges."""
+    price: float
+    """Price of the machine per hour."""
+    command: str | None
+    """Makes the winner at its full length."""
+    model: Path | None
+    """The winner's model that was judged."""
+
+    @property
+    def judge(self) -> str:
+        """What judges, in words."""
+        return JUDGES.get(self.kind, self.kind.replace("_", " "))
+
+    def sentences(self) -> list[str]:
+        """The result: the first line says what to do, the others why."""
+        if self.judgement is None or self.untrained is None:
+            return []
+        found, untrained = self.judgement.found, self.untrained.title
+        gains = {name: each.gain for name, each in found.finalists.items()}
+        lines = [self.headline(self.judgement, untrained)]
+        if self.winner is not None:
+            lines += self.about(self.winner)
+        lines += [
+            f"{self.candidates[name].title}: {in_words(gain)} over {untrained}."
+            for name, gain in gains.items()
+            if name != found.winner
+        ]
+        lines += [
+            f"{self.candidates[name].title} is refused: {', '.join(limits)} is outside its limit."
+            for name, limits in found.refused.items()
+        ]
+        if self.judgement.looks > 1:
+            lines.append(
+                f"These sealed questions have judged {self.judgement.looks} times. Each time the intervals "
+                "are wider, because their error is halved."
+            )
+        return lines
+
+    def headline(self, judgement: Judgement, untrained: str) -> str:
+        """What to do."""
+        found = judgement.found
+        if self.winner is not None:
+            gain = in_words(found.finalists[self.winner.name].gain)
+            return (
+                f"Ship {self.winner.title}: its {self.judge} is {gain} over {untrained}, the best option "
+                "without training."
+            )
+        if found.outcome is Outcome.NO_TRAINING and not found.finalists:
+            return f"Do not train: every finalist is outside a limit. Use {untrained}."
+        if found.outcome is Outcome.NO_TRAINING:
+            return (
+                f"Do not train: {untrained} is as good. No finalist gains more than {found.at_most:+.3g} in "
+                f"{self.judge}, and decide.smallest_gain={self.config.smallest_gain:g}."
+            )
         more = (
             f"about {found.more_questions:,} more questions would tell (a third of them is sealed)"
             if found.more_questions is not None
             else "no number of questions that anybody writes would tell"
         )
-        lines.append(
-            f"It cannot be told whether training gains over {untrained.title}: {more}. Until then, use "
-            f"{untrained.title}."
+        return (
+            f"It cannot be told whether training gains over {untrained}: {more}. Until then, use {untrained}."
         )
-    lines += [
-        f"{candidates[name].title}: {in_words(gain)} over {untrained.title}."
-        for name, gain in gains.items()
-        if name != found.winner
-    ]
-    lines += [
-        f"{candidates[name].title} is refused: {', '.join(limits)} is outside its limit."
-        for name, limits in found.refused.items()
-    ]
-    if judgement.looks > 1:
-        lines.append(
-            f"These sealed questions have judged {judgement.looks} times, so the intervals are wider: each look halves "
-            "the error."
-        )
-    return lines
+
+    def about(self, each: Candidate) -> Iterator[str]:
+        """What else a user wants to know of the winner."""
+        assert self.untrained is not None
+        if each.gain_over_base is not None and self.untrained.config.asks != "base":
+            yield f"Over the base model: {in_words(each.gain_over_base)}."
+        figures = each.figures
+        if (ratio := figures.get("retention_perplexity_ratio")) is not None:
+            yield f"It forgets: perplexity on evaluate.retention is {ratio:.3f} times the base model's."
+        if (change := figures.get("question_accuracy_change")) is not None:
+            yield f"Its share of right answers to evaluate.retention changes by {change:+.3f}."
+        if "seconds_p50" in figures:
+            yield f"An answer takes {figures['seconds_p50']:.2g} s (p95: {figures['seconds_p95']:.2g} s)."
+        if (requests := self.pays_off(each)) is not None:
+            is_never = math.isinf(requests)
+            yield (
+                f"Training took {clock(each.train_seconds)}, 1,000 answers cost "
+                f"{figures['cost_per_thousand']:.3g} at evaluate.price_per_hour={self.price:g}: "
+                + (
+                    f"they are no cheaper than those of {self.untrained.title}, so it only pays in quality."
+                    if is_never
+                    else f"it pays off after {requests:,.0f} answers."
+                )
+            )
+        if self.model is None:
+            yield f"The method was judged over {self.config.seeds} seeds, and not one model."
+        if each.share is not None and each.share < 1:
+            yield (
+                f"It was trained to {percent(each.share)} of its length. The command makes it at full "
+                "length; that model has not been judged."
+            )
+
+    def commands(self) -> Iterator[str]:
+        """Where the winner is, and how it is made."""
+        if self.model is not None:
+            yield f"The model that was judged: {self.model}"
+        if self.command is not None:
+            yield f"Made by: {self.command}"
+
+    def pays_off(self, each: Candidate) -> float | None:
+        """Number of answers after which training has paid off, against the best option without it: infinite
+        if it never does, None if a cost is not known."""
+        other = None if self.untrained is None else self.untrained.figures.get("cost_per_thousand")
+        own = each.figures.get("cost_per_thousand")
+        if own is None or other is None or not each.is_trained:
+            return None
+        return break_even(cost_of(each.train_seconds, self.price), 0.0, (other - own) / 1000)
+
+    def more(self) -> list[str]:
+        """What five times the budget could still change."""
+        ended = [State.FINALIST, State.WINNER, State.REFUSED]
+        lines = [
+            f"{each.title} was dropped for lack of budget: {each.why}."
+            for each in self.candidates.values()
+            if each.state is State.CUT
+        ]
+        lines += [
+            f"{each.title} was judged at {percent(each.share)} of its length. About "
+            f"{clock(each.seconds_to(1.0, each.share))} more would train it to the end."
+            for each in self.candidates.values()
+            if each.state in ended and each.share is not None and each.share < 1
+        ]
+        if self.judgement is not None and not lines:
+            return [
+                "Nothing was cut, so a larger budget changes nothing. More questions or training rows may."
+            ]
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        """Its entries in decision.json."""
+        found = None if self.judgement is None else self.judgement.found
+        requests = {name: self.pays_off(each) for name, each in self.candidates.items() if each.sealed}
+        return {
+            "outcome": None if found is None else found.outcome.value,
+            "sentences": self.sentences(),
+            "command": self.command,
+            "artifact": None if self.model is None else str(self.model),
+            "judge": self.judge,
+            "smallest_gain": self.config.smallest_gain,
+            "seeds": self.config.seeds,
+            "untrained": None if self.untrained is None else self.untrained.name,
+            "winner": None if self.winner is None else self.winner.name,
+            "candidates": [
+                each.as_json() | {"break_even": finite(requests.get(name))}
+                for name, each in self.candidates.items()
+            ],
+            "more": self.more(),
+        }
 
 
 def in_words(gain: Sampled) -> str:

@@ -91,12 +91,12 @@ class CandidateConfig(Strict):
     """What tables call it."""
     asks: str
     """Who answers, as in evaluate.policies: `base+few_shot`, `sft`, `sft+retrieval`, `ppo`."""
-    set: list[str] = []
+    set: tuple[str, ...] = ()
     """Keys of its runs, as on the command line, such as `sft.peft=lora`."""
     length: str | None = None
     """The key that says how long it trains, such as `sft.epochs`. Pilots train a share of it. Null: it always
     trains to its end."""
-    needs: list[Literal["verifier"]] = []
+    needs: tuple[Literal["verifier"], ...] = ()
     """`verifier`: only if its policy learns from a verifier, which checks answers against right ones."""
     slow: bool = False
     """It may look bad in its first steps: it is not dropped for its quality before its full length."""
@@ -114,7 +114,7 @@ class DecideConfig(Strict):
     candidates: Annotated[dict[str, CandidateConfig], Field(min_length=1)]
     """What is tried. `'~decide.candidates.NAME'` leaves one out."""
     set: list[str]
-    """Keys of all runs, as on the command line: a constant rate, so that longer pilots continue shorter ones."""
+    """Keys of all runs, as on the command line. A constant rate lets longer pilots continue shorter ones."""
     shares: Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_shares)]
     """Share of a candidate's length that it has trained after each rung."""
     finalists: PositiveInt

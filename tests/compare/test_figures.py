@@ -16,9 +16,9 @@ from helpers.stages import ANIMALS, compare_stage, run_compare
 from helpers.store import manifest
 from rlhf.compare.artifacts import training_seconds, tuned_artifact
 from rlhf.compare.candidate import label
-from rlhf.compare.cost import break_even, cost_of
 from rlhf.compare.figures import best_untrained, break_even_metrics
 from rlhf.config import ConfigError
+from rlhf.costs.price import break_even, cost_of
 from rlhf.digests import directory_digest
 from rlhf.evaluation.answers import Answers, paired_gain
 from rlhf.evaluation.intervals import mean

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.jobs import TINY
 from helpers.models import embedding, in_dtype, load, logits, saved, store, train
-from rlhf.compare.cost import model_bytes
+from rlhf.compare.sizes import model_bytes
 from rlhf.config import ConfigError
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import Adapter, attach, count_parameters, merged_weights

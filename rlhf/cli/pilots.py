@@ -1,0 +1,335 @@
+"""The pilots of a decision: how a candidate becomes a run, when it is stopped, and what it measured."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shlex
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlhf.bisect.scores import read_scores
+from rlhf.cli.api import compose
+from rlhf.cli.api import run as run_config
+from rlhf.cli.run_files import RunFiles
+from rlhf.cli.trials import replaced
+from rlhf.compare.candidate import CANDIDATES, parse_candidate
+from rlhf.compare.candidate import Candidate as Asked
+from rlhf.config import Complaint, ConfigError
+from rlhf.decide.candidate import Candidate, Result, State
+from rlhf.decide.estimate import estimate
+from rlhf.decide.pace import Pace
+from rlhf.decide.pilots import Ended, Pilot, PilotLog, Trial
+from rlhf.decide.words import percent
+from rlhf.evaluation.references import QUALITIES
+from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.settings import DecideConfig
+from rlhf.rewards.kinds import is_verifier, parts_of, stage_of
+from rlhf.tracking.progress import clock
+from rlhf.tracking.redaction import RedactingConsole
+
+OVERSHOOT = 0.05
+"""Share of the budget by which a pilot may exceed it before it is stopped."""
+
+
+class Pilots:
+    """Runs the pilots of one decision, and knows how long they take."""
+
+    def __init__(
+        self, config: DecideConfig, directory: Path, budget: float, arguments: Sequence[str],
+        config_dir: Path | None,
+    ) -> None:  # fmt: skip
+        """Args:
+        directory: of the decision.
+        budget: in seconds.
+        arguments: `key=value` of all pilots, besides `decide.set`.
+        config_dir: the user's directory with more YAML files.
+        """
+        self.config, self.directory, self.budget = config, directory, budget
+        self.arguments, self.config_dir = arguments, config_dir
+        self.console: Console = RedactingConsole(highlight=False, soft_wrap=True, markup=False)
+        self.log, self.pace = PilotLog(directory / "pilots.jsonl"), Pace()
+        for pilot in self.log.pilots:
+            if pilot.ended == "done":
+                self.pace.add(pilot.predicted, pilot.stages, pilot.seconds)
+        self._spent_before, self._begun = self.log.spent, time.monotonic()
+        self.reserve = 0.0
+        """Seconds that the judgement will take."""
+        self.kind = ""
+        """The score that judges; known after the first pilot."""
+        self.score_range: float | None = None
+        self.judges: set[str] = set()
+        """The stages that make what judges."""
+        self.composed = {name: self.compose(name) for name in config.candidates}
+
+    @property
+    def spent(self) -> float:
+        """Seconds of this decision so far, over all its processes."""
+        return self._spent_before + time.monotonic() - self._begun
+
+    def say(self, line: str) -> None:
+        """Print a line of progress."""
+        self.console.print(line)
+
+    def compose(self, name: str) -> dict[str, Any]:
+        """The config of a candidate, at its full length."""
+        own = self.config.candidates[name].set
+        try:
+            return compose(*self.config.set, *self.arguments, *own, config_dir=self.config_dir)
+        except ConfigError as error:
+            complaint = Complaint(f"decide.candidates.{name}", f"its keys cannot be used. {error}")
+            raise ConfigError(complaint) from None
+
+    def asked(self, name: str) -> Asked:
+        """Who answers for a candidate."""
+        return parse_candidate(self.config.candidates[name].asks, "base")
+
+    def experiment(self, name: str) -> Experiment:
+        """The experiment of a candidate at its full length.
+
+        Raises:
+            ConfigError: its keys do not fit together.
+        """
+        return build_experiment(self.trial_config(Trial(name, 1.0, "choosing", 0), None))
+
+    def is_trained(self, name: str) -> bool:
+        """Whether stages make a model for a candidate: the one that answers, or a reward that chooses."""
+        asked = parse_candidate(self.config.candidates[name].asks, "base")
+        if asked.model != "base" and "/" not in asked.model:
+            return True
+        if asked.method != "best_of_n":
+            return False
+        reward = vars(self.experiment(name).stages["evaluate"])["reward"]
+        return reward is not None and any(stage_of(part.source) for part in parts_of(reward))
+
+    def trial_config(self, trial: Trial, run: str | None) -> dict[str, Any]:
+        """The config of a trial's run."""
+        own = self.config.candidates[trial.candidate]
+        config = copy.deepcopy(self.composed[trial.candidate])
+        seed = int(config["seed"]) + trial.seed
+        config |= {"stage": ["evaluate"], "gates": "warn", "why": False, "force": [], "run_name": run}
+        config |= {"budget": None, "decide": None, "seed": seed}
+        if own.length is not None and trial.share < 1:
+            stage, _, key = own.length.rpartition(".")
+            sections = config["instances"] if "@" in stage else config
+            sections.setdefault(stage, {})[key] = share_of(self.full_length(trial.candidate), trial.share)
+        asks = parse_candidate(own.asks, "base").name
+        evaluate = config["evaluate"]
+        evaluate["gates"] = dict.fromkeys(evaluate["gates"])
+        evaluate |= {"init": "base", "policies": [own.asks], "subject": asks, "part": trial.part}
+        if "best_of_n" not in own.asks:
+            evaluate["reward"] = None
+        if self.kind:
+            evaluate["quality"] = self.kind
+        if trial.part == "sealed":
+            evaluate["policies"] = sorted({"base", own.asks})
+            evaluate["num_timed"] = self.config.num_timed
+        else:
+            evaluate |= {"num_timed": 0, "num_references": 0, "lm_eval": []}
+        if trial.seed:
+            config = self.with_first_judge(config, trial)
+        return config
+
+    def with_first_judge(self, config: dict[str, Any], trial: Trial) -> dict[str, Any]:
+        """A config whose judge is the model of the first seed, so that all seeds have the same judge."""
+        resolved = copy.deepcopy(dict(build_experiment(config).resolved))
+        first = self.run_directory(self.run_name(trial._replace(seed=0))) / "artifacts"
+        for kind in ("gold", "judge"):
+            source = resolved["evaluate"][kind]
+            for part in parts_of(source) if source is not None else ():
+                if (stage := stage_of(part.source)) is not None:
+                    model = f"model:{(first / stage).resolve()}"
+                    resolved["evaluate"][kind] = replaced(resolved["evaluate"][kind], part.source, model)
+        return resolved
+
+    def full_length(self, name: str) -> float:
+        """The value of a candidate's length key at its full length: an int if it is a whole number."""
+        key = self.config.candidates[name].length
+        assert key is not None
+        stage, _, last = key.rpartition(".")
+        value = getattr(self.experiment(name).stages.get(stage), last, None)
+        if not isinstance(value, int | float):
+            why = "there is no such key, or it is no number."
+            raise ConfigError(Complaint(f"decide.candidates.{name}.length={key}", why))
+        return value
+
+    def command(self, name: str) -> str:
+        """The command that makes a candidate's model at its full length."""
+        own = self.config.candidates[name].set
+        words = [*self.config.set, *self.arguments, *own, f"stage={self.asked(name).model}"]
+        return "python -m rlhf " + " ".join(map(shlex.quote, words))
+
+    def run_name(self, trial: Trial) -> str:
+        """The name of a trial's run."""
+        words = [self.directory.name, trial.candidate]
+        words += [f"{100 * trial.share:g}"] if self.config.candidates[trial.candidate].length else []
+        words += ["sealed"] if trial.part == "sealed" else []
+        words += [f"seed{trial.seed}"] if trial.seed else []
+        return "-".join(words)
+
+    def share_at(self, name: str, share: float) -> float:
+        """The share that a candidate really trains at a rung: steps are whole. 1 without a length."""
+        if self.config.candidates[name].length is None:
+            return 1.0
+        full = self.full_length(name)
+        return share_of(full, share) / full
+
+    def run_directory(self, run: str) -> Path:
+        """The directory of a pilot's run."""
+        return self.directory.parent / run
+
+    def predicted(self, trial: Trial) -> dict[str, float]:
+        """Prepare the data of a trial, and check it.
+
+        Returns:
+            Stage that is not in the store -> seconds that the planner predicts.
+
+        Raises:
+            ConfigError: it cannot run.
+        """
+        return estimate(self.trial_config(trial, None), f"{self.directory.name}/check")
+
+    def run(
+        self, trial: Trial, each: Candidate, predicted: Mapping[str, float], expected: float, until: float
+    ) -> Result | None:
+        """Run a trial.
+
+        Args:
+            each: the candidate; if the trial fails or is stopped, it says why.
+            predicted: seconds by stage, as the planner predicts.
+            expected: seconds.
+            until: seconds of the decision at which it should have ended.
+
+        Raises:
+            ConfigError: the disk is full.
+            KeyboardInterrupt: the run was interrupted.
+        """
+        run, start, ended, why = self.run_name(trial), self.spent, "done", ""
+        length = f" at {percent(trial.share)}" if each.config.length else ""
+        sealed = ", sealed questions" if trial.part == "sealed" else ""
+        self.say(
+            f"{each.title}{length}{sealed}: about {clock(expected)}. {clock(start)} of {clock(self.budget)} "
+            f"spent. State: status run_name={run}"
+        )
+        timer = StopTimer(until + OVERSHOOT * self.budget - start)
+        try:
+            with timer.running():
+                run_config(self.trial_config(trial, run), quiet=True)
+        except KeyboardInterrupt:
+            ended, why = "stopped", f"stopped after {clock(self.spent - start)}, for lack of budget"
+            if not timer.has_fired:
+                self.log.add(Pilot(trial, run, start, self.spent - start, expected, "stopped", "interrupted"))
+                raise
+        except ConfigError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            ended, why = "failed", " ".join(str(error).split())
+        except Exception as error:  # such as too little memory: the other candidates go on
+            traceback.print_exc()
+            ended, why = "failed", f"{type(error).__name__}: {error}"
+        taken = self.stages_run(run) if ended == "done" else {}
+        if taken or self.log.done(trial) is None:  # else all of it was in the store
+            seconds = self.spent - start
+            pilot = Pilot(trial, run, start, seconds, expected, as_ended(ended), why, predicted, taken)
+            self.log.add(pilot)
+            self.pace.add(predicted, taken, seconds)
+        if ended != "done":
+            each.state, each.why = State.CUT if ended == "stopped" else State.FAILED, why
+            self.say(f"{each.title}: {why}.")
+            return None
+        return self.result(trial, run)
+
+    def stages_run(self, run: str) -> dict[str, float]:
+        """Stage that a run has run -> its seconds."""
+        stages = RunFiles(self.run_directory(run)).summary["stages"]
+        return {name: each["seconds"] for name, each in stages.items() if each["status"] == "ran"}
+
+    def result(self, trial: Trial, run: str) -> Result:
+        """What a finished trial measured.
+
+        Raises:
+            ConfigError: nothing can judge the answers.
+        """
+        artifact = self.run_directory(run) / "artifacts" / "evaluate"
+        if not self.kind:
+            self.find_judge(artifact)
+        asks = parse_candidate(self.config.candidates[trial.candidate].asks, "base").name
+        metrics = RunFiles(self.run_directory(run)).summary["stages"]["evaluate"]["metrics"]
+        own = {
+            key.removeprefix("evaluate/").removesuffix(f"/{asks}"): value
+            for key, value in metrics.items()
+            if key.endswith(f"/{asks}") and value is not None
+        }
+        return Result(read_scores(artifact / "responses.jsonl", asks, self.kind), own, run)
+
+    def find_judge(self, artifact: Path) -> None:
+        """Note what judges, as the first pilot found it.
+
+        Raises:
+            ConfigError: nothing does.
+        """
+        self.kind = json.loads((artifact / CANDIDATES).read_text(encoding="utf-8"))["quality"] or ""
+        if self.kind in ("", "score"):
+            raise ConfigError(
+                Complaint(
+                    "recipe=decide", "there is no judge that no candidate learned from.",
+                    "Give evaluate.gold (a function, a verifier, a language model), evaluate.reference (a "
+                    "column of the prompts with the right answers), or 1,000 pairs or more.",
+                )
+            )  # fmt: skip
+        evaluate = self.experiment(next(iter(self.config.candidates))).stages["evaluate"]
+        source = getattr(evaluate, self.kind, None)
+        parts = [] if source is None else parts_of(source)
+        self.judges = {*filter(None, (stage_of(part.source) for part in parts))}
+        is_share = self.kind in QUALITIES or all(is_verifier(part) and part.weight == 1 for part in parts)
+        self.score_range = 1.0 if is_share else None
+
+
+class StopTimer:
+    """Stops a run of this process after some seconds, as a scheduler would: it saves its state."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock, self._is_over = threading.Lock(), False
+        self.has_fired = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While open, the time runs."""
+        timer = threading.Timer(max(1.0, self._seconds), self._stop)
+        timer.daemon = True
+        if math.isfinite(self._seconds):
+            timer.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_over = True
+            timer.cancel()
+
+    def _stop(self) -> None:
+        with self._lock:
+            if not self._is_over:
+                self.has_fired = True
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def share_of(full: float, share: float) -> float:
+    """A share of a length: of a whole number, a whole one that is at least 1."""
+    return max(1, round(full * share)) if isinstance(full, int) else full * share
+
+
+def as_ended(word: str) -> Ended:
+    """The word, as one of `Ended`."""
+    assert word in ("done", "stopped", "failed")
+    return word  # type: ignore[return-value]
