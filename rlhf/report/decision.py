@@ -27,7 +27,7 @@ from rlhf.report.decision_facts import (
 )
 from rlhf.report.decision_pictures import Strip, picture_of, strips_of, timeline_of
 from rlhf.report.page.collect import cleaned
-from rlhf.report.page.size import Limits, clipped, first_of, fitting, json_bytes
+from rlhf.report.page.size import Limits, clipped, first_of, fitting, html_bytes
 from rlhf.report.page.write import large_page, page
 
 MOODS = {"ship": "worked", "no training": "settled", "cannot be told": "cannot-be-told"}
@@ -39,6 +39,8 @@ MARKS = {
 """State -> the class of its mark in page.css."""
 ENDS = {"done": "passed", "stopped": "stopped", "failed": "failed"}
 """How a pilot ended -> the class of its mark in page.css."""
+TEXTS = ("sentences", "more")
+"""Keys of lists of texts."""
 CANDIDATE_BYTES = 4_000
 """Bytes of a candidate's HTML elements in the table and in the pictures, without its texts."""
 PILOT_BYTES = 1_500
@@ -96,7 +98,7 @@ def decision_markdown(decision: Mapping[str, Any]) -> str:
     headline, *others = sentences(decision)
     parts = [f"**{headline}**", *others]
     if decision["command"]:
-        fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", decision["command"])), 3)
+        fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", decision["command"]))])
         parts.append(f"{fence}\n{decision['command']}\n{fence}")
     cells = decision_cells(decision)
     parts += [cells.markdown()] if cells.rows else []
@@ -117,6 +119,7 @@ def _page(decision: Decision, title: str, limits: Limits) -> str:
         "sentences": others,
         "mood": MOODS.get(decision["outcome"] or "", ""),
         "spent": spent_percent(decision),
+        "budget": budget_words(decision),
         "facts": facts_of(decision),
         "counts": counts_of(whole),
         "headings": list(columns_of(decision)),
@@ -125,7 +128,9 @@ def _page(decision: Decision, title: str, limits: Limits) -> str:
         "picture": picture_of(decision),
         "timeline": timeline_of(decision),
         "pilots": pilots_of(decision),
-        "left_out_counts": {key: len(whole[key]) - len(decision[key]) for key in ("candidates", "pilots", "more")},
+        "left_out_counts": {
+            key: len(whole[key]) - len(decision[key]) for key in ("candidates", "pilots", "more")
+        },
     }
     return page("decision.html", blocks, {"charts": {}, "answers": {}}, live=False)
 
@@ -133,10 +138,14 @@ def _page(decision: Decision, title: str, limits: Limits) -> str:
 def within(decision: Decision, limits: Limits) -> Decision:
     """The decision with what fits on the page: the best candidates, the first pilots, texts cut off."""
     cut = _clipped(decision, limits.characters)
-    ranked = first_of(ranking(cut), 2 * limits.rows, lambda each: CANDIDATE_BYTES + 5 * json_bytes(each))
-    pilots = first_of(cut["pilots"], 2 * limits.rows, lambda each: PILOT_BYTES + 4 * json_bytes(each))
-    lists = {key: first_of(cut[key], limits.rows, json_bytes) for key in ("sentences", "more")}
+    ranked = first_of(ranking(cut), 2 * limits.rows, lambda each: CANDIDATE_BYTES + 5 * _bytes(each))
+    pilots = first_of(cut["pilots"], 2 * limits.rows, lambda each: PILOT_BYTES + 4 * _bytes(each))
+    lists = {key: first_of(cut[key], limits.rows, lambda text: html_bytes([text])) for key in TEXTS}
     return {**cut, "candidates": ranked, "pilots": pilots, **lists}
+
+
+def _bytes(item: Mapping[str, Any]) -> int:
+    return html_bytes([str(value) for value in item.values()], 0)
 
 
 def _clipped(value: Any, most: int) -> Any:
@@ -180,9 +189,7 @@ def rows_of(decision: Decision) -> list[Row]:
             for heading, make in columns.items()
         ]
         is_winner, mark = each["name"] == decision["winner"], MARKS.get(each["state"], "")
-        rows.append(
-            Row(each["title"], state_words(each), mark, is_winner, reasons(decision, each), cells)
-        )
+        rows.append(Row(each["title"], state_words(each), mark, is_winner, reasons(decision, each), cells))
     return rows
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from rlhf.printable import duration
-from rlhf.report.page.collect import Table
+from rlhf.report.page.collect import Table, cleaned
 from rlhf.report.page.drawings import plain
 from rlhf.tracking.tables import Cells
 
@@ -160,6 +160,7 @@ def details_of(decision: Decision) -> Table | None:
 
 def decision_cells(decision: Decision) -> Cells:
     """The table of candidates for a terminal: one row each."""
+    decision = cleaned(dict(decision))
     columns, rows = columns_of(decision), []
     for each in ranking(decision):
         why = "; ".join(reasons(decision, each))

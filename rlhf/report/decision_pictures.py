@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from rlhf.printable import duration
@@ -26,6 +27,9 @@ DROPPED = ("worse", "cut", "refused", "cannot run", "failed")
 """States of candidates that are drawn paler."""
 MIN_COST_SHARE = 0.5
 """Share of the candidates that need a cost. With fewer, the picture shows training time."""
+COST = ("Quality over cost", "Better is higher, cheaper is further left.", "cost of 1000 answers")
+TIME = ("Quality over training time", "Better is higher, less training is further left.", "training time")
+"""Heading, note and axis of the picture."""
 MAX_POINTS = 40
 """Most points of a picture."""
 
@@ -35,6 +39,9 @@ class Picture(NamedTuple):
 
     drawings: list[tuple[str, Scatter]]
     """Class and drawing for each width of a window."""
+    heading: str
+    note: str
+    """How to read it."""
     x: str
     y: str
     alt_text: str
@@ -51,8 +58,7 @@ class Strip(NamedTuple):
     worth: float | None
     """Where a gain is worth having."""
     value: float
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None
 
 
 class Budget(NamedTuple):
@@ -69,9 +75,9 @@ def picture_of(decision: Decision) -> Picture | None:
     with_cost = [each for each in measured if known(each["cost_per_thousand"]) is not None]
     is_time = len(with_cost) <= MIN_COST_SHARE * len(measured)
     points = {
-        each["name"]: _point(decision, each, x)
+        each["name"]: _point(decision, each, cost)
         for each in measured
-        if (x := _training(each) if is_time else known(each["cost_per_thousand"])) is not None
+        if (cost := _training(each) if is_time else known(each["cost_per_thousand"])) is not None
     }
     drawn = dict(list(points.items())[:MAX_POINTS])
     if not drawn:
@@ -79,19 +85,19 @@ def picture_of(decision: Decision) -> Picture | None:
     trials = pareto_front([Trial(name, point.y, point.x) for name, point in drawn.items()])
     best, gain = points.get(decision["untrained"] or ""), known(decision["smallest_gain"])
     threshold = best.y + gain if best is not None and gain is not None else None
-    scale = {"front": [drawn[each.name] for each in trials], "threshold": threshold, "is_time": is_time}
-    values = list(drawn.values())
-    drawings = [(look, scatter(values, size=(width, height), **scale)) for look, width, height in SIZES]
+    values, front = list(drawn.values()), [drawn[each.name] for each in trials]
+    place = partial(scatter, values, front, threshold=threshold, is_time=is_time)
+    drawings = [(look, place(size=(width, height))) for look, width, height in SIZES]
     places = decimals(decision["smallest_gain"])
     told = [
         f"{point.title} {point.y:z.{places}f} at {duration(point.x) if is_time else plain(point.x)}"
         for point in values
     ]
     missing = [title for name, title in titles_of(decision["candidates"]).items() if name not in drawn]
-    x = "training time" if is_time else "cost of 1000 answers"
+    heading, note, x = TIME if is_time else COST
     looks = {look for point in values for look in point.look.split()}
-    alt_text = f"Quality over {x}: {'; '.join(told)}."
-    return Picture(drawings, x, decision["judge"], alt_text, looks, missing)
+    alt_text = f"{heading}: {'; '.join(told)}."
+    return Picture(drawings, heading, note, x, decision["judge"], alt_text, looks, missing)
 
 
 def _training(candidate: Candidate) -> float | None:
@@ -118,14 +124,16 @@ def strips_of(decision: Decision) -> dict[str, Strip]:
     margin = 0.12 * (max(ends) - min(ends)) or 1.0
     low, high = min(ends) - margin, max(ends) + margin
 
-    def place(value: float | None) -> float | None:
-        return None if value is None else round(100 * (value - low) / (high - low), 2)
-
-    def certain(value: float) -> float:
+    def place(value: float) -> float:
         return round(100 * (value - low) / (high - low), 2)
 
     return {
-        name: Strip(certain(0.0), place(worth), certain(gain.value), place(gain.low), place(gain.high))
+        name: Strip(
+            place(0.0),
+            None if worth is None else place(worth),
+            place(gain.value),
+            None if gain.low is None or gain.high is None else (place(gain.low), place(gain.high)),
+        )
         for name, gain in gains.items()
     }
 
@@ -144,35 +152,26 @@ def timeline_of(decision: Decision) -> Budget | None:
         return None
     order = [*titles, *(name for name in rows if name not in titles)]
     lines = [(titles.get(name, name), rows[name]) for name in order if name in rows]
-    drawings = [
-        (look, timeline(lines, width=width, budget=budget, now=now)) for look, width, _ in SIZES
-    ]
+    drawings = [(look, timeline(lines, width=width, budget=budget, now=now)) for look, width, _ in SIZES]
     told = "; ".join(span.title for _, spans in lines for span in spans)
     looks = {look for _, spans in lines for span in spans for look in span.look.split()}
     return Budget(drawings, f"Pilots over time: {told}.", looks)
 
 
-def _span(
-    decision: Decision, pilot: Mapping[str, Any], titles: Mapping[str, str], now: float | None
-) -> Span:
+def _span(decision: Decision, pilot: Mapping[str, Any], titles: Mapping[str, str], now: float | None) -> Span:
     seconds, start = known(pilot["seconds"]), pilot["start"]
     if seconds is None:
         seconds = max(0.0, (now or start) - start)
     ended = pilot["ended"] or "running"
     looks = ["sealed" if pilot["part"] == "sealed" else "choosing", *([ended] if ended != "done" else [])]
-    text = "sealed" if pilot["part"] == "sealed" else share_words(pilot["share"])
+    texts = ["sealed" if pilot["part"] == "sealed" else share_words(pilot["share"])]
     if (decision["seeds"] or 1) > 1 and pilot["seed"] is not None:
-        text = f"{text} #{pilot['seed']}".strip()
+        texts.insert(0, f"{texts[0]} #{pilot['seed']}".strip())
     title = f"{titles.get(pilot['candidate'], pilot['candidate'])}, {pilot_words(pilot)}: {duration(seconds)}"
-    return Span(start, seconds, " ".join(looks), text, f"{title}{'' if ended == 'done' else f', {ended}'}")
+    return Span(start, seconds, " ".join(looks), texts, f"{title}{'' if ended == 'done' else f', {ended}'}")
 
 
 def pilot_words(pilot: Mapping[str, Any]) -> str:
     """Length and questions of a pilot."""
     share = share_words(pilot["share"])
     return ", ".join([*([f"{share} of its length"] if share else []), f"{pilot['part']} questions"])
-
-
-def legend(names: Sequence[str], looks: set[str]) -> list[str]:
-    """The names that occur, in order."""
-    return [name for name in names if name in looks]

@@ -63,11 +63,16 @@ def decided() -> dict[str, Any]:
         seconds_p50=1.1, seconds_p95=1.9, cost_per_thousand=0.031,
     )  # fmt: skip
     pilots = [
-        pilot("sft_lora", 0.25, 40.0, 75.0), pilot("sft", 0.25, 116.0, 105.0), pilot("dpo", 0.25, 222.0, 90.0),
-        pilot("grpo", 0.25, 313.0, 260.0), pilot("sft_lora", 0.5, 574.0, 150.0), pilot("sft", 0.5, 725.0, 210.0),
-        pilot("dpo", 0.5, 936.0, 95.0, ended="stopped"), pilot("sft_lora", 1.0, 1040.0, 300.0, part="sealed"),
+        pilot("sft_lora", 0.25, 40.0, 75.0),
+        pilot("sft", 0.25, 116.0, 105.0),
+        pilot("dpo", 0.25, 222.0, 90.0),
+        pilot("grpo", 0.25, 313.0, 260.0),
+        pilot("sft_lora", 0.5, 574.0, 150.0),
+        pilot("sft", 0.5, 725.0, 210.0),
+        pilot("dpo", 0.5, 936.0, 95.0, ended="stopped"),
+        pilot("sft_lora", 1.0, 1040.0, 300.0, part="sealed"),
         pilot("sft", 1.0, 1341.0, 359.0, part="sealed"),
-    ]  # fmt: skip
+    ]
     return {
         "name": "decision", "outcome": "ship",
         "sentences": [

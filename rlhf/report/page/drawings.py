@@ -8,20 +8,23 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from rlhf.printable import duration
 
 TEXT_PIXELS = 12.5
 """Size of the text in a drawing; page.css has the same value."""
+NARROW = " .,:;'|!()[]/ijlftrI-"
+"""Characters that take less room than most."""
 LINE_PIXELS = 16.0
 """Height of a line of text."""
 TIME_STEPS = (
     1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 21_600, 43_200, 86_400,
 )  # fmt: skip
 """Distances between the ticks of a time axis, in seconds."""
-LOG_RATIO = 30.0
+LOG_RATIO = 6.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 LABEL_DISTANCES = (9.0, 20.0, 34.0, 52.0, 74.0, 100.0)
 """Distances between a point and its label that are tried."""
@@ -57,16 +60,23 @@ class Box(NamedTuple):
 
 
 def text_width(text: str, pixels: float = TEXT_PIXELS) -> float:
-    """The estimated width of a text; that of a usual font differs by some percent."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return pixels * (0.57 * (len(text) - wide) + 1.05 * wide)
+    """The estimated width of a text, in a font of usual width."""
+    return pixels * sum(map(_character_width, text))
+
+
+def _character_width(character: str) -> float:
+    if unicodedata.east_asian_width(character) in "WF":
+        return 1.05
+    if character in "WM@%":
+        return 0.98
+    return 0.4 if character in NARROW else 0.72 if character.isupper() else 0.61
 
 
 def shortened(text: str, most: float) -> str:
     """A text of at most `most` pixels: the middle is left out, as titles often differ in their end."""
     if text_width(text) <= most:
         return text
-    kept = len(text)
+    kept = min(len(text), int(3 * most / TEXT_PIXELS))  # no character is narrower than a third
     while kept > 2 and text_width(text[:kept]) + TEXT_PIXELS > most:
         kept -= 1
     end = kept * 2 // 5
@@ -86,11 +96,8 @@ def time_ticks(high: float, most: int) -> list[Tick]:
     """Round times from 0 to a time, in the unit that suits the whole axis."""
     days = (float(86_400 * each) for each in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
     step = next((each for each in (*TIME_STEPS, *days) if each * most >= high), high)
-    for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
-        if high < limit:
-            break
-    else:
-        unit, size = "days", 86_400
+    units = (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800), ("days", 86_400, math.inf))
+    unit, size = next((unit, size) for unit, size, limit in units if high < limit)
     count = math.floor(high / step + 1e-9) if step else 0
     return [Tick(step * n, f"{step * n / size:.3g} {unit}" if n else "0") for n in range(count + 1)]
 
@@ -123,7 +130,12 @@ class Axis:
                 values = [each for each in values if self.low <= each <= self.high]
                 if len(values) <= most + 1:
                     break
-        return [Tick(self.place(each), plain(each)) for each in values]
+            return [Tick(self.place(each), plain(each)) for each in values]
+        size = max((abs(each) for each in values), default=0.0)
+        exact = (n for n in range(7) if all(abs(round(each, n) - each) <= 1e-9 * size for each in values))
+        places = next(exact, None)
+        texts = [plain(each) if places is None else f"{each:z,.{places}f}" for each in values]
+        return [Tick(self.place(each), text) for each, text in zip(values, texts, strict=True)]
 
 
 def plain(value: float) -> str:
@@ -212,18 +224,27 @@ def scatter(
     )
     xs = [point.x for point in points]
     is_log = not is_time and min(xs) > 0 and max(xs) / min(xs) >= LOG_RATIO
-    least, most = (min(xs) / 1.4, max(xs) * 1.4) if is_log else (min(0.0, *xs, 0.0), max(xs))
-    pad = 0.0 if is_log else 0.05 * ((most - least) or 1.0)
-    x = Axis(least - pad, most + 2 * pad, area.left, area.right, is_log)
+    least, most = (min(xs) / 1.4, max(xs) * 1.4) if is_log else _stretch(xs)
+    pad = 0.0 if is_log else 0.08 * ((most - least) or 1.0)
+    x = Axis(least - pad, most + pad, area.left, area.right, is_log)
     num_ticks = max(3, int(width // 110))
     if is_time:
         x_ticks = [Tick(x.place(tick.at), tick.text) for tick in time_ticks(most + pad, num_ticks)]
     else:
         x_ticks = x.ticks(num_ticks)
     return Scatter(
-        width, height, area, x_ticks, y_ticks, _labelled(points, x, y, area), _front_line(front, x, y),
+        width, height, area, x_ticks, y_ticks, _labelled(points, front, x, y, area), _front_line(front, x, y),
         None if threshold is None else y.place(threshold),
     )  # fmt: skip
+
+
+def _stretch(xs: Sequence[float]) -> tuple[float, float]:
+    """The ends of a linear axis: from 0 unless that leaves most of it empty, and never so near that a
+    difference of some percent looks large."""
+    least, most = min(xs), max(xs)
+    if 0 < most < 3 * least:
+        return min(least, 0.7 * most), most
+    return min(0.0, least), max(0.0, most)
 
 
 def _front_line(front: Sequence[Point], x: Axis, y: Axis) -> str:
@@ -234,7 +255,9 @@ def _front_line(front: Sequence[Point], x: Axis, y: Axis) -> str:
     return path + "".join(f" H {x.place(each.x):g} V {y.place(each.y):g}" for each in others)
 
 
-def _labelled(points: Sequence[Point], x: Axis, y: Axis, area: Box) -> list[PlacedPoint]:
+def _labelled(
+    points: Sequence[Point], front: Sequence[Point], x: Axis, y: Axis, area: Box
+) -> list[PlacedPoint]:
     """Each point with its label where it covers least."""
     places = [(x.place(point.x), y.place(point.y)) for point in points]
     ends = [
@@ -246,6 +269,9 @@ def _labelled(points: Sequence[Point], x: Axis, y: Axis, area: Box) -> list[Plac
         for (px, _), (low, high) in zip(places, ends, strict=True)
         if low is not None and high is not None
     ]
+    for start, end in pairwise(front):
+        left, bottom, right, top = x.place(start.x), y.place(start.y), x.place(end.x), y.place(end.y)
+        bars += [Box(left, bottom - 4, right, bottom + 4), Box(right - 4, top, right + 4, bottom)]
     labels: list[Box] = []
     placed = []
     for point, (px, py), (low, high) in zip(points, places, ends, strict=True):
@@ -254,6 +280,8 @@ def _labelled(points: Sequence[Point], x: Axis, y: Axis, area: Box) -> list[Plac
         best, least = None, math.inf
         for box, distance, anchor in _candidates(px, py, length):
             cost = 4.0 * distance + 60.0 * box.outside(area)
+            if cost >= least:
+                continue
             cost += 9.0 * sum(map(box.overlap, labels)) + 5.0 * sum(map(box.overlap, dots))
             cost += 2.0 * sum(map(box.overlap, bars))
             if cost < least:
@@ -263,10 +291,14 @@ def _labelled(points: Sequence[Point], x: Axis, y: Axis, area: Box) -> list[Plac
         labels.append(box)
         edge = {"start": box.left, "end": box.right, "middle": (box.left + box.right) / 2}[anchor]
         middle = (box.top + box.bottom) / 2
-        touch = box.top if anchor == "middle" and middle > py else box.bottom if anchor == "middle" else middle
+        touch = (
+            box.top if anchor == "middle" and middle > py else box.bottom if anchor == "middle" else middle
+        )
         leader = (round(edge, 1), round(touch, 1)) if distance >= LEADER_PIXELS else None
         placed.append(
-            PlacedPoint(point, px, py, low, high, text, round(edge, 1), round(box.bottom - 4, 1), anchor, leader)
+            PlacedPoint(
+                point, px, py, low, high, text, round(edge, 1), round(box.bottom - 4, 1), anchor, leader
+            )
         )
     return placed
 
@@ -296,8 +328,8 @@ class Span(NamedTuple):
     seconds: float
     look: str
     """Its classes in page.css."""
-    text: str
-    """What it says if there is room."""
+    texts: Sequence[str]
+    """What it says: the first text for which there is room."""
     title: str
     """All of it in words."""
 
@@ -341,7 +373,7 @@ class Timeline:
     """Place of the line at the present; None if it has ended."""
     is_stacked: bool
     """Whether titles stand above the bars."""
-    labels: list[tuple[str, float, float, str]] = field(default_factory=list)
+    labels: list[tuple[str, float, float, str]]
     """Labels above the lines: text, x, y, anchor."""
 
 
@@ -413,13 +445,20 @@ def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def _bars(lane: Sequence[Span], axis: Axis, y: float, end: float) -> Iterator[Bar]:
-    """The bars of a lane, each with its text inside, or at its right up to the next bar, or without."""
+    """The bars of a lane, each with a text inside, or at its right up to the next bar, or without."""
     nexts = [*(axis.place(span.start) for span in lane[1:]), end]
     for span, limit in zip(lane, nexts, strict=True):
         x = axis.place(span.start)
-        width = max(3.0, axis.place(span.start + span.seconds) - x - 1)
-        needed = text_width(span.text)
-        is_inside = needed + 6 <= width
-        is_beside = not is_inside and x + width + needed + 8 <= limit
-        text_x = x + width / 2 if is_inside else x + width + 4
-        yield Bar(span, x, y, round(width, 1), span.text if is_inside or is_beside else "", text_x, is_beside)
+        width = round(max(3.0, axis.place(span.start + span.seconds) - x - 1), 1)
+        text, is_beside = _fitting(span.texts, width, limit - x - width)
+        text_x = x + width + 4 if is_beside else x + width / 2
+        yield Bar(span, x, y, width, text, round(text_x, 1), is_beside)
+
+
+def _fitting(texts: Sequence[str], inside: float, beside: float) -> tuple[str, bool]:
+    """The first text that fits into the bar or next to it, and whether it stands next to it."""
+    for text in texts:
+        needed = text_width(text)
+        if needed + 6 <= inside or needed + 8 <= beside:
+            return text, needed + 6 > inside
+    return "", False
