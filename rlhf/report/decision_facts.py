@@ -79,9 +79,10 @@ def budget_words(decision: Decision) -> str:
 def counts_of(decision: Decision) -> str:
     """How many candidates are in each state."""
     names = [state_words(each) for each in ranking(decision)]
-    counted = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
-    total = f"{len(names)} candidate{'' if len(names) == 1 else 's'}"
-    return f"{total}: {counted}." if names else ""
+    counts = {name: names.count(name) for name in dict.fromkeys(names)}
+    plural = {name: f"{name}s" for name in ("winner", "finalist") if counts.get(name, 0) > 1}
+    counted = ", ".join(f"{count} {plural.get(name, name)}" for name, count in counts.items())
+    return f"{len(names)} candidate{'' if len(names) == 1 else 's'}: {counted}." if names else ""
 
 
 def ranking(decision: Decision) -> list[Candidate]:

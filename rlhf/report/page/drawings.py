@@ -69,6 +69,8 @@ def _character_width(character: str) -> float:
         return 1.05
     if character in "WM@%":
         return 0.98
+    if character in "<>=+~#&":
+        return 0.82
     return 0.4 if character in NARROW else 0.72 if character.isupper() else 0.61
 
 
@@ -99,7 +101,8 @@ def time_ticks(high: float, most: int) -> list[Tick]:
     units = (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800), ("days", 86_400, math.inf))
     unit, size = next((unit, size) for unit, size, limit in units if high < limit)
     count = math.floor(high / step + 1e-9) if step else 0
-    return [Tick(step * n, f"{step * n / size:.3g} {unit}" if n else "0") for n in range(count + 1)]
+    texts = ["0", *(f"{step * number / size:.3g} {unit}" for number in range(1, count + 1))]
+    return [Tick(step * number, "1 day" if text == "1 days" else text) for number, text in enumerate(texts)]
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Point(NamedTuple):
     low: float | None
     high: float | None
     look: str
-    """Its classes in page.css; `square` is drawn as one."""
+    """Its classes in page.css. With `untrained` it is a square, else a circle."""
 
 
 class PlacedPoint(NamedTuple):
@@ -192,7 +195,9 @@ class Scatter:
     line: str
     """SVG path along the points that no other point beats; empty if there is only one."""
     threshold: float | None
-    """Place of the least y that is worth having; None if it is not known or lies outside."""
+    """Place of the least y that is worth having; None if it is not known."""
+    is_log: bool
+    """Whether x is logarithmic."""
 
 
 def scatter(
@@ -234,7 +239,7 @@ def scatter(
         x_ticks = x.ticks(num_ticks)
     return Scatter(
         width, height, area, x_ticks, y_ticks, _labelled(points, front, x, y, area), _front_line(front, x, y),
-        None if threshold is None else y.place(threshold),
+        None if threshold is None else y.place(threshold), is_log,
     )  # fmt: skip
 
 
@@ -413,7 +418,7 @@ def timeline(
         ]
         bottom = top + 8 + head + max(1, len(lanes)) * (BAR_PIXELS + 4)
         text_y = top + 17.0 if is_stacked else (top + bottom) / 2 + 4
-        text = shortened(title, width - 20 if is_stacked else left - 12)
+        text = shortened(title, width - 20 if is_stacked else left - 14)
         placed.append(TimelineRow(text, round(text_y, 1), bars, bottom))
         top = bottom
     labels = []
