@@ -271,6 +271,20 @@
     list();
   }
 
+  // A browser lets only a page from this computer or over HTTPS copy. Elsewhere a click marks the text.
+  document.querySelectorAll("button[data-copy]").forEach((button) => {
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      const text = control(button.dataset.copy);
+      try {
+        await navigator.clipboard.writeText(text.textContent);
+        button.textContent = "Copied";
+      } catch {
+        getSelection().selectAllChildren(text);
+      }
+    });
+  });
+
   const raw = new Map([...document.querySelectorAll("[data-part]")].map((part) => [part.id, part.outerHTML]));
   attach(document);
   answers();
