@@ -24,7 +24,7 @@ from rlhf.cli.run_files import RunFiles
 from rlhf.cli.trials import CONTINUE
 from rlhf.config import Complaint, ConfigError
 from rlhf.costs.price import cost_of
-from rlhf.decide.candidate import FIGURES, Candidate, Result, State, table
+from rlhf.decide.candidate import Candidate, Result, State, table
 from rlhf.decide.pace import budget_seconds
 from rlhf.decide.pilots import Trial
 from rlhf.decide.words import Judgement, Told, percent
@@ -97,7 +97,6 @@ class Decision:
             raise ConfigError("budget=null: recipe=decide needs a budget, such as budget=30m.")
         ranks = settings.launch.processes or (torch.cuda.device_count() if has_gpu() else 1)
         budget = budget_seconds(settings.budget, self.price, ranks)
-        self.check_limits()
         self.pilots = Pilots(self.config, self.directory, budget, arguments, config_dir)
         self.say = self.pilots.say
         self.candidates = {
@@ -135,17 +134,6 @@ class Decision:
         told = self.write()
         self.say("\n" + "\n".join([*told.sentences(), *told.commands()]))
         self.say(f"Page: {self.directory / 'report.html'}")
-
-    def check_limits(self) -> None:
-        """Refuse limits on figures that nothing measures.
-
-        Raises:
-            ConfigError: in the user's keys.
-        """
-        for figure in self.config.limits:
-            if figure not in FIGURES:
-                why = f"the final evaluation has no such figure. It has {', '.join(FIGURES)}."
-                raise ConfigError(Complaint(f"decide.limits.{figure}", why))
 
     def check_candidates(self) -> None:
         """Prepare the data, and find out what each candidate's first pilot takes, or why it cannot run.
@@ -355,11 +343,7 @@ class Decision:
         prompts, score_range = [*untrained.sealed[0].scores], self.pilots.score_range
         scores = {each.name: table([result.scores for result in each.sealed], prompts) for each in judged}
         untrained_SB = table([result.scores for result in untrained.sealed], prompts)
-        limits = {
-            figure: (-math.inf if each.min is None else each.min, math.inf if each.max is None else each.max)
-            for figure, each in self.config.limits.items()
-        }
-        refused = over_limits({each.name: each.figures for each in judged}, limits)
+        refused = over_limits({each.name: each.figures for each in judged}, self.config.limits.ranges)
         costs = {each.name: self.cost(each) for each in judged}
         looks = self.looks()
         found = judge(
@@ -414,6 +398,10 @@ class Decision:
         path = artifacts / self.pilots.asked(each.name).model
         return path if path.exists() else None
 
+    def has_page(self, run: str) -> bool:
+        """Whether a pilot's run has a page."""
+        return (self.pilots.run_directory(run) / "report.html").is_file()
+
     def write(self) -> Told:
         """Write decision.json and the page."""
         winner = next((each for each in self.candidates.values() if each.state is State.WINNER), None)
@@ -429,7 +417,10 @@ class Decision:
                 "sealed": None if self.judgement is None else self.judgement.questions,
             },
             "budget": {"seconds": self.pilots.budget, "spent": self.pilots.spent},
-            "pilots": [each.as_json() for each in self.pilots.log.pilots],
+            "pilots": [
+                each.as_json() | ({} if self.has_page(each.run) else {"run": None})
+                for each in self.pilots.log.pilots
+            ],
         }
         replace_text(self.directory / "decision.json", json.dumps(content, indent=2, allow_nan=False))
         replace_text(self.directory / "report.html", decision_page(content))

@@ -61,7 +61,7 @@ class Pilots:
         self.log, self.pace = PilotLog(directory / "pilots.jsonl"), Pace()
         for pilot in self.log.pilots:
             if pilot.ended == "done":
-                self.pace.add(pilot.predicted, pilot.stages, pilot.seconds)
+                self.pace.add(pilot.planned, pilot.stages, pilot.seconds)
         self._spent_before, self._begun = self.log.spent, time.monotonic()
         self.reserve = 0.0
         """Seconds that the judgement will take."""

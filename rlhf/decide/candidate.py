@@ -13,14 +13,11 @@ from torch import Tensor
 
 from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.settings import CandidateConfig
+from rlhf.pipeline.settings import CandidateConfig, LimitsConfig
 
 Scores = Mapping[str, float]
 """Prompt -> the judge's score of the answer."""
-FIGURES = (
-    "seconds_p50", "seconds_p95", "cost_per_thousand", "memory_bytes", "retention_perplexity_ratio",
-    "question_accuracy_change", "length_ratio", "stop_rate",
-)  # fmt: skip
+FIGURES = tuple(LimitsConfig.model_fields)
 """Figures of the final evaluation that a limit can name."""
 
 

@@ -35,12 +35,12 @@ class Pilot:
     start: float
     """Seconds of the decision before it."""
     seconds: float
-    expected: float
-    """Seconds that were expected."""
+    predicted: float
+    """Seconds that it was expected to take."""
     ended: Ended
     why: str = ""
     """Why it failed."""
-    predicted: Mapping[str, float] = field(default_factory=dict)
+    planned: Mapping[str, float] = field(default_factory=dict)
     """Stage -> seconds that the planner predicted."""
     stages: Mapping[str, float] = field(default_factory=dict)
     """Stage that ran -> seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -78,10 +79,32 @@ class LaunchConfig(Strict):
 
 
 class LimitConfig(Strict):
-    """The range of a figure in which a candidate may be shipped."""
+    """The range of a figure in which a finalist may be shipped; null is no limit."""
 
     min: float | None = None
     max: float | None = None
+
+
+class LimitsConfig(Strict):
+    """`decide.limits`: figures of the final evaluation, as on docs/stages/evaluate.md."""
+
+    seconds_p50: LimitConfig
+    seconds_p95: LimitConfig
+    cost_per_thousand: LimitConfig
+    memory_bytes: LimitConfig
+    retention_perplexity_ratio: LimitConfig
+    question_accuracy_change: LimitConfig
+    length_ratio: LimitConfig
+    stop_rate: LimitConfig
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Figure with a limit -> lowest and highest allowed value."""
+        return {
+            figure: (-math.inf if each.min is None else each.min, math.inf if each.max is None else each.max)
+            for figure, each in self
+            if each != LimitConfig()
+        }
 
 
 class CandidateConfig(Strict):
@@ -122,9 +145,9 @@ class DecideConfig(Strict):
     smallest_gain: NonNegativeFloat
     """The smallest gain worth training for, in units of the judge's score. With 0, `do not train` is only
     said of candidates that are worse."""
-    limits: dict[str, LimitConfig]
+    limits: LimitsConfig
     """Figure of the final evaluation -> the range in which a finalist may be shipped, such as
-    `+decide.limits.retention_perplexity_ratio.max=1.15`."""
+    `decide.limits.retention_perplexity_ratio.max=1.15`."""
     seeds: PositiveInt
     """1: the winner is the very model that was judged. More: each finalist is trained with so many seeds, and
     the winner is a method."""
