@@ -106,6 +106,8 @@ class Decision:
         self.untrained: Candidate | None = None
         """The best option without training."""
         self.judgement: Judgement | None = None
+        self.sealed_seconds = 0.0
+        """What it takes to ask the best option without training the sealed questions."""
 
     @property
     def left(self) -> float:
@@ -180,11 +182,21 @@ class Decision:
             why = "no option without training could be asked within it."
             raise ConfigError(Complaint(f"budget={self.pilots.budget:g}s", why, "Raise it."))
         scores = {each.name: table([each.scores], self.prompts)[0] for each in self.asked}
-        costs = {each.name: each.seconds for each in self.asked}
+        costs = {each.name: each.ask_seconds for each in self.asked}
         self.untrained = each = self.candidates[best_untrained(scores, costs)]
-        one = self.pilots.pace.seconds(self.pilots.predicted(Trial(each.name, 1.0, "sealed", 0)))
-        self.pilots.reserve = max(one, each.ask_seconds) * (1 + self.config.finalists) * self.config.seeds
+        self.sealed_seconds = self.pilots.pace.seconds(
+            self.pilots.predicted(Trial(each.name, 1.0, "sealed", 0))
+        )
+        self.reserve_for([])
         self.say(f"Best option without training on the choosing questions: {each.title}.")
+
+    def reserve_for(self, running: Sequence[Candidate]) -> None:
+        """Reserve the time of the judgement: base is asked beside each finalist, and with several seeds the
+        finalists train again."""
+        config = self.config
+        asking = self.sealed_seconds * (1 + 2 * config.finalists) * config.seeds
+        longest = max((each.full_seconds for each in running), default=0.0)
+        self.pilots.reserve = asking + longest * config.finalists * (config.seeds - 1)
 
     def climb(self) -> None:
         """The rungs: train the candidates that are left to a larger share, and drop the worse ones."""
@@ -201,7 +213,9 @@ class Decision:
                 own = self.pilots.share_at(each.name, share)
                 if each.share is None or each.share < own:
                     self.try_candidate(each, own)
-            running = self.keep([each for each in running if each.state is State.RUNNING], number)
+            running = [each for each in running if each.state is State.RUNNING]
+            self.reserve_for(running)
+            running = self.keep(running, number)
             self.write()
 
     def keep(self, running: list[Candidate], number: int) -> list[Candidate]:
@@ -288,18 +302,17 @@ class Decision:
 
     def measure(self, each: Candidate) -> None:
         """Note what a candidate took so far."""
-        pilots = [pilot for pilot in self.pilots.log.pilots if pilot.trial.candidate == each.name]
-        stage = (each.config.length or "").rpartition(".")[0]
-        each.step_seconds = sum(pilot.stages.get(stage, 0.0) for pilot in pilots) / (each.share or 1.0)
-        done = [pilot for pilot in pilots if pilot.ended == "done" and pilot.trial.part == "choosing"][-1]
-        each.ask_seconds = done.stages.get("evaluate", 0.0) + self.pilots.pace.overhead
-        each.seconds = sum(pilot.seconds for pilot in pilots)
-        stages = RunFiles(self.pilots.run_directory(done.run)).summary["stages"]
+        assert each.chosen is not None
+        stages = RunFiles(self.pilots.run_directory(each.chosen.run)).summary["stages"]
+        seconds = {name: float(own["cost"]["seconds"]) for name, own in stages.items() if own["cost"]}
+        each.ask_seconds = seconds["evaluate"] + self.pilots.pace.overhead
         each.train_seconds = sum(
-            float(own["cost"]["seconds"])
-            for name, own in stages.items()
-            if own["cost"] and name not in {"prepare", "evaluate", *self.pilots.judges}
+            taken
+            for name, taken in seconds.items()
+            if name not in {"prepare", "evaluate", *self.pilots.judges}
         )
+        if each.config.length is not None and each.share is not None:
+            each.step_seconds = seconds[each.config.length.rpartition(".")[0]] / each.share
 
     def judge_finalists(self) -> None:
         """Ask the finalists the sealed questions, once, and judge them.
@@ -312,21 +325,29 @@ class Decision:
         found = [each for each in self.candidates.values() if each.is_trained and each.chosen is not None]
         open_ones = [each for each in found if each.is_open]
         ranked = sorted(open_ones or found, key=lambda each: -each.mean)
-        finalists = ranked[: self.config.finalists if open_ones else 1]
-        if not finalists:
+        most = self.config.finalists if open_ones else 1
+        if not ranked:
             raise ConfigError(
                 f"budget={clock(budget)}: no candidate could be trained in it. Raise it, or leave out "
                 "what takes long, such as '~decide.candidates.NAME'."
             )
-        self.say(f"\nThe sealed questions judge: {'; '.join(each.title for each in finalists)}.")
+        self.say(f"\nThe sealed questions judge: {'; '.join(each.title for each in ranked[:most])}.")
         if not self.ask_sealed(self.untrained, math.inf):
             raise ConfigError(f"{self.untrained.title} could not be judged: {self.untrained.why}")
-        for number, each in enumerate(finalists):
-            if self.ask_sealed(each, (1 + LATE) * budget if number else math.inf):
+        judged, limits = list[Candidate](), self.config.limits.ranges
+        for each in ranked:
+            if len(judged) - len(over_limits(figures_of(judged), limits)) == most:
+                break  # in the place of one that is outside a limit, the next one is judged
+            if self.ask_sealed(each, (1 + LATE) * budget if judged else math.inf):
                 each.state, each.why = State.FINALIST, ""
-        judged = [each for each in finalists if each.state is State.FINALIST]
+                judged.append(each)
+            elif each.state is State.CUT:
+                break
+        for each in open_ones:
+            if each.state is State.RUNNING:
+                each.state, each.why = State.BEHIND, "others looked better on the choosing questions"
         if not judged:
-            raise ConfigError(f"No finalist could be judged. {finalists[0].title}: {finalists[0].why}")
+            raise ConfigError(f"No finalist could be judged. {ranked[0].title}: {ranked[0].why}")
         self.judge(judged, self.untrained)
 
     def ask_sealed(self, each: Candidate, until: float) -> bool:
@@ -343,7 +364,7 @@ class Decision:
         prompts, score_range = [*untrained.sealed[0].scores], self.pilots.score_range
         scores = {each.name: table([result.scores for result in each.sealed], prompts) for each in judged}
         untrained_SB = table([result.scores for result in untrained.sealed], prompts)
-        refused = over_limits({each.name: each.figures for each in judged}, self.config.limits.ranges)
+        refused = over_limits(figures_of(judged), self.config.limits.ranges)
         costs = {each.name: self.cost(each) for each in judged}
         looks = self.looks()
         found = judge(
@@ -425,3 +446,8 @@ class Decision:
         replace_text(self.directory / "decision.json", json.dumps(content, indent=2, allow_nan=False))
         replace_text(self.directory / "report.html", decision_page(content))
         return told
+
+
+def figures_of(candidates: Sequence[Candidate]) -> dict[str, dict[str, float]]:
+    """Candidate -> the figures of its final evaluation."""
+    return {each.name: each.figures for each in candidates}

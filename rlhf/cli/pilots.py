@@ -237,7 +237,7 @@ class Pilots:
         except Exception as error:  # such as too little memory: the other candidates go on
             traceback.print_exc()
             ended, why = "failed", f"{type(error).__name__}: {error}"
-        taken = self.stages_run(run) if ended == "done" else {}
+        taken = self.stages_run(run, self.spent - start) if ended == "done" else {}
         if taken or self.log.done(trial) is None:  # else all of it was in the store
             seconds = self.spent - start
             pilot = Pilot(trial, run, start, seconds, expected, as_ended(ended), why, predicted, taken)
@@ -249,10 +249,14 @@ class Pilots:
             return None
         return self.result(trial, run)
 
-    def stages_run(self, run: str) -> dict[str, float]:
-        """Stage that a run has run -> its seconds."""
+    def stages_run(self, run: str, most: float) -> dict[str, float]:
+        """Stage that a run has run -> its seconds.
+
+        Args:
+            most: seconds of the run. A stage that continued a shorter one counts that one's seconds too.
+        """
         stages = RunFiles(self.run_directory(run)).summary["stages"]
-        return {name: each["seconds"] for name, each in stages.items() if each["status"] == "ran"}
+        return {name: min(each["seconds"], most) for name, each in stages.items() if each["status"] == "ran"}
 
     def result(self, trial: Trial, run: str) -> Result:
         """What a finished trial measured.

@@ -34,6 +34,8 @@ class State(StrEnum):
     IMPOSSIBLE = "cannot run"
     FAILED = "failed"
     FINALIST = "finalist"
+    BEHIND = "no finalist"
+    """Not worse, but others looked better at the end."""
     REFUSED = "refused"
     WINNER = "winner"
 
@@ -68,11 +70,9 @@ class Candidate:
     train_seconds: float = math.nan
     """Seconds in which its models were trained, with those that it starts from."""
     step_seconds: float = 0.0
-    """Seconds of its own stage for the full length, as measured so far."""
+    """Seconds of its own stage for the full length, at the pace so far."""
     ask_seconds: float = 0.0
     """Seconds in which it was asked the choosing questions."""
-    seconds: float = 0.0
-    """Seconds of its pilots."""
     planned: dict[str, float] = field(default_factory=dict)
     """Stage -> predicted seconds of its first pilot."""
 
@@ -85,6 +85,11 @@ class Candidate:
     def is_open(self) -> bool:
         """Whether it may still be a finalist."""
         return self.state in (State.WAITING, State.RUNNING, State.CUT) and self.chosen is not None
+
+    @property
+    def full_seconds(self) -> float:
+        """Seconds in which its models would be trained to their full length."""
+        return self.train_seconds + self.step_seconds * (1 - (self.share or 0.0))
 
     @property
     def mean(self) -> float:
