@@ -136,6 +136,8 @@ def run(config: Mapping[str, Any], *, quiet: bool = False) -> FinishedRun:
 
     if not isinstance(config, Mapping) or "recipe" not in config:
         raise ConfigError("rlhf.run takes the config that rlhf.compose(...) gives, as a dict.")
+    if config["budget"] is not None:
+        raise ConfigError("rlhf.run makes one run. A decision is a command: python -m rlhf recipe=decide.")
     config = _plain(config, "")
     experiment = build_experiment(config)
     settings = experiment.settings

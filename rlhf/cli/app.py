@@ -76,7 +76,7 @@ def run_composed(node: DictConfig) -> Any:
         raise SystemExit(CONFIG_ERROR)
     name = config["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
     job = HydraConfig.get()
-    if config["decide"] is not None and job.mode == RunMode.MULTIRUN:
+    if config["budget"] is not None and job.mode == RunMode.MULTIRUN:
         print(
             "Error: recipe=decide has pilots of its own, so it cannot be swept. Leave out -m.",
             file=sys.stderr,
@@ -87,7 +87,7 @@ def run_composed(node: DictConfig) -> Any:
         if job.sweeper._target_ in SWEEPERS:
             return outcome
         code = outcome.code  # other sweepers do not read exit codes
-    elif config["decide"] is not None:
+    elif config["budget"] is not None:
         code = run_decision(config, name)
     else:
         code = execute(config, name)

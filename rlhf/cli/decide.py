@@ -87,21 +87,23 @@ class Decision:
     def __init__(
         self, config: Mapping[str, Any], name: str, arguments: Sequence[str], config_dir: Path | None
     ) -> None:
-        settings = build_experiment(config).settings
-        assert settings.decide is not None
+        settings = build_experiment({**config, "stage": ["prepare"]}).settings  # pilots say what they need
         self.config: DecideConfig = settings.decide
         self.directory = Path(settings.runs_dir) / name
         self.price = float(config["evaluate"]["price_per_hour"])
         """Price of the machine per hour."""
-        if settings.budget is None:
-            raise ConfigError("budget=null: recipe=decide needs a budget, such as budget=30m.")
+        assert settings.budget is not None
+        if not self.config.tried:
+            raise ConfigError(
+                f"budget={settings.budget}: only recipe=decide has a budget. Add recipe=decide."
+            )
         ranks = settings.launch.processes or (torch.cuda.device_count() if has_gpu() else 1)
         budget = budget_seconds(settings.budget, self.price, ranks)
         self.pilots = Pilots(self.config, self.directory, budget, arguments, config_dir)
         self.say = self.pilots.say
         self.candidates = {
             each: Candidate(each, own, self.pilots.is_trained(each))
-            for each, own in self.config.candidates.items()
+            for each, own in self.config.tried.items()
         }
         self.untrained: Candidate | None = None
         """The best option without training."""
@@ -279,7 +281,10 @@ class Decision:
         Returns:
             None if there is no time for it, or it failed; the candidate says which.
         """
-        until = self.pilots.budget - self.pilots.reserve if until is None else until
+        if not self.pilots.log.pilots:
+            until = math.inf  # one is always asked
+        elif until is None:
+            until = self.pilots.budget - self.pilots.reserve
         try:
             predicted = self.pilots.predicted(trial)
         except ConfigError as error:
@@ -289,7 +294,7 @@ class Decision:
             expected = 0.0
         elif expected is None:
             expected = self.pilots.pace.seconds(predicted)
-        if predicted and self.pilots.log.pilots and self.pilots.spent + expected > until:
+        if predicted and self.pilots.spent + expected > until:
             left = clock(max(0.0, until - self.pilots.spent))
             each.state = State.CUT
             each.why = f"{percent(trial.share)} would take about {clock(expected)}, and {left} are left"

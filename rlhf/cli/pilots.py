@@ -70,7 +70,7 @@ class Pilots:
         self.score_range: float | None = None
         self.judges: set[str] = set()
         """The stages that make what judges."""
-        self.composed = {name: self.compose(name) for name in config.candidates}
+        self.composed = {name: self.compose(name) for name in config.tried}
 
     @property
     def spent(self) -> float:
@@ -118,7 +118,7 @@ class Pilots:
         config = copy.deepcopy(self.composed[trial.candidate])
         seed = int(config["seed"]) + trial.seed
         config |= {"stage": ["evaluate"], "gates": "warn", "why": False, "force": [], "run_name": run}
-        config |= {"budget": None, "decide": None, "seed": seed}
+        config |= {"budget": None, "seed": seed}
         if own.length is not None and trial.share < 1:
             stage, _, key = own.length.rpartition(".")
             sections = config["instances"] if "@" in stage else config
@@ -217,9 +217,10 @@ class Pilots:
         run, start, ended, why = self.run_name(trial), self.spent, "done", ""
         length = f" at {percent(trial.share)}" if each.config.length else ""
         sealed = ", sealed questions" if trial.part == "sealed" else ""
+        takes = f"about {clock(expected)}" if predicted else "all of it is in the store"
         self.say(
-            f"{each.title}{length}{sealed}: about {clock(expected)}. {clock(start)} of {clock(self.budget)} "
-            f"spent. State: status run_name={run}"
+            f"{each.title}{length}{sealed}: {takes}. {clock(start)} of {clock(self.budget)} spent. State: "
+            f"status run_name={run}"
         )
         timer = StopTimer(until + OVERSHOOT * self.budget - start)
         try:
@@ -291,7 +292,7 @@ class Pilots:
                     "column of the prompts with the right answers), or 1,000 pairs or more.",
                 )
             )  # fmt: skip
-        evaluate = self.experiment(next(iter(self.config.candidates))).stages["evaluate"]
+        evaluate = self.experiment(next(iter(self.config.tried))).stages["evaluate"]
         source = getattr(evaluate, self.kind, None)
         parts = [] if source is None else parts_of(source)
         self.judges = {*filter(None, (stage_of(part.source) for part in parts))}

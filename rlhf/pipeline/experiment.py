@@ -110,10 +110,9 @@ class Settings(Strict):
     sweep: SweepConfig
     recipe: RecipeConfig
     budget: str | PositiveFloat | None
-    """What `recipe=decide` may use: a time (`90s`, `30m`, `2h`), GPU hours (`16gpuh`), or an amount of money,
-    in the currency of evaluate.price_per_hour (`20`)."""
-    decide: DecideConfig | None
-    """Only with `recipe=decide`."""
+    """What `recipe=decide` may use; null: an ordinary run. A time (`90s`, `30m`, `2h`), GPU hours (`16gpuh`),
+    or an amount of money in the currency of evaluate.price_per_hour (`20`)."""
+    decide: DecideConfig
     instances: dict[str, dict[str, Any]]
     """Named instances: STAGE@LABEL, with its keys that differ from the stage's own. A name with {round} makes
     one instance for each round of the recipe after the first."""

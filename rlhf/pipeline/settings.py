@@ -1,13 +1,21 @@
-"""`launch.*`, `sweep.*` and `decide.*`, without torch; values: conf/config.yaml, conf/recipe/decide.yaml."""
+"""`launch.*`, `sweep.*` and `decide.*`, without torch; values: conf/config.yaml."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rlhf.config import ConfigError, Strict, did_you_mean
 from rlhf.pipeline.metrics import check_metric
@@ -132,10 +140,12 @@ def _shares(shares: list[float]) -> list[float]:
 
 
 class DecideConfig(Strict):
-    """`decide.*`: which way to tune, if any, is worth it. Values: conf/recipe/decide.yaml."""
+    """`decide.*`: which way to tune, if any, is worth it: only read by `recipe=decide`."""
 
-    candidates: Annotated[dict[str, CandidateConfig], Field(min_length=1)]
-    """What is tried. `'~decide.candidates.NAME'` leaves one out."""
+    candidates: dict[str, CandidateConfig]
+    """What can be tried: name -> how. `'~decide.candidates.NAME'` leaves one out."""
+    only: list[str] | None
+    """The candidates that are tried, such as `[base,few_shot,sft]`; null tries all."""
     set: list[str]
     """Keys of all runs, as on the command line. A constant rate lets longer pilots continue shorter ones."""
     shares: Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_shares)]
@@ -156,3 +166,20 @@ class DecideConfig(Strict):
     requests: NonNegativeFloat
     """Number of answers that training must pay off for: of equal finalists, the one whose training and
     answers cost less is the winner."""
+
+    @model_validator(mode="after")
+    def _only_known_ones(self) -> Self:
+        for name in self.only or []:
+            if name not in self.candidates:
+                near = did_you_mean(name, self.candidates)
+                raise ValueError(
+                    f"decide.only: there is no candidate {name}.{near} Known: {', '.join(self.candidates)}"
+                )
+        return self
+
+    @property
+    def tried(self) -> dict[str, CandidateConfig]:
+        """The candidates that are tried."""
+        return {
+            name: each for name, each in self.candidates.items() if self.only is None or name in self.only
+        }

@@ -1,0 +1,157 @@
+"""`recipe=decide` on real runs of the tiny model, whose judge counts a letter that the rows teach."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.chains import Chain, Outcome, run_main
+from rlhf.cli.api import compose
+from rlhf.cli.api import run as run_config
+
+JUDGE = """
+import os, pathlib, signal
+
+def share(messages, responses):
+    '''The share of a's. Stops the run once, if a file asks for it.'''
+    if pathlib.Path("interrupt").exists() and any("aaaa" in text for text in responses):
+        pathlib.Path("interrupt").unlink()
+        os.kill(os.getpid(), signal.SIGINT)
+    return [text.count("a") / 8 for text in responses]
+"""
+CANDIDATES = """
+# @package _global_
+decide:
+  candidates:
+    wrong:
+      title: SFT on wrong rows
+      asks: sft
+      set: [sft.data=b.jsonl]
+      length: sft.epochs
+"""
+SETTINGS = (
+    "model=tiny", "device=cpu", "sft.data=a.jsonl", "sft.epochs=4", "sft.batch_rows=8", "sft.optim.lr=1e-2",
+    "evaluate.prompts=asked.jsonl", "ppo.max_new_tokens=8", "evaluate.gold=python:counting:share",
+)  # fmt: skip
+DECIDE = (
+    "recipe=decide", "budget=20m", "run_name=choice", "+experiment=candidates.yaml",
+    "decide.only=[base,sft,wrong]",
+    "decide.shares=[0.5,1]", "decide.num_timed=1",
+)  # fmt: skip
+
+
+class Decisions:
+    """Decisions in a directory with rows that teach the letter, and rows that teach another one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        chain = Chain(directory)
+        for letter in "ab":
+            rows = [{"prompt": f"Say {n}", "completion": letter * 8} for n in range(48)]
+            chain.write(f"{letter}.jsonl", rows)
+        chain.write("asked.jsonl", [{"prompt": f"What is {n}?"} for n in range(60)])
+        (directory / "counting.py").write_text(JUDGE)
+        (directory / "candidates.yaml").write_text(CANDIDATES)
+
+    def decide(self, *overrides: str, code: int = 0) -> Outcome:
+        arguments = [*SETTINGS, *DECIDE, *overrides]
+        outcome = run_main(self.directory, arguments, self.directory / "runs" / "choice")
+        assert outcome.code == code, f"{outcome.code}\n{outcome.out}\n{outcome.err}"
+        return outcome
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """decision.json."""
+        found: dict[str, Any] = json.loads((self.directory / "runs" / "choice" / "decision.json").read_text())
+        return found
+
+    def made(self, stage: str) -> list[str]:
+        """The artifacts of a stage in the store."""
+        return sorted(path.parent.name for path in self.directory.glob(f"store/{stage}/*/manifest.json"))
+
+
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decisions, Outcome]:
+    decisions = Decisions(tmp_path_factory.mktemp("decide"))
+    return decisions, decisions.decide()
+
+
+def state_of(result: dict[str, Any]) -> dict[str, str]:
+    return {each["name"]: each["state"] for each in result["candidates"]}
+
+
+def test_what_the_judge_likes_is_shipped_and_the_other_is_dropped(decided: tuple[Decisions, Outcome]) -> None:
+    decisions, told = decided
+    result = decisions.result
+    assert result["outcome"] == "ship" and result["winner"] == "sft" and result["untrained"] == "base"
+    assert state_of(result) == {"base": "compared", "sft": "winner", "wrong": "worse"}
+    won = next(each for each in result["candidates"] if each["name"] == "sft")
+    assert won["share"] == 1.0 and won["gain"]["low"] > 0.2 and won["gain"] == won["gain_over_base"]
+    assert won["gain"]["rows"] == result["questions"]["sealed"]
+    assert result["questions"]["sealed"] + result["questions"]["choosing"] == 60
+    assert "Ship SFT, all parameters: its gold score is +" in told.out
+    ran = [(each["candidate"], each["share"], each["part"]) for each in result["pilots"]]
+    assert ran == [
+        ("base", 1.0, "choosing"), ("sft", 0.5, "choosing"), ("wrong", 0.5, "choosing"),
+        ("sft", 1.0, "choosing"), ("base", 1.0, "sealed"), ("sft", 1.0, "sealed"),
+    ]  # fmt: skip
+    page = (decisions.directory / "runs" / "choice" / "report.html").read_text()
+    assert "Ship SFT, all parameters" in page
+
+
+def test_its_command_makes_the_very_model_that_was_judged(
+    decided: tuple[Decisions, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that model is the one that two pilots trained, one after the other."""
+    decisions, _ = decided
+    monkeypatch.chdir(decisions.directory)
+    result, before = decisions.result, decisions.made("sft")
+    words = result["command"].removeprefix("python -m rlhf ").split()
+    finished = run_config(compose(*(word.strip("'") for word in words), "run_name=again"), quiet=True)
+    assert finished.summary and decisions.made("sft") == before and len(before) == 3
+    judged = (decisions.directory / result["artifact"]).resolve()
+    assert (finished.directory / "artifacts" / "sft").resolve() == judged
+
+
+def test_the_same_command_again_trains_nothing(decided: tuple[Decisions, Outcome]) -> None:
+    decisions, _ = decided
+    before, made = decisions.result, decisions.made("sft")
+    told = decisions.decide()
+    after = decisions.result
+    assert decisions.made("sft") == made and after["pilots"] == before["pilots"]
+    assert after["sentences"] == before["sentences"]
+    assert "all of it is in the store" in told.out
+
+
+def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_path: Path) -> None:
+    decisions = Decisions(tmp_path)
+    (tmp_path / "interrupt").touch()
+    stopped = decisions.decide(code=130)
+    assert "Interrupted. The same command continues" in stopped.err
+    decisions.decide()
+    assert decisions.result["sentences"][0] == decided[0].result["sentences"][0]
+    ended = [each["ended"] for each in decisions.result["pilots"]]
+    assert ended == ["done", "stopped", *["done"] * 5]
+
+
+def test_without_time_nothing_is_decided(tmp_path: Path) -> None:
+    told = Decisions(tmp_path).decide("budget=1s", code=2)
+    assert "no candidate could be trained in it" in told.err
+    assert "SFT, all parameters is dropped: 50% would take about" in told.out
+
+
+def test_what_cannot_run_is_listed_with_its_reason(tmp_path: Path) -> None:
+    decisions = Decisions(tmp_path)
+    told = decisions.decide("decide.only=[base,grpo,dpo]", "budget=1s", code=2)
+    assert "GRPO cannot run: " in told.out and "DPO cannot run: No data for reward.pairs" in told.out
+    states = {each["name"]: (each["state"], each["why"]) for each in decisions.result["candidates"]}
+    assert states["dpo"][0] == states["grpo"][0] == "cannot run" and "reward.pairs" in states["dpo"][1]
+
+
+def test_a_judge_that_is_the_reward_is_refused(tmp_path: Path) -> None:
+    """Without a gold score or references nothing judges."""
+    told = Decisions(tmp_path).decide("evaluate.gold=null", code=2)
+    assert "there is no judge that no candidate learned from" in told.err
