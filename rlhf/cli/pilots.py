@@ -214,7 +214,8 @@ class Pilots:
             ConfigError: the disk is full.
             KeyboardInterrupt: the run was interrupted.
         """
-        run, start, ended, why = self.run_name(trial), self.spent, "done", ""
+        run, start, why = self.run_name(trial), self.spent, ""
+        ended: Ended = "done"
         length = f" at {percent(trial.share)}" if each.config.length else ""
         sealed = ", sealed questions" if trial.part == "sealed" else ""
         takes = f"about {clock(expected)}" if predicted else "all of it is in the store"
@@ -241,7 +242,7 @@ class Pilots:
         taken = self.stages_run(run, self.spent - start) if ended == "done" else {}
         if taken or self.log.done(trial) is None:  # else all of it was in the store
             seconds = self.spent - start
-            pilot = Pilot(trial, run, start, seconds, expected, as_ended(ended), why, predicted, taken)
+            pilot = Pilot(trial, run, start, seconds, expected, ended, why, predicted, taken)
             self.log.add(pilot)
             self.pace.add(predicted, taken, seconds)
         if ended != "done":
@@ -332,9 +333,3 @@ class StopTimer:
 def share_of(full: float, share: float) -> float:
     """A share of a length: of a whole number, a whole one that is at least 1."""
     return max(1, round(full * share)) if isinstance(full, int) else full * share
-
-
-def as_ended(word: str) -> Ended:
-    """The word, as one of `Ended`."""
-    assert word in ("done", "stopped", "failed")
-    return word  # type: ignore[return-value]

@@ -27,7 +27,7 @@ ROWS = (
     ("generation", "rewards"),
     ("evaluation", "costs"),
     ("pipeline",),
-    ("supervised", "ppo", "compare", "planner", "report", "label", "bisect"),
+    ("supervised", "ppo", "compare", "planner", "report", "label", "bisect", "decide"),
     ("stages",),
     ("cli",),
     ("__main__",),
