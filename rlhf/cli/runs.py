@@ -151,8 +151,8 @@ def find_run(root: Path, name: str) -> Path:
     if name and name not in names and (root / name / "decision.json").is_file():
         pilots = [each for each in names if each.startswith(f"{name}-")]
         raise ConfigError(
-            f"run_name={name} is a decision: see {root / name / 'report.html'}. Its pilots are runs: name one "
-            f"of them, such as {next(iter(pilots), name)}."
+            f"run_name={name} is a decision: see {root / name / 'report.html'}. Its pilots are runs: name "
+            f"one of them, such as {next(iter(pilots), name)}."
         )
     if name and name not in names:
         raise ConfigError(f"run_name={name}: there is no such run in {root}.{did_you_mean(name, names)}")
