@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
-from rlhf.bisect.scores import read_scores
 from rlhf.cli.pilots import Pilots
 from rlhf.cli.run_files import RunFiles
 from rlhf.cli.trials import CONTINUE
 from rlhf.config import Complaint, ConfigError
 from rlhf.costs.price import cost_of
-from rlhf.decide.candidate import Candidate, Result, State, table
+from rlhf.decide.candidate import Candidate, Result, State, read_answers, table
 from rlhf.decide.pace import budget_seconds
 from rlhf.decide.pilots import Trial
 from rlhf.decide.words import Judgement, Told, percent
@@ -122,9 +121,10 @@ class Decision:
         return [each for each in self.candidates.values() if each.state is State.COMPARED]
 
     @property
-    def prompts(self) -> list[str]:
-        """The choosing questions, in the order of the first option without training."""
-        return [*self.asked[0].scores] if self.asked else []
+    def prompts(self) -> Sequence[str]:
+        """The choosing questions."""
+        results = [each.chosen for each in self.candidates.values() if each.chosen is not None]
+        return results[0].prompts if results else ()
 
     def run(self) -> None:
         """Decide."""
@@ -301,9 +301,17 @@ class Decision:
             self.say(f"{each.title} is dropped: {each.why}.")
             return None
         try:
-            return self.pilots.run(trial, each, predicted, expected, until)
+            found = self.pilots.run(trial, each, predicted, expected, until)
         finally:
             self.write()
+        asked = self.prompts
+        if trial.part == "sealed":
+            asked = next((own.sealed[0].prompts for own in self.candidates.values() if own.sealed), ())
+        if found is not None and asked and found.prompts != asked:
+            each.state, each.why = State.FAILED, "its keys change the questions, so it cannot be compared"
+            self.say(f"{each.title}: {each.why}.")
+            return None
+        return found
 
     def measure(self, each: Candidate) -> None:
         """Note what a candidate took so far."""
@@ -366,7 +374,7 @@ class Decision:
 
     def judge(self, judged: Sequence[Candidate], untrained: Candidate) -> None:
         """Judge the finalists by their answers to the sealed questions."""
-        prompts, score_range = [*untrained.sealed[0].scores], self.pilots.score_range
+        prompts, score_range = untrained.sealed[0].prompts, self.pilots.score_range
         scores = {each.name: table([result.scores for result in each.sealed], prompts) for each in judged}
         untrained_SB = table([result.scores for result in untrained.sealed], prompts)
         refused = over_limits(figures_of(judged), self.config.limits.ranges)
@@ -409,8 +417,8 @@ class Decision:
             self.pilots.run_directory(result.run) / "artifacts" / "evaluate" / "responses.jsonl"
             for result in each.sealed
         ]
-        base = [read_scores(file, "base", self.pilots.kind) for file in files]
-        prompts = [*base[0]]
+        base = [read_answers(file, "base", self.pilots.kind)[1] for file in files]
+        prompts = each.sealed[0].prompts
         own_SB = table([result.scores for result in each.sealed], prompts)
         found = estimated(own_SB - table(base, prompts), self.pilots.score_range)
         low, high = (float(found.bound(ERROR / 2, side)) for side in (-1, 1))

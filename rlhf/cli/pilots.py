@@ -18,7 +18,6 @@ from typing import Any
 
 from rich.console import Console
 
-from rlhf.bisect.scores import read_scores
 from rlhf.cli.api import compose
 from rlhf.cli.api import run as run_config
 from rlhf.cli.run_files import RunFiles
@@ -26,7 +25,7 @@ from rlhf.cli.trials import replaced
 from rlhf.compare.candidate import CANDIDATES, parse_candidate
 from rlhf.compare.candidate import Candidate as Asked
 from rlhf.config import Complaint, ConfigError
-from rlhf.decide.candidate import Candidate, Result, State
+from rlhf.decide.candidate import Candidate, Result, State, read_answers
 from rlhf.decide.estimate import estimate
 from rlhf.decide.pace import Pace
 from rlhf.decide.pilots import Ended, Pilot, PilotLog, Trial
@@ -109,7 +108,10 @@ class Pilots:
             return True
         if asked.method != "best_of_n":
             return False
-        reward = vars(self.experiment(name).stages["evaluate"])["reward"]
+        try:
+            reward = vars(self.experiment(name).stages["evaluate"])["reward"]
+        except ConfigError:  # `Decision.check_candidates` meets it again, and says it
+            return True
         return reward is not None and any(stage_of(part.source) for part in parts_of(reward))
 
     def trial_config(self, trial: Trial, run: str | None) -> dict[str, Any]:
@@ -276,7 +278,7 @@ class Pilots:
             for key, value in metrics.items()
             if key.endswith(f"/{asks}") and value is not None
         }
-        return Result(read_scores(artifact / "responses.jsonl", asks, self.kind), own, run)
+        return Result(*read_answers(artifact / "responses.jsonl", asks, self.kind), own, run)
 
     def find_judge(self, artifact: Path) -> None:
         """Note what judges, as the first pilot found it.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +45,10 @@ class State(StrEnum):
 class Result(NamedTuple):
     """What a finished trial measured."""
 
+    prompts: Sequence[str]
+    """The questions, in order."""
     scores: Scores
+    """A question without a score is missing."""
     metrics: Mapping[str, float]
     """Summary metrics of this candidate's answers, without its name."""
     run: str
@@ -148,6 +153,23 @@ def _sampled(found: Sampled | None) -> dict[str, float | None] | None:
     if found is None:
         return None
     return {key: finite(each) for key, each in found._asdict().items()}
+
+
+def read_answers(responses: Path, policy: str, kind: str) -> tuple[list[str], dict[str, float]]:
+    """The questions in the responses.jsonl of `evaluate`, and a policy's scores.
+
+    Args:
+        kind: the score that judges.
+    """
+    prompts, scores = list[str](), dict[str, float]()
+    with responses.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            if row["policy"] == policy:
+                prompt = json.dumps(row["prompt"], sort_keys=True)
+                prompts.append(prompt)
+                if row.get(kind) is not None:
+                    scores[prompt] = row[kind]
+    return prompts, scores
 
 
 def table(scores: Sequence[Scores], prompts: Sequence[str]) -> Tensor:

@@ -31,6 +31,10 @@ decide:
       asks: sft
       set: [sft.data=b.jsonl]
       length: sft.epochs
+    elsewhere:
+      title: base model, other questions
+      asks: base
+      set: [evaluate.prompts=b.jsonl]
 """
 SETTINGS = (
     "model=tiny", "device=cpu", "sft.data=a.jsonl", "sft.epochs=4", "sft.batch_rows=8", "sft.optim.lr=1e-2",
@@ -38,7 +42,7 @@ SETTINGS = (
 )  # fmt: skip
 DECIDE = (
     "recipe=decide", "budget=20m", "run_name=choice", "+experiment=candidates.yaml",
-    "decide.only=[base,sft,wrong]",
+    "decide.only=[base,elsewhere,sft,wrong]",
     "decide.shares=[0.5,1]", "decide.num_timed=1",
 )  # fmt: skip
 
@@ -87,7 +91,9 @@ def test_what_the_judge_likes_is_shipped_and_the_other_is_dropped(decided: tuple
     decisions, told = decided
     result = decisions.result
     assert result["outcome"] == "ship" and result["winner"] == "sft" and result["untrained"] == "base"
-    assert state_of(result) == {"base": "compared", "sft": "winner", "wrong": "worse"}
+    assert state_of(result) == {
+        "base": "compared", "elsewhere": "failed", "sft": "winner", "wrong": "worse"
+    }  # fmt: skip
     won = next(each for each in result["candidates"] if each["name"] == "sft")
     assert won["share"] == 1.0 and won["gain"]["low"] > 0.2 and won["gain"] == won["gain_over_base"]
     assert won["gain"]["rows"] == result["questions"]["sealed"]
@@ -95,7 +101,7 @@ def test_what_the_judge_likes_is_shipped_and_the_other_is_dropped(decided: tuple
     assert "Ship SFT, all parameters: its gold score is +" in told.out
     ran = [(each["candidate"], each["share"], each["part"]) for each in result["pilots"]]
     assert ran == [
-        ("base", 1.0, "choosing"), ("sft", 0.5, "choosing"), ("wrong", 0.5, "choosing"),
+        ("base", 1.0, "choosing"), ("elsewhere", 1.0, "choosing"), ("sft", 0.5, "choosing"), ("wrong", 0.5, "choosing"),
         ("sft", 1.0, "choosing"), ("base", 1.0, "sealed"), ("sft", 1.0, "sealed"),
     ]  # fmt: skip
     page = (decisions.directory / "runs" / "choice" / "report.html").read_text()
@@ -134,7 +140,7 @@ def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_pat
     decisions.decide()
     assert decisions.result["sentences"][0] == decided[0].result["sentences"][0]
     ended = [each["ended"] for each in decisions.result["pilots"]]
-    assert ended == ["done", "stopped", *["done"] * 5]
+    assert ended == ["done", "done", "stopped", *["done"] * 5]
 
 
 def test_without_time_nothing_is_decided(tmp_path: Path) -> None:
