@@ -34,7 +34,7 @@ decide:
     elsewhere:
       title: base model, other questions
       asks: base
-      set: [evaluate.prompts=b.jsonl]
+      set: [evaluate.prompts=others.jsonl]
 """
 SETTINGS = (
     "model=tiny", "device=cpu", "sft.data=a.jsonl", "sft.epochs=4", "sft.batch_rows=8", "sft.optim.lr=1e-2",
@@ -57,6 +57,7 @@ class Decisions:
             rows = [{"prompt": f"Say {n}", "completion": letter * 8} for n in range(48)]
             chain.write(f"{letter}.jsonl", rows)
         chain.write("asked.jsonl", [{"prompt": f"What is {n}?"} for n in range(60)])
+        chain.write("others.jsonl", [{"prompt": f"Which is {n}?"} for n in range(60)])
         (directory / "counting.py").write_text(JUDGE)
         (directory / "candidates.yaml").write_text(CANDIDATES)
 
