@@ -31,7 +31,8 @@ from rlhf.disk import replace_text
 from rlhf.distributed.device import has_gpu
 from rlhf.evaluation.crossed import estimate as estimated
 from rlhf.evaluation.sampled import Sampled
-from rlhf.evaluation.selection import ERROR, best_untrained, judge, over_limits, rung
+from rlhf.evaluation.selection import ERROR, Outcome, best_untrained, judge, over_limits, rung
+from rlhf.evaluation.selection import Decision as Judged
 from rlhf.exit_codes import CONFIG_ERROR, DONE, INTERRUPTED, STOPPED
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.recipe import as_typed
@@ -153,7 +154,7 @@ class Decision:
             except ConfigError as error:
                 errors[name] = error
                 each.state, each.why = State.IMPOSSIBLE, " ".join(str(error).split())
-                self.say(f"{each.title} cannot run: {error}")
+                self.say(f"{each.title} cannot run: {each.why.partition('. ')[0]}")
         if all(each.is_trained or each.state is State.IMPOSSIBLE for each in self.candidates.values()):
             untrained = [error for name, error in errors.items() if not self.candidates[name].is_trained]
             raise next(iter(untrained), ConfigError("decide.candidates: none is without training. Add base."))
@@ -339,14 +340,26 @@ class Decision:
         open_ones = [each for each in found if each.is_open]
         ranked = sorted(open_ones or found, key=lambda each: -each.mean)
         most = self.config.finalists if open_ones else 1
-        if not ranked:
+        possible = [
+            each
+            for each in self.candidates.values()
+            if each.is_trained and each.state is not State.IMPOSSIBLE
+        ]
+        if possible and not ranked:
             raise ConfigError(
                 f"budget={clock(budget)}: no candidate could be trained in it. Raise it, or leave out "
                 "what takes long, such as '~decide.candidates.NAME'."
             )
-        self.say(f"\nThe sealed questions judge: {'; '.join(each.title for each in ranked[:most])}.")
+        asked = "; ".join(each.title for each in [*ranked[:most], self.untrained])
+        self.say(f"\nThe sealed questions judge: {asked}.")
         if not self.ask_sealed(self.untrained, math.inf):
             raise ConfigError(f"{self.untrained.title} could not be judged: {self.untrained.why}")
+        if self.untrained.config.asks != "base":
+            self.untrained.gain_over_base = self.over_base(self.untrained)
+        if not possible:
+            nothing = Judged(Outcome.NO_TRAINING)
+            self.judgement = Judgement(nothing, 1, len(self.untrained.sealed[0].prompts))
+            return
         judged, limits = list[Candidate](), self.config.limits.ranges
         for each in ranked:
             if len(judged) - len(over_limits(figures_of(judged), limits)) == most:

@@ -61,6 +61,8 @@ class Told:
         lines = [self.headline(self.judgement, untrained)]
         if self.winner is not None:
             lines += self.about(self.winner)
+        elif self.untrained.gain_over_base is not None:
+            lines.append(f"{untrained} over the base model: {in_words(self.untrained.gain_over_base)}.")
         lines += [
             f"{self.candidates[name].title}: {in_words(gain)} over {untrained}."
             for name, gain in gains.items()
@@ -85,6 +87,11 @@ class Told:
             return (
                 f"Ship {self.winner.title}: its {self.judge} is {gain} over {untrained}, the best option "
                 "without training."
+            )
+        if found.outcome is Outcome.NO_TRAINING and not found.finalists and not found.refused:
+            return (
+                f"Do not train: no candidate that trains can run with this data. {untrained} is the best of "
+                "the others on the choosing questions."
             )
         if found.outcome is Outcome.NO_TRAINING and not found.finalists:
             return f"Do not train: every finalist is outside a limit. Use {untrained}."
