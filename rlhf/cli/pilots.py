@@ -126,7 +126,9 @@ class Pilots:
             stage, _, key = own.length.rpartition(".")
             sections = config["instances"] if "@" in stage else config
             typed = stage.replace("@", AT_SUBSTITUTE)  # the candidate's own keys of an instance, which win
-            sections.setdefault(typed if typed in sections else stage, {})[key] = share_of(self.full_length(trial.candidate), trial.share)
+            sections.setdefault(typed if typed in sections else stage, {})[key] = share_of(
+                self.full_length(trial.candidate), trial.share
+            )
         asks = parse_candidate(own.asks, "base").name
         evaluate = config["evaluate"]
         evaluate["gates"] = dict.fromkeys(evaluate["gates"])
