@@ -32,6 +32,7 @@ from rlhf.decide.pilots import Ended, Pilot, PilotLog, Trial
 from rlhf.decide.words import percent
 from rlhf.evaluation.references import QUALITIES
 from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.recipe import AT_SUBSTITUTE
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.rewards.kinds import is_verifier, parts_of, stage_of
 from rlhf.tracking.progress import clock
@@ -124,7 +125,10 @@ class Pilots:
         if own.length is not None and trial.share < 1:
             stage, _, key = own.length.rpartition(".")
             sections = config["instances"] if "@" in stage else config
-            sections.setdefault(stage, {})[key] = share_of(self.full_length(trial.candidate), trial.share)
+            typed = stage.replace("@", AT_SUBSTITUTE)  # the candidate's own keys of an instance, which win
+            sections.setdefault(typed if typed in sections else stage, {})[key] = share_of(
+                self.full_length(trial.candidate), trial.share
+            )
         asks = parse_candidate(own.asks, "base").name
         evaluate = config["evaluate"]
         evaluate["gates"] = dict.fromkeys(evaluate["gates"])
@@ -246,7 +250,8 @@ class Pilots:
             seconds = self.spent - start
             pilot = Pilot(trial, run, start, seconds, expected, ended, why, predicted, taken)
             self.log.add(pilot)
-            self.pace.add(predicted, taken, seconds)
+            if ended == "done":
+                self.pace.add(predicted, taken, seconds)
         if ended != "done":
             each.state, each.why = State.CUT if ended == "stopped" else State.FAILED, why
             self.say(f"{each.title}: {why}.")

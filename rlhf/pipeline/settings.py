@@ -90,7 +90,9 @@ class LimitConfig(Strict):
     """The range of a figure in which a finalist may be shipped; null is no limit."""
 
     min: float | None = None
+    """Lowest allowed value."""
     max: float | None = None
+    """Highest allowed value."""
 
 
 class LimitsConfig(Strict):

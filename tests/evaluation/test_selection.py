@@ -155,11 +155,17 @@ def test_limits_are_named_and_a_missing_value_is_over() -> None:
         "c": {"latency": 1.0, "forgotten": math.nan},
         "d": {"forgotten": 0.0},
     }
-    limits = {"latency": 2.0, "forgotten": 0.02}
+    limits = {"latency": (-math.inf, 2.0), "forgotten": (0.0, 0.02)}
     assert over_limits(measured, limits) == {
         "b": ("latency", "forgotten"), "c": ("forgotten",), "d": ("latency",)
     }  # fmt: skip
     assert over_limits(measured, {}) == {}
+
+
+@pytest.mark.parametrize(("value", "is_over"), [(-0.2, True), (-0.1, False), (0.3, False), (0.4, True)])
+def test_the_ends_of_a_limit_are_allowed(value: float, is_over: bool) -> None:
+    found = over_limits({"a": {"change": value}}, {"change": (-0.1, 0.3)})
+    assert found == ({"a": ("change",)} if is_over else {})
 
 
 def test_holm_by_hand() -> None:

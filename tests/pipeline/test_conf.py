@@ -21,6 +21,7 @@ from rlhf.models.base import ModelConfig
 from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.experiment import Settings, build_experiment
 from rlhf.pipeline.experiment import stage_class as class_of_target
+from rlhf.pipeline.settings import CandidateConfig, DecideConfig
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import RewardMix, RewardPart
 from rlhf.stages.ppo import PpoStage
@@ -44,7 +45,7 @@ OPTIONAL = {(OptimConfig, "warmup_steps")}
 CHOICES = [
     (path.parent.relative_to(CONF).as_posix(), path.stem)
     for path in sorted(CONF.rglob("*.yaml"))
-    if path.parent not in (CONF, CONF / "stages")
+    if path.parent not in (CONF, CONF / "stages", CONF / "decide")
 ]
 
 
@@ -152,6 +153,18 @@ def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
     assert names == list(STAGES)
     if group in ("model", "tracker"):
         assert getattr(experiment.settings, group).kind == choice
+
+
+def test_every_candidate_of_a_decision_is_tried() -> None:
+    values = read("config.yaml")["decide"] | {"candidates": None}
+    assert differences(DecideConfig, values, "decide") == []
+    files = {path.stem: read(f"decide/{path.name}") for path in (CONF / "decide").glob("*.yaml")}
+    decide = build("recipe=decide").settings.decide
+    assert (
+        decide.candidates
+        == decide.tried
+        == {name: CandidateConfig(**content) for name, content in files.items()}
+    )
 
 
 def test_advice_names_keys_that_exist() -> None:

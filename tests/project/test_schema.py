@@ -29,6 +29,8 @@ def in_its_place(path: Path) -> dict[str, Any]:
     assert isinstance(found, dict)
     if "@package _global_" in path.read_text() or path.parent == CONF:
         return {str(key): value for key, value in found.items()}
+    if path.parent.name == "decide":  # one of several candidates
+        return {"decide": {"candidates": {path.stem: found}}}
     return {path.stem if path.parent.name == "stages" else path.parent.name: found}
 
 

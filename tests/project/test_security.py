@@ -19,7 +19,7 @@ from rlhf.config import ConfigError
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import MANIFEST, file_digest
 from rlhf.models.base import _write_tiny
-from rlhf.training.checkpoint import Checkpointer
+from rlhf.pipeline.longer import Course
 
 
 class Bomb:
@@ -255,7 +255,7 @@ def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Chain
     It is left as by a run that ended before it published: checkpoints stay, and the artifact is not there.
     """
     chain = Chain(tmp_path)
-    monkeypatch.setattr(Checkpointer, "discard", lambda self: None)
+    monkeypatch.setattr(Course, "end", lambda self: None)
 
     def train(*overrides: str) -> Path:
         outcome = chain.run("stage=sft", "checkpoint.every_steps=1", *overrides)

@@ -416,6 +416,7 @@ def test_the_reward_goes_with_gold_answer_by_answer() -> None:
     assert agreement([unscored])["gold_correlation"] == pytest.approx(1)
     del unscored.scores["gold"]
     assert agreement([unscored]) == {}
+    assert agreement([]) == {}  # only best-of-n candidates were asked
 
 
 def test_a_score_must_be_a_number(published: dict[str, Path], tmp_path: Path) -> None:
@@ -507,3 +508,50 @@ def test_inputs_follow_the_policies_and_the_rewards() -> None:
     assert read_by(make_stage(policies=["base"], subject="base")) == ("prepare",)
     learned = make_stage(policies=["sft"], subject="sft", reward="learned")
     assert read_by(learned) == ("prepare", "sft", "reward")
+
+
+def questions_in(part: str, rows: list[Row], directory: Path) -> list[str]:
+    """What `evaluate.part` asks of these prompts."""
+    directory.mkdir(exist_ok=True)
+    data = PreparedData(directory)
+    data.write("evaluate", "evaluation", rows)
+    return [each.row.asked() for each in make_stage(part=part).questions_of(data)[0]]
+
+
+def test_the_choosing_and_the_sealed_prompts_are_all_prompts(tmp_path: Path) -> None:
+    rows: list[Row] = [PromptRow(user(text)) for text in PROMPTS]
+    choosing, sealed = (questions_in(part, rows, tmp_path) for part in ("choosing", "sealed"))
+    assert questions_in("all", rows, tmp_path) == PROMPTS
+    assert sorted(choosing + sealed) == sorted(PROMPTS) and 0.15 < len(sealed) / len(PROMPTS) < 0.55
+    more: list[Row] = [*reversed(rows), *(PromptRow(user(f"Why {n}?")) for n in range(20))]
+    for part, own in (("choosing", choosing), ("sealed", sealed)):
+        found = questions_in(part, more, tmp_path / "more")
+        assert [text for text in found if text in PROMPTS] == own[::-1]
+
+
+def test_a_part_without_prompts_is_told_in_the_users_key(tmp_path: Path) -> None:
+    one: list[Row] = [PromptRow(user(PROMPTS[0]))]
+    for part in ("choosing", "sealed"):
+        with pytest.raises(ConfigError, match=rf"^evaluate\.part={part}: None of the 1 questions is left to"):
+            questions_in(part, one, tmp_path)
+    assert questions_in("all", one, tmp_path) == PROMPTS[:1]
+
+
+def test_the_part_is_in_the_key() -> None:
+    keys = [knobs(make_stage(part=part)) for part in ("all", "choosing", "sealed")]
+    assert [each["part"] for each in keys] == ["all", "choosing", "sealed"]
+    with pytest.raises(ConfigError, match=r"evaluate\.part"):
+        make_stage(part="seald")
+
+
+def test_the_choosing_prompts_are_asked_without_retention(published: dict[str, Path], tmp_path: Path) -> None:
+    """What is forgotten chooses no candidate. Of the tiny model alone, to keep it short."""
+    stage = make_stage(policies=["base", "ppo"], part="choosing", max_new_tokens=2)
+    job = run_stage(stage, published, tmp_path / "run")
+    asked = {row["prompt"][0]["content"] for row in jsonl(job.directory / "responses.jsonl")}
+    rows: list[Row] = [PromptRow(user(text)) for text in PROMPTS]
+    assert asked == {*questions_in("choosing", rows, tmp_path / "data")} and len(asked) < len(PROMPTS)
+    assert job.summary["prompts"] == len(asked)
+    assert not [name for name in job.summary if name.startswith(("retention", "question_", "perplexity"))]
+    data = PreparedData(tmp_path / "run")
+    assert [*make_stage(part="sealed").retention_rows(data)] == RETENTION

@@ -1,0 +1,248 @@
+"""What `recipe=decide` makes of its command: the runs of its pilots, and complaints in the user's keys."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.chains import run_main
+from helpers.experiments import compose as composed
+from rlhf.cli.api import compose
+from rlhf.cli.decide import Decision, pilot_arguments
+from rlhf.cli.pilots import Pilots, share_of
+from rlhf.config import ConfigError, validated
+from rlhf.decide.candidate import Candidate, State
+from rlhf.decide.pilots import PilotLog, Trial
+from rlhf.pipeline.experiment import build_experiment
+from rlhf.pipeline.settings import CandidateConfig, DecideConfig
+
+TRIED = ["base", "few_shot", "best_of_n", "sft", "rejection_sampling", "ppo"]
+"""Candidates whose configs differ most."""
+
+
+@pytest.fixture(scope="module")
+def decision(tmp_path_factory: pytest.TempPathFactory) -> Decision:
+    runs = f"runs_dir={tmp_path_factory.mktemp('decision')}"
+    given = ["recipe=decide", "model=tiny", "ppo.steps=9", runs, f"decide.only=[{','.join(TRIED)}]"]
+    return Decision(compose(*given), "demo", pilot_arguments(given), None)
+
+
+@pytest.fixture(scope="module")
+def pilots(decision: Decision) -> Pilots:
+    return decision.pilots
+
+
+def config_of(pilots: Pilots, name: str, share: float = 1.0, **changes: Any) -> dict[str, Any]:
+    return pilots.trial_config(Trial(name, share, "choosing", 0)._replace(**changes), "demo-run")
+
+
+def test_pilots_get_the_commands_keys_without_those_of_the_decision() -> None:
+    kept = [
+        "model=tiny", "sft@2.epochs=1", "+sft.optim.x=1", "~sft.gates.lm_eval", "stages.x=1", "budgets=3",
+        "evaluate.gold='python:decide.py:f'", "decider=1", "+experiment=mine",
+    ]  # fmt: skip
+    own = [
+        "recipe=decide", "budget=30m", "run_name=demo", "stage=all", "decide.shares=[0.5,1]",
+        "+decide.candidates.mine.asks=sft", "~decide.candidates.ppo", "++decide.seeds=2",
+        "decide@decide.candidates.mine=sft", "+decide@decide.candidates.mine=sft", "decide=null",
+    ]  # fmt: skip
+    assert pilot_arguments([*own[:5], *kept, *own[5:]]) == kept
+    assert pilot_arguments(["++instances.sft-at-2.epochs=1"]) == ["sft@2.epochs=1"]  # as Hydra gives it
+
+
+def test_a_pilot_only_evaluates_one_candidate(pilots: Pilots) -> None:
+    config = config_of(pilots, "sft")
+    assert config["stage"] == ["evaluate"] and config["run_name"] == "demo-run"
+    assert (config["budget"], config["decide"]["candidates"], config["gates"]) == (None, {}, "warn")
+    evaluate = config["evaluate"]
+    assert (evaluate["init"], evaluate["policies"], evaluate["subject"]) == ("base", ["sft"], "sft")
+    assert (evaluate["part"], evaluate["num_timed"], evaluate["lm_eval"]) == ("choosing", 0, [])
+    assert evaluate["gates"] and {*evaluate["gates"].values()} == {None}
+    assert evaluate["reward"] is None and evaluate["num_prompts"] is None
+    assert config["sft"]["peft"] == "none" and config["sft"]["optim"]["schedule"] == "constant"
+    needed = build_experiment(config).needed()
+    assert "sft" in needed and not {"ppo", "dpo", "grpo"} & {*needed}
+
+
+def test_only_best_of_n_has_a_reward(pilots: Pilots) -> None:
+    assert config_of(pilots, "best_of_n")["evaluate"]["reward"] is not None
+    assert config_of(pilots, "best_of_n")["evaluate"]["subject"] == "base+best_of_n"
+    for name in ("base", "few_shot", "sft", "ppo", "rejection_sampling"):
+        assert config_of(pilots, name)["evaluate"]["reward"] is None
+
+
+def test_the_sealed_questions_are_asked_of_the_base_model_too(pilots: Pilots) -> None:
+    policies = {
+        name: config_of(pilots, name, part="sealed")["evaluate"]["policies"]
+        for name in ("base", "few_shot", "ppo")
+    }
+    assert policies == {"base": ["base"], "few_shot": ["base", "base+few_shot"], "ppo": ["base", "ppo"]}
+    evaluate = config_of(pilots, "sft", part="sealed")["evaluate"]
+    assert (evaluate["part"], evaluate["num_timed"], evaluate["subject"]) == ("sealed", 8, "sft")
+
+
+@pytest.mark.parametrize(
+    ("full", "share", "length"),
+    [(9, 0.25, 2), (9, 0.5, 4), (9, 1.0, 9), (3, 0.1, 1), (1, 0.25, 1), (1.0, 0.25, 0.25), (3.0, 0.5, 1.5)],
+)
+def test_a_share_of_a_whole_number_is_a_whole_one(full: float, share: float, length: float) -> None:
+    found = share_of(full, share)
+    assert found == length and type(found) is type(full)
+
+
+def test_a_pilot_trains_a_share_of_its_length(pilots: Pilots) -> None:
+    """9 steps of PPO: a quarter is 2. Epochs have fractions."""
+    assert pilots.share_at("ppo", 0.25) == pytest.approx(2 / 9)
+    assert config_of(pilots, "ppo", 2 / 9)["ppo"]["steps"] == 2
+    assert config_of(pilots, "ppo", 0.01)["ppo"]["steps"] == 1
+    assert config_of(pilots, "ppo")["ppo"]["steps"] == 9
+    full = pilots.full_length("sft")
+    assert isinstance(full, float) and pilots.share_at("sft", 0.25) == 0.25
+    assert config_of(pilots, "sft", 0.25)["sft"]["epochs"] == full / 4
+    assert pilots.share_at("base", 0.25) == pilots.share_at("best_of_n", 0.25) == 1.0  # no length
+
+
+def test_the_length_of_a_named_instance(pilots: Pilots) -> None:
+    """Only the second SFT is shortened: the first one made the answers."""
+    full = pilots.full_length("rejection_sampling")
+    experiment = build_experiment(config_of(pilots, "rejection_sampling", 0.25))
+    first, second = (vars(experiment.stages[name]) for name in ("sft", "sft@best"))
+    assert second["epochs"] == full / 4 and first["epochs"] == pilots.full_length("sft")
+    assert second["init"] == "sft"  # the candidate's own keys of the instance stay
+    assert "generate@best" in experiment.needed()
+
+
+def test_a_length_that_the_candidate_sets_itself_is_shortened_too(pilots: Pilots) -> None:
+    own = (*pilots.config.candidates["rejection_sampling"].set, "sft@best.epochs=2")
+    found = with_candidate(pilots, asks="sft@best", set=own, length="sft@best.epochs")
+    config = found.trial_config(Trial("mine", 0.25, "choosing", 0), None)
+    assert vars(build_experiment(config).stages["sft@best"])["epochs"] == 0.5
+
+
+def test_a_seed_changes_the_runs_seed_and_its_name(pilots: Pilots) -> None:
+    trial = Trial("ppo", 2 / 9, "sealed", 2)
+    assert config_of(pilots, "ppo", seed=0)["seed"] == 0
+    assert pilots.trial_config(trial, None)["seed"] == 2
+    assert pilots.run_name(trial) == "demo-ppo-22.2222-sealed-seed2"
+    assert pilots.run_name(Trial("sft", 0.25, "choosing", 0)) == "demo-sft-25"
+    assert pilots.run_name(Trial("few_shot", 1.0, "choosing", 0)) == "demo-few_shot"
+
+
+def test_configs_of_trials_are_apart(pilots: Pilots) -> None:
+    before = json.dumps(pilots.composed["ppo"])
+    config_of(pilots, "ppo", 0.25, part="sealed", seed=1)["ppo"]["kl"]["coef"] = 7
+    assert json.dumps(pilots.composed["ppo"]) == before
+
+
+def test_who_is_trained(decision: Decision) -> None:
+    """The demo's reward is learned, so best of n needs training too."""
+    trained = {name: each.is_trained for name, each in decision.candidates.items()}
+    assert trained == {
+        "base": False, "few_shot": False, "best_of_n": True, "sft": True, "rejection_sampling": True,
+        "ppo": True,
+    }  # fmt: skip
+
+
+def test_the_command_makes_the_winner_at_full_length(pilots: Pilots) -> None:
+    command = pilots.command("rejection_sampling")
+    assert command.startswith("python -m rlhf sft.optim.schedule=constant ")
+    assert command.endswith(" sft@best.init=sft sft@best.data=stage:generate@best stage=sft@best")
+    assert " ppo.steps=9 " in command and "decide" not in command and "epochs" not in command
+
+
+def with_candidate(pilots: Pilots, **keys: Any) -> Pilots:
+    """Pilots of one candidate, `mine`."""
+    own = CandidateConfig(**{"title": "mine", "asks": "sft"} | keys)
+    config = pilots.config.model_copy(update={"candidates": {"mine": own}, "only": None})
+    return Pilots(config, pilots.directory, 60.0, ["model=tiny"], None)
+
+
+@pytest.mark.parametrize("length", ["sft.epoch", "sft.peft", "sftt.epochs", "epochs"])
+def test_a_length_that_is_no_number_is_told(pilots: Pilots, length: str) -> None:
+    found = with_candidate(pilots, length=length)
+    with pytest.raises(
+        ConfigError, match=rf"^decide\.candidates\.mine\.length={length}: there is no such key"
+    ):
+        found.share_at("mine", 0.25)
+
+
+def test_keys_of_a_candidate_that_cannot_be_used_name_it(pilots: Pilots) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^decide\.candidates\.mine: its keys .*Did you mean sft\.optim\.lr"
+    ):
+        with_candidate(pilots, set=("sft.optim.lrr=1",))
+
+
+def test_a_pilot_that_fails_says_why_and_teaches_no_pace(pilots: Pilots, tmp_path: Path) -> None:
+    """Its prompts are missing."""
+    own = pilots.config.candidates["base"]
+    keys = [f"runs_dir={tmp_path}", f"store_dir={tmp_path / 'store'}", "evaluate.prompts=missing.jsonl"]
+    config = pilots.config.model_copy(update={"candidates": {"base": own}})
+    (tmp_path / "demo").mkdir()
+    found = Pilots(config, tmp_path / "demo", 60.0, ["model=tiny", "device=cpu", *keys], None)
+    trial, candidate = Trial("base", 1.0, "choosing", 0), Candidate("base", own, False)
+    assert found.run(trial, candidate, {"evaluate": 1.0}, 1.0, 60.0) is None
+    assert candidate.state is State.FAILED and "missing.jsonl" in candidate.why
+    (pilot,) = PilotLog(tmp_path / "demo" / "pilots.jsonl").pilots
+    assert (pilot.trial, pilot.ended, pilot.why) == (trial, "failed", candidate.why)
+    assert found.log.done(trial) is None and pilot.seconds > 0
+    assert found.pace.overhead == 0.0
+
+
+def changed(pilots: Pilots, **changes: Any) -> DecideConfig:
+    """The section `decide` with these changes, as a run checks it."""
+    return validated(DecideConfig, pilots.config.model_dump() | changes, "decide")
+
+
+@pytest.mark.parametrize(
+    "shares", [[0.5, 0.25, 1], [0.25, 0.5], [0.5, 0.5, 1], [0.5, 2], [], [0, 1], [-1, 1]]
+)
+def test_shares_rise_and_end_with_the_full_length(pilots: Pilots, shares: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"^decide\.shares"):
+        changed(pilots, shares=shares)
+    assert changed(pilots, shares=[0.1, 1]).shares == [0.1, 1.0]
+
+
+def test_limits_are_ranges_of_known_figures(pilots: Pilots) -> None:
+    limits = pilots.config.limits
+    assert limits.ranges == {}
+    given = {"stop_rate": {"min": 0.9}, "length_ratio": {"max": 2}}
+    ranges = changed(pilots, limits=limits.model_dump() | given).limits.ranges
+    assert ranges == {"stop_rate": (0.9, math.inf), "length_ratio": (-math.inf, 2.0)}
+    for wrong in ({"stop_rates": {"min": 0.9}}, {"stop_rate": {"mim": 0.9}}):
+        with pytest.raises(ConfigError, match=r"^decide\.limits\.stop_rate.*Did you mean"):
+            changed(pilots, limits=limits.model_dump() | wrong)
+    with pytest.raises(ConfigError, match=r"^decide\.limits\.stop_rates\.min: there is no such key"):
+        compose("recipe=decide", "decide.limits.stop_rates.min=0.9")
+
+
+def test_only_known_candidates_are_tried(pilots: Pilots) -> None:
+    assert [*pilots.config.tried] == TRIED and "dpo" in pilots.config.candidates
+    assert changed(pilots, only=None).tried == pilots.config.candidates
+    with pytest.raises(ConfigError, match=r"decide\.only: there is no candidate ppp\. Did you mean ppo\?"):
+        changed(pilots, only=["base", "ppp"])
+
+
+@pytest.mark.parametrize(
+    ("budget", "recipe", "complaint"),
+    [
+        ("soon", "decide", "budget=soon: give a time such as 90s"),
+        ("30m", "rlhf", "budget=30m: only recipe=decide has a budget"),
+    ],
+)
+def test_budget_and_recipe_belong_together(budget: str, recipe: str, complaint: str) -> None:
+    config = composed(f"recipe={recipe}", "model=tiny") | {"budget": budget}
+    with pytest.raises(ConfigError, match=f"^{complaint}"):
+        Decision(config, "demo", [], None)
+
+
+def test_a_decision_is_not_swept(tmp_path: Path) -> None:
+    outcome = run_main(tmp_path, ["-m", "recipe=decide", "model=tiny", "seed=0,1"], tmp_path)
+    assert outcome.code == 2 and not [*tmp_path.glob("runs/*/*/summary.json")]
+    assert outcome.err.startswith(
+        "Error: recipe=decide has pilots of its own, so it cannot be swept. Leave out -m."
+    )
