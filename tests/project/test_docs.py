@@ -64,7 +64,7 @@ def test_a_documented_command_builds(command: str, tmp_path: Path, monkeypatch: 
 NOT_HERE = re.compile(
     r"generation=vllm|zero=|launch\.processes|submitit|optuna|=qlora|http:|hub:|experiment=hh|REWARD_MODEL"
     r"|experiment=arithmetic|run_name=(?:long|word|fifty|far)|dolly|helpful_base|oasst|wikitext|station"
-    r"|recipe=feedback|label(?:@\w+)?\.annotators|stage:label|stage=report|my_rules"
+    r"|recipe=feedback|recipe=decide|label(?:@\w+)?\.annotators|stage:label|stage=report|my_rules"
 )
 """What needs a GPU, a cluster, several processes, a server, people, data that are not in the repository, or
 many steps; each has tests of its own elsewhere."""
