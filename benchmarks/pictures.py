@@ -23,8 +23,10 @@ from rlhf.report.policies import Point as Policy
 from rlhf.report.policies import draw as draw_policies
 
 DOCS = Path(__file__).parent.parent / "docs"
-CHAIN = {"#57606a": "#9198a1"}
-"""Colours in the picture of the chain, drawn by hand: light theme -> dark theme."""
+BY_HAND = ("chain", "decide")
+"""Pictures whose light theme is drawn by hand."""
+DARK = {"#57606a": "#9198a1"}
+"""Their colours: light theme -> dark theme."""
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?!\w)")
 TRIALS = {"full": "full", "LoRA": "lora", "full + replay": "replay", "half-way": "half-way"}
 
@@ -103,10 +105,11 @@ def main() -> None:
     axes = ("task gain, nats per token", "retention loss, nats per token")
     save(lambda: draw_pareto(forgetting(), *axes), images / "forgetting.svg")
     save(partial(draw_policies, algorithms(), GAINS["gold_gain"]), images / "algorithms.svg")
-    chain = (images / f"chain-{next(iter(THEMES))}.svg").read_text(encoding="utf-8")
-    for light, dark in CHAIN.items():
-        chain = chain.replace(light, dark)
-    (images / "chain-dark.svg").write_text(chain, encoding="utf-8")
+    for name in BY_HAND:
+        drawing = (images / f"{name}-{next(iter(THEMES))}.svg").read_text(encoding="utf-8")
+        for light, dark in DARK.items():
+            drawing = drawing.replace(light, dark)
+        (images / f"{name}-dark.svg").write_text(drawing, encoding="utf-8")
 
 
 if __name__ == "__main__":
