@@ -102,7 +102,8 @@ def test_what_the_judge_likes_is_shipped_and_the_other_is_dropped(decided: tuple
     assert "Ship SFT, all parameters: its gold score is +" in told.out
     ran = [(each["candidate"], each["share"], each["part"]) for each in result["pilots"]]
     assert ran == [
-        ("base", 1.0, "choosing"), ("elsewhere", 1.0, "choosing"), ("sft", 0.5, "choosing"), ("wrong", 0.5, "choosing"),
+        ("base", 1.0, "choosing"), ("elsewhere", 1.0, "choosing"), ("sft", 0.5, "choosing"),
+        ("wrong", 0.5, "choosing"),
         ("sft", 1.0, "choosing"), ("base", 1.0, "sealed"), ("sft", 1.0, "sealed"),
     ]  # fmt: skip
     page = (decisions.directory / "runs" / "choice" / "report.html").read_text()
