@@ -251,7 +251,7 @@ class EvaluateStage(ComparisonStage):
                     f"it holds no {words}, which gate {gate} needs.",
                     f"Add a source that does, or turn it off with evaluate.gates.{gate}=null.",
                 )
-        prompts = data.rows("evaluate", "evaluation")[: self.num_prompts]
+        prompts = self.asked(data.rows("evaluate", "evaluation")[: self.num_prompts])
         yield from length_complaints(
             view, "evaluate.init", self.init, f"evaluate.prompts={self.prompts}", lambda: prompts,
             reserved_tokens=self.max_new_tokens,
