@@ -218,7 +218,9 @@ class Decision:
                     self.try_candidate(each, own)
             running = [each for each in running if each.state is State.RUNNING]
             self.reserve_for(running)
-            running = self.keep(running, number)
+            ahead = [each for each in running if each.share == 1.0 and share < 1.0]
+            rest = [each for each in running if each not in ahead]
+            running = [*ahead, *self.keep(rest, number)]  # short pilots are compared with each other
             self.write()
 
     def keep(self, running: list[Candidate], number: int) -> list[Candidate]:
