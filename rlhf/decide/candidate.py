@@ -54,7 +54,7 @@ class Result(NamedTuple):
     run: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """A candidate, with its results."""
 
