@@ -251,12 +251,18 @@ class Decision:
 
     def is_affordable(self, kept: Sequence[Candidate], number: int) -> bool:
         """Whether the next rung takes its part of the budget at most, or all rungs fit."""
-        shares = self.config.shares[number + 1 :]
-        seconds = [
-            sum(each.seconds_to(share, before) for each in kept)
-            for before, share in zip(self.config.shares[number:], shares, strict=False)
-        ]
-        return seconds[0] <= self.left / len(shares) or sum(seconds) <= self.left
+        shares, left = self.config.shares[number + 1 :], max(0.0, self.left)
+        rungs = [sum(self.seconds_to(each, share) for each in kept) for share in shares]
+        whole = rungs[-1] + (len(shares) - 1) * sum(each.ask_seconds for each in kept)
+        return rungs[0] <= left / len(shares) or whole <= left
+
+    def seconds_to(self, each: Candidate, share: float) -> float:
+        """What it takes to train a candidate on to a share and to ask it; 0 if it was done before."""
+        share = self.pilots.share_at(each.name, share)
+        seconds = each.seconds_to(share)
+        if not seconds or self.pilots.log.done(Trial(each.name, share, "choosing", 0)) is not None:
+            return 0.0
+        return seconds + self.pilots.pace.overhead
 
     def first_share(self, each: Candidate) -> float:
         """The share of a candidate's first pilot."""
@@ -264,8 +270,7 @@ class Decision:
 
     def try_candidate(self, each: Candidate, share: float) -> None:
         """Run a candidate's pilot on the choosing questions, unless there is no time for it."""
-        before = each.share
-        expected = None if before is None else each.seconds_to(share, before)
+        expected = None if each.share is None else each.seconds_to(share) + self.pilots.pace.overhead
         result = self.result(each, Trial(each.name, share, "choosing", 0), expected)
         if result is not None:
             each.chosen, each.share, each.state = result, share, State.RUNNING
@@ -321,7 +326,7 @@ class Decision:
         assert each.chosen is not None
         stages = RunFiles(self.pilots.run_directory(each.chosen.run)).summary["stages"]
         seconds = {name: float(own["cost"]["seconds"]) for name, own in stages.items() if own["cost"]}
-        each.ask_seconds = seconds["evaluate"] + self.pilots.pace.overhead
+        each.ask_seconds = seconds["evaluate"]
         each.train_seconds = sum(
             taken
             for name, taken in seconds.items()
@@ -395,6 +400,10 @@ class Decision:
         refused = over_limits(figures_of(judged), self.config.limits.ranges)
         costs = {each.name: self.cost(each) for each in judged}
         looks = self.looks()
+        results = [*untrained.sealed, *(result for each in judged for result in each.sealed)]
+        if len({score for result in results for score in result.scores.values()}) < 2:
+            self.judgement = Judgement(Judged(Outcome.UNTOLD), looks, len(prompts))  # it judges nothing
+            return
         found = judge(
             scores, untrained_SB, cost=costs, smallest_gain=self.config.smallest_gain, refused=refused,
             score_range=score_range, error=ERROR / 2 ** (looks - 1),
@@ -436,7 +445,8 @@ class Decision:
         prompts = each.sealed[0].prompts
         own_SB = table([result.scores for result in each.sealed], prompts)
         found = estimated(own_SB - table(base, prompts), self.pilots.score_range)
-        low, high = (float(found.bound(ERROR / 2, side)) for side in (-1, 1))
+        most = self.pilots.score_range or math.inf
+        low, high = (min(most, max(-most, float(found.bound(ERROR / 2, side)))) for side in (-1, 1))
         return Sampled(float(found.value), low, high, int(found.rows))
 
     def model(self, each: Candidate) -> Path | None:

@@ -32,7 +32,7 @@ from rlhf.decide.pilots import Ended, Pilot, PilotLog, Trial
 from rlhf.decide.words import percent
 from rlhf.evaluation.references import QUALITIES
 from rlhf.pipeline.experiment import Experiment, build_experiment
-from rlhf.pipeline.recipe import AT_SUBSTITUTE
+from rlhf.pipeline.recipe import AT_SUBSTITUTE, kind_of
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.rewards.kinds import is_verifier, parts_of, stage_of
 from rlhf.tracking.progress import clock
@@ -171,8 +171,10 @@ class Pilots:
 
     def command(self, name: str) -> str:
         """The command that makes a candidate's model at its full length."""
-        own = self.config.candidates[name].set
-        words = [*self.config.set, *self.arguments, *own, f"stage={self.asked(name).model}"]
+        experiment, own = self.experiment(name), self.config.candidates[name].set
+        made = {kind_of(stage) for stage in experiment.needed()} - {"evaluate"}
+        common = [word for word in self.config.set if word.partition(".")[0] in made]
+        words = [*common, *self.arguments, *own, f"stage={self.asked(name).model}"]
         return "python -m rlhf " + " ".join(map(shlex.quote, words))
 
     def run_name(self, trial: Trial) -> str:

@@ -120,8 +120,9 @@ class Candidate:
         }
         return {figure: sum(values) / len(values) for figure, values in found.items() if values}
 
-    def seconds_to(self, share: float, before: float) -> float:
-        """What its pilot takes that trains on from one share of its length to another, and asks it."""
+    def seconds_to(self, share: float) -> float:
+        """What a pilot takes that trains on from its share of its length to another one, and asks it."""
+        before = self.share or 0.0
         return 0.0 if share <= before else self.ask_seconds + self.step_seconds * (share - before)
 
     def as_json(self) -> dict[str, Any]:

@@ -88,6 +88,11 @@ class Told:
                 f"Ship {self.winner.title}: its {self.judge} is {gain} over {untrained}, the best option "
                 "without training."
             )
+        if found.outcome is Outcome.UNTOLD and not found.finalists:
+            return (
+                f"It cannot be told: the {self.judge} is the same for every answer to the sealed questions, "
+                "so it judges nothing. Give another judge."
+            )
         if found.outcome is Outcome.NO_TRAINING and not found.finalists and not found.refused:
             return (
                 f"Do not train: no candidate that trains can run with this data. {untrained} is the best of "
@@ -166,7 +171,7 @@ class Told:
         ]
         lines += [
             f"{each.title} was judged at {percent(each.share)} of its length. About "
-            f"{clock(each.seconds_to(1.0, each.share))} more would train it to the end."
+            f"{clock(each.seconds_to(1.0))} more would train it to the end."
             for each in self.candidates.values()
             if each.state in ended and each.share is not None and each.share < 1
         ]

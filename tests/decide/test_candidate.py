@@ -38,9 +38,11 @@ def test_figures_are_means_over_the_seeds_that_have_them() -> None:
 
 def test_seconds_to_a_share_by_hand() -> None:
     each = candidate(step_seconds=100.0, ask_seconds=7.0)
-    assert each.seconds_to(1.0, 0.25) == 82.0
-    assert each.seconds_to(0.5, 0.5) == 0.0  # trained and asked already
-    assert each.seconds_to(0.25, 0.5) == 0.0
+    assert each.seconds_to(1.0) == 107.0
+    each.share = 0.25
+    assert each.seconds_to(1.0) == 82.0
+    assert each.seconds_to(0.25) == 0.0  # trained and asked already
+    assert each.seconds_to(0.1) == 0.0
 
 
 def test_the_time_of_the_full_length_by_hand() -> None:
