@@ -197,8 +197,7 @@ def fitting_alternatives(
 def prompting_strategies(on: CostContext, use: UseCase) -> Iterator[Strategy]:
     """The strategies that leave the weights as they are: zero-shot, few-shot and retrieval."""
     row = use.prompt + use.answer
-    fits_whole = use.rows * row + use.prompt + use.answer <= on.shape.context
-    examples = use.rows if fits_whole else use.examples
+    examples = min(use.examples, use.rows)
     ways = {
         "zero-shot": (0.0, 0.0),
         "few-shot": (examples * row, examples * row),
@@ -222,10 +221,6 @@ def prompting_strategies(on: CostContext, use: UseCase) -> Iterator[Strategy]:
             {"stage": "compare", "compare.methods": [name.replace("-", "_")], "compare.artifacts": [],
              "compare.reward": None, "compare.quality": "rouge_l"}, objections,
         )  # fmt: skip
-        if name == "few-shot":
-            strategy.overrides["compare.few_shot.examples"] = examples
-            if fits_whole:
-                strategy.overrides["compare.few_shot.choice"] = "random"  # a search could leave some out
         yield with_objections(strategy, use)
 
 

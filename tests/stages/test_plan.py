@@ -30,7 +30,14 @@ from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import peft_of
 from rlhf.planner.report import experiment_file
-from rlhf.planner.strategies import Figure, Strategy, UseCase, compare_strategies, fastest
+from rlhf.planner.strategies import (
+    Figure,
+    Strategy,
+    UseCase,
+    compare_strategies,
+    fastest,
+    prompting_strategies,
+)
 
 GIVEN = ("plan.rows=10000", "plan.prompt_tokens=200", "plan.answer_tokens=300")
 VIRTUAL: tuple[MethodName, ...] = ("prefix", "prompt", "p_tuning")
@@ -248,6 +255,15 @@ def test_possible_ways_come_first_then_time_then_latency_then_name() -> None:
     assert fastest(ordered).name == "z"  # a prompt takes no time to train, and trains nothing
     assert fastest([ordered[0], refused]).name == "prompted"
     assert fastest([replace(ordered[0], objections=["too slow"]), refused]) is refused
+
+
+@pytest.mark.parametrize(("num_rows", "shown"), [(100, 4), (3, 3)])
+def test_few_shot_is_planned_with_the_examples_that_compare_shows(num_rows: int, shown: int) -> None:
+    """Also if all rows would fit into the prompt: whether more examples help is not known."""
+    use = UseCase(num_rows, 6.0, 4.0, 4, 3, True, "merged", None, None)
+    (way,) = [each for each in prompting_strategies(gpus(80), use) if each.name == "few-shot"]
+    assert way.artifact.value == shown * (6 + 4) * 4  # bytes a token
+    assert not [key for key in way.overrides if "few_shot." in key]
 
 
 def test_of_plain_text_nothing_can_be_asked(chain: Chain, tmp_path: Path) -> None:
