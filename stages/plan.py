@@ -2,7 +2,7 @@
 
 Reads   the model's config, without weights; the lengths of the prepared data, unless they are given.
 Writes  plan.md (the table, with every figure's calculation) and experiment/planned.yaml, which runs the
-        recommended one: python -m rlhf --config-dir RUN/artifacts/plan +experiment=planned
+        fastest one that fits: python -m rlhf --config-dir RUN/artifacts/plan +experiment=planned
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from rlhf.planner.report import (
     explanation,
     hardware_line,
     phases,
-    recommendation,
+    proposal,
     speeds,
     table,
 )
@@ -96,7 +96,7 @@ class PlanStage(TellsOfRuns):
 
     metrics: ClassVar[Mapping[str, Metric]] = {
         "strategies": Metric("strategies", ".0f"),
-        "peak_gib": Metric("GiB of the best", ".1f"),
+        "peak_gib": Metric("GiB of the fastest", ".1f"),
         **named("hours"),
     }
 
@@ -228,8 +228,8 @@ class PlanStage(TellsOfRuns):
                 )
 
     def run(self, job: Job) -> Mapping[str, float]:
-        """Compare all strategies, show the table, write the plan and the best strategy's experiment."""
-        from rlhf.planner.strategies import fitting_alternatives, rank_strategies
+        """Compare all strategies, show the table, write the plan and the fastest strategy's experiment."""
+        from rlhf.planner.strategies import compare_strategies, fastest, fitting_alternatives
 
         experiment = job.experiment
         assert experiment is not None
@@ -238,11 +238,11 @@ class PlanStage(TellsOfRuns):
         base, shape = self.base(job)
         on, use = self.cost_context(job, experiment, shape), self.use_case(job, experiment, shape.context)
         planned = [chain[name] for name in self.planned(chain)]
-        ranked = rank_strategies(planned, experiment, base, on, use, self.methods)
-        best = ranked[0]
-        cells = table(ranked, self.price_per_gpu_hour)
-        reason = recommendation(best)
-        if best.objections:
+        ways = compare_strategies(planned, experiment, base, on, use, self.methods)
+        chosen = fastest(ways)
+        cells = table(ways, self.price_per_gpu_hour)
+        reason = proposal(chosen)
+        if chosen.objections:
             instead = [*fitting_alternatives(planned, experiment, base, on, use, self.methods)]
             reason = "No strategy is possible: the last column of each row says why."
             reason += f" But {'; '.join(instead)}." if instead else ""
@@ -250,24 +250,24 @@ class PlanStage(TellsOfRuns):
             f"# Plan\n\n{hardware_line(on)}\n",
             cells.markdown(),
             f"\n{reason}\n",
-            speeds(best).markdown(),
+            speeds(chosen).markdown(),
             "",
-            *(f"{line}\n" for line in assumptions(best, self.lengths_line(shape.context))),
-            phases(best).markdown(),
+            *(f"{line}\n" for line in assumptions(chosen, self.lengths_line(shape.context))),
+            phases(chosen).markdown(),
         ]
         if job.compute.is_main:
-            content = "\n".join([*text, *explanation(ranked, self.price_per_gpu_hour)])
+            content = "\n".join([*text, *explanation(ways, self.price_per_gpu_hour)])
             (job.directory / "plan.md").write_text(f"{content}\n", encoding="utf-8")
-            if not best.objections:
+            if not chosen.objections:
                 directory = job.directory / "experiment"
                 directory.mkdir()
-                content = experiment_file(redacted(experiment.resolved), best, reason)
+                content = experiment_file(redacted(experiment.resolved), chosen, reason)
                 (directory / "planned.yaml").write_text(content, encoding="utf-8")
-        self.show(job, on, ranked, cells, reason)
-        figures = {"strategies": float(sum(not strategy.objections for strategy in ranked))}
-        if best.objections:
+        self.show(job, ways, chosen, cells, reason)
+        figures = {"strategies": float(sum(not way.objections for way in ways))}
+        if chosen.objections:
             return figures
-        return figures | {"hours": best.max_hours, "peak_gib": peak_memory(best.cost, best.on)[1] / GIB}
+        return figures | {"hours": chosen.max_hours, "peak_gib": peak_memory(chosen.cost, chosen.on)[1] / GIB}
 
     def check_gpu_keys(self, experiment: Experiment) -> None:
         """Refuse GPU keys without `plan.gpus`.
@@ -381,21 +381,21 @@ class PlanStage(TellsOfRuns):
             max_added_latency=self.max_added_latency,
         )  # fmt: skip
 
-    def show(self, job: Job, on: CostContext, ranked: list[Strategy], cells: Cells, reason: str) -> None:
+    def show(self, job: Job, ways: list[Strategy], chosen: Strategy, cells: Cells, reason: str) -> None:
         """Print the plan on the terminal."""
         console = job.progress.console
-        console.print(escape(hardware_line(on)), highlight=False)
-        for each in (cells, phases(ranked[0]), *([speeds(ranked[0])] if ranked[0].costs else [])):
+        console.print(escape(hardware_line(chosen.on)), highlight=False)
+        for each in (cells, phases(chosen), *([speeds(chosen)] if chosen.costs else [])):
             rich_table = Table(*each.headings, box=None, pad_edge=False, header_style="dim")
             for row in each.rows:
                 rich_table.add_row(*map(escape, row))
             console.print(rich_table, highlight=False)
         if self.explain:
-            console.print(escape("\n".join(explanation(ranked, self.price_per_gpu_hour))), highlight=False)
-        for line in assumptions(ranked[0], self.lengths_line(on.shape.context)):
+            console.print(escape("\n".join(explanation(ways, self.price_per_gpu_hour))), highlight=False)
+        for line in assumptions(chosen, self.lengths_line(chosen.on.shape.context)):
             console.print(escape(line), highlight=False)
         console.print(escape(reason), highlight=False, soft_wrap=True)
-        if not ranked[0].objections:
+        if not chosen.objections:
             directory = job.run_directory / "artifacts" / self.name
             command = f"To run it: python -m rlhf --config-dir {directory} +experiment=planned"
             console.print(command, highlight=False, soft_wrap=True, markup=False)

@@ -29,6 +29,7 @@ PUBLISHED_SPEEDS = (
     "For orientation, as published, of other programs and settings: 907 tokens/s a GPU (verl 0.3, PPO, "
     "Qwen2-7B, 8 H100), 1562 (NeMo-RL 0.4, GRPO, Llama-3.1-8B, 16 H100)."
 )
+QUALITY = "Quality is not predicted: `python -m rlhf recipe=decide budget=30m` measures it."
 ACTIVITY_NAMES: dict[Activity, str] = {"read": "reading", "train": "training", "decode": "decoding"}
 PROCESS_LABEL = "the process itself"
 """Label of the memory that a process holds before it loads a model."""
@@ -37,19 +38,20 @@ EXCLUDED_KEYS = ("plan", "run_name", "stage", "force", "why")
 
 
 def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
-    """One row per strategy, the best first."""
+    """One row per strategy."""
     headings = [
-        "", "strategy", "zero", "peak memory", "time", "price", "artifact", "added latency", "because",
+        "possible", "strategy", "zero", "peak memory", "time", "price", "artifact", "added latency",
+        "why not",
     ]  # fmt: skip
     rows = []
-    for place, strategy in enumerate(strategies, 1):
+    for strategy in strategies:
         phase, size = peak_memory(strategy.cost, strategy.on)
         cost = "-" if price is None else price_of(strategy, price)
         rows.append([
-            "no" if strategy.objections else str(place), strategy.name, strategy.on.zero,
+            "no" if strategy.objections else "yes", strategy.name, strategy.on.zero,
             f"{size / GIB:.1f} GiB ({phase.name})", time_of(strategy), cost,
             amount(strategy.artifact.value), duration(strategy.latency.value),
-            "; ".join(each.removesuffix(".") for each in strategy.objections) or strategy.reason,
+            "; ".join(each.removesuffix(".") for each in strategy.objections) or "-",
         ])  # fmt: skip
     return Cells(headings, rows)
 
@@ -264,9 +266,10 @@ def _interpolated(given: Any, whole: Mapping[str, Any]) -> Any:
     return value
 
 
-def recommendation(best: Strategy) -> str:
-    """The recommended strategy, its reason, and its keys."""
-    return f"Recommended: {best.name}: {best.reason}.\n{keys(best)}"
+def proposal(strategy: Strategy) -> str:
+    """The fastest strategy, the command that measures quality, and the strategy's keys."""
+    what = "training that fits" if strategy.costs else "way without training, as none is possible"
+    return f"The fastest {what}: {strategy.name}. {QUALITY}\n{keys(strategy)}"
 
 
 def keys(strategy: Strategy) -> str:

@@ -1,4 +1,4 @@
-"""The strategies to adapt a model, with their costs and objections, the best first."""
+"""The strategies to adapt a model, with their costs and objections, the fastest first."""
 
 from __future__ import annotations
 
@@ -29,16 +29,8 @@ from rlhf.pipeline.stage import Stage, View
 from rlhf.planner.report import BATCH_FACTOR, DOES_NOT_FIT, time_of
 from rlhf.printable import duration, quantity
 
-BITS_PER_PARAMETER, BITS_PER_TOKEN = 2.0, 1.0
-"""Bits that a parameter can store (Allen-Zhu and Li 2024, arXiv:2404.05405), and bits that a token of an
-answer contains, about (Schulman 2025, "LoRA Without Regret": adapters that can store the data learn as well
-as full tuning)."""
-PROMPT_PARAMETERS = 10**10
-"""Model parameters from which prompt tuning is as good as full tuning (Lester et al. 2021, figure 1)."""
-WEAKER_METHODS = ("ia3", "prefix", "p_tuning", "freeze")
-"""Methods that rank below the others even with enough parameters (tier 1)."""
 RATE_RATIO = 10.0
-"""Ratio of an adapter's learning rate to that of full tuning (Schulman 2025)."""
+"""Ratio of an adapter's learning rate to that of full tuning (Schulman 2025, "LoRA Without Regret")."""
 BYTES_PER_TOKEN = 4
 """Bytes of text per token."""
 MAX_TIME_RATIO = 0.98
@@ -93,9 +85,6 @@ class Strategy:
     """Size on disk, bytes."""
     latency: Figure
     """Added seconds per answer."""
-    tier: int
-    """Expected quality; 0 is best."""
-    reason: str
     overrides: dict[str, Any] = field(default_factory=dict)
     """Overrides of the experiment that runs it, by dotted key."""
     objections: list[str] = field(default_factory=list)
@@ -123,9 +112,9 @@ class Strategy:
         return self.hours if self.on.on_cpu else self.cost.at_worst().seconds / 3600
 
     @property
-    def rank(self) -> tuple[bool, int, float, float]:
-        """Sort key: the best strategy first."""
-        return bool(self.objections), self.tier, self.hours, self.latency.value
+    def order(self) -> tuple[bool, float, float, str]:
+        """Sort key: possible strategies first, then the fastest."""
+        return bool(self.objections), self.hours, self.latency.value, self.name
 
 
 class Attempt(NamedTuple):
@@ -138,7 +127,7 @@ class Attempt(NamedTuple):
     refused: list[str]
 
 
-def rank_strategies(
+def compare_strategies(
     stages: Sequence[Stage],
     experiment: Experiment,
     base: PreTrainedModel,
@@ -146,21 +135,31 @@ def rank_strategies(
     use: UseCase,
     methods: Sequence[MethodName] | None = None,
 ) -> list[Strategy]:
-    """All strategies, the best first, those that are ruled out last.
+    """All strategies, the fastest first, those that are ruled out last.
 
     Args:
         stages: the experiment's planned stages.
         base: the base model without weights.
-        methods: tuning methods to weigh; None for all, and strategies without training.
+        methods: tuning methods to compare; None for all, and strategies without training.
     """
     strategies = [] if methods else [*prompting_strategies(on, use)]
     strategies += [tuning_strategy(name, stages, experiment, base, on, use) for name in methods or METHODS]
-    ranked = sorted(strategies, key=lambda strategy: strategy.rank)
-    instead = next((each.name for each in ranked if each.costs and not each.objections), None)
-    for place, strategy in enumerate(ranked):
-        if instead is not None and not strategy.fits:
-            ranked[place] = replace(strategy, objections=[*strategy.objections, f"instead: {instead}"])
-    return ranked
+    strategies.sort(key=lambda strategy: strategy.order)
+    instead = fastest(strategies)
+    for place, strategy in enumerate(strategies):
+        if instead.costs and not instead.objections and not strategy.fits:
+            advice = f"instead: {instead.name}"
+            strategies[place] = replace(strategy, objections=[*strategy.objections, advice])
+    return strategies
+
+
+def fastest(strategies: Sequence[Strategy]) -> Strategy:
+    """The first possible strategy that trains; if there is none, the first possible one, else the first.
+
+    Args:
+        strategies: as `compare_strategies` sorts them.
+    """
+    return min(strategies, key=lambda strategy: (bool(strategy.objections), not strategy.costs))
 
 
 def fitting_alternatives(
@@ -180,9 +179,9 @@ def fitting_alternatives(
         alone = {name: tuning_strategy(name, [stage], experiment, base, on, use) for name in METHODS}
         fitting = [name for name in METHODS if not alone[name].objections]
         if fitting:
-            best = min(fitting, key=lambda name: alone[name].rank)
-            also = f" plan.methods=[{best}]" if methods and best not in methods else ""
-            yield f"{stage.name} alone fits with {alone[best].name}: plan.trains=[{stage.name}]{also}"
+            method = min(fitting, key=lambda name: alone[name].order)
+            also = f" plan.methods=[{method}]" if methods and method not in methods else ""
+            yield f"{stage.name} alone fits with {alone[method].name}: plan.trains=[{stage.name}]{also}"
     here = on.machine.ranks_here
     for doublings in range(1, 10):
         ranks = on.ranks * 2**doublings
@@ -198,21 +197,13 @@ def fitting_alternatives(
 def prompting_strategies(on: CostContext, use: UseCase) -> Iterator[Strategy]:
     """The strategies that leave the weights as they are: zero-shot, few-shot and retrieval."""
     row = use.prompt + use.answer
-    fits_whole = use.rows * row + use.prompt + use.answer <= on.shape.context
-    examples = use.rows if fits_whole else use.examples
+    examples = min(use.examples, use.rows)
     ways = {
-        "zero-shot": (0.0, 0.0, 4, "the model as it is, without examples", "zero_shot"),
-        "few-shot": (
-            examples * row, examples * row, 0 if fits_whole else 3,
-            f"all {use.rows} rows fit into one prompt" if fits_whole
-            else f"each prompt holds {examples} examples of how to answer", "few_shot",
-        ),
-        "retrieval": (
-            use.passages * row, use.rows * row, 3,
-            "finds what the training rows say; take it where answers are facts of a corpus", "retrieval",
-        ),
-    }  # fmt: skip
-    for name, (added, stored, tier, reason, method) in ways.items():
+        "zero-shot": (0.0, 0.0),
+        "few-shot": (examples * row, examples * row),
+        "retrieval": (use.passages * row, use.rows * row),
+    }
+    for name, (added, stored) in ways.items():
         total = use.prompt + added + use.answer
         objections = []
         if total > on.shape.context:
@@ -226,14 +217,10 @@ def prompting_strategies(on: CostContext, use: UseCase) -> Iterator[Strategy]:
         strategy = Strategy(
             name, on, StageCost(phases),
             Figure(stored * BYTES_PER_TOKEN, f"{stored:.0f} tokens of text x {BYTES_PER_TOKEN} B"),
-            prefill(on, added), tier, reason,
-            {"stage": "compare", "compare.methods": [method], "compare.artifacts": [], "compare.reward": None,
-             "compare.quality": "rouge_l"}, objections,
+            prefill(on, added),
+            {"stage": "compare", "compare.methods": [name.replace("-", "_")], "compare.artifacts": [],
+             "compare.reward": None, "compare.quality": "rouge_l"}, objections,
         )  # fmt: skip
-        if name == "few-shot":
-            strategy.overrides["compare.few_shot.examples"] = examples
-            if fits_whole:
-                strategy.overrides["compare.few_shot.choice"] = "random"  # a search could leave some out
         yield with_objections(strategy, use)
 
 
@@ -275,8 +262,7 @@ def tuning_strategy(
     strategy = Strategy(
         method.title, setting, cost,
         Figure(on.dtype_bytes * count, f"{quantity(count)} parameters x {on.dtype_bytes} B"),
-        added_latency(on, peft, use), *quality(peft, on, use),
-        experiment_overrides(stages, changed, setting, on.vllm),
+        added_latency(on, peft, use), experiment_overrides(stages, changed, setting, on.vllm),
         source=method.source, costs=chosen.costs,
         larger_batch_costs={} if shortage(larger.cost, chosen.on) > MAX_MEMORY_SHARE else larger.costs,
     )  # fmt: skip
@@ -461,24 +447,6 @@ def named_after_stages(costs: Mapping[str, StageCost]) -> StageCost:
         for name, cost in costs.items()
     ]
     return sequential_cost(prefixed)
-
-
-def quality(peft: PeftConfig, on: CostContext, use: UseCase) -> tuple[int, str]:
-    """(tier, reason): whether the trained parameters can store the information in the answers."""
-    count = COSTS[peft.method].trained(on.shape, peft)
-    answer_bits, stored_bits = BITS_PER_TOKEN * use.rows * use.answer, BITS_PER_PARAMETER * count
-    holds = (
-        f"{quantity(count)} trained parameters hold {quantity(stored_bits)} bits, the answers about "
-        f"{quantity(answer_bits)}"
-    )
-    if answer_bits > stored_bits:
-        return 2, f"too small: {holds}"
-    if peft.method == "prompt" and on.shape.parameters < PROMPT_PARAMETERS:
-        return (
-            2,
-            f"a tuned prompt falls behind below {PROMPT_PARAMETERS:.0e} parameters (Lester et al. 2021)",
-        )
-    return (1 if peft.method in WEAKER_METHODS else 0), holds
 
 
 def prefill(on: CostContext, tokens: float) -> Figure:

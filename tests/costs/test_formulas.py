@@ -142,7 +142,7 @@ def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
         found = build("sft.peft=lora", "stage=sft")
         cost = cost_of(found.stages["sft"], on, found.stages)
         figure = Figure(0.0, "")
-        strategy = Strategy("LoRA", on, cost, figure, figure, 0, "", source="Hu et al.")
+        strategy = Strategy("LoRA", on, cost, figure, figure, source="Hu et al.")
         (row,) = table([strategy], None).rows
         peak, name = float(row[3].split()[0]), row[3].partition("(")[2].rstrip(")")
         shown = phases(strategy)
