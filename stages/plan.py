@@ -229,7 +229,7 @@ class PlanStage(TellsOfRuns):
 
     def run(self, job: Job) -> Mapping[str, float]:
         """Compare all strategies, show the table, write the plan and the fastest strategy's experiment."""
-        from rlhf.planner.strategies import compare_strategies, fastest, fitting_alternatives
+        from rlhf.planner.strategies import compare_strategies, equally_fast, fastest, fitting_alternatives
 
         experiment = job.experiment
         assert experiment is not None
@@ -241,7 +241,7 @@ class PlanStage(TellsOfRuns):
         ways = compare_strategies(planned, experiment, base, on, use, self.methods)
         chosen = fastest(ways)
         cells = table(ways, self.price_per_gpu_hour)
-        reason = proposal(chosen)
+        reason = proposal(chosen, [each.name for each in equally_fast(ways)])
         if chosen.objections:
             instead = [*fitting_alternatives(planned, experiment, base, on, use, self.methods)]
             reason = "No strategy is possible: the last column of each row says why."

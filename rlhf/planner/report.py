@@ -266,10 +266,16 @@ def _interpolated(given: Any, whole: Mapping[str, Any]) -> Any:
     return value
 
 
-def proposal(strategy: Strategy) -> str:
-    """The fastest strategy, the command that measures quality, and the strategy's keys."""
+def proposal(strategy: Strategy, equal: Sequence[str]) -> str:
+    """The fastest strategy, the command that measures quality, and the strategy's keys.
+
+    Args:
+        equal: names of all that are as fast, within the planner's error.
+    """
     what = "training that fits" if strategy.costs else "way without training, as none is possible"
-    return f"The fastest {what}: {strategy.name}. {QUALITY}\n{keys(strategy)}"
+    others = ", ".join(name for name in equal if name != strategy.name)
+    same = f" (as fast, within the planner's error: {others})" if others else ""
+    return f"The fastest {what}: {strategy.name}{same}. {QUALITY}\n{keys(strategy)}"
 
 
 def keys(strategy: Strategy) -> str:

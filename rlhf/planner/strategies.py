@@ -36,6 +36,8 @@ BYTES_PER_TOKEN = 4
 MAX_TIME_RATIO = 0.98
 """A configuration that saves more memory replaces a simpler one that fits only if its time is at most this
 share of the simpler one's."""
+TIME_ERROR = 0.27
+"""Largest error of a predicted time of training, as measured: docs/planner.md."""
 GPUS_PER_NODE = 8
 """GPUs of a typical node."""
 
@@ -154,12 +156,23 @@ def compare_strategies(
 
 
 def fastest(strategies: Sequence[Strategy]) -> Strategy:
-    """The first possible strategy that trains; if there is none, the first possible one, else the first.
+    """The first of the `equally_fast` strategies; if no training is possible, the first possible one, else
+    the first one that trains.
 
     Args:
         strategies: as `compare_strategies` sorts them.
     """
-    return min(strategies, key=lambda strategy: (bool(strategy.objections), not strategy.costs))
+    first = min(strategies, key=lambda strategy: (bool(strategy.objections), not strategy.costs))
+    return next(iter(equally_fast(strategies)), first)
+
+
+def equally_fast(strategies: Sequence[Strategy]) -> list[Strategy]:
+    """The possible trainings that take no longer than the fastest one, within the planner's error, in the
+    order of `METHODS`."""
+    possible = [each for each in strategies if each.costs and not each.objections]
+    most = (1 + TIME_ERROR) * min((each.hours for each in possible), default=0.0)
+    places = {method.title: place for place, method in enumerate(METHODS.values())}
+    return sorted((each for each in possible if each.hours <= most), key=lambda each: places[each.name])
 
 
 def fitting_alternatives(

@@ -35,6 +35,7 @@ from rlhf.planner.strategies import (
     Strategy,
     UseCase,
     compare_strategies,
+    equally_fast,
     fastest,
     prompting_strategies,
 )
@@ -107,10 +108,14 @@ def test_a_model_that_is_not_here_on_gpus_that_are_not_here(chain: Chain, config
     assert price == pytest.approx(hours * 8 * 2, rel=0.1)
     assert most_price == pytest.approx(most_hours * 8 * 2, rel=0.1)
     published = outcome.summary["stages"]["plan"]["metrics"]["plan/peak_gib"]
-    assert f"{published:.1f} GiB" == table["IA3"][3].partition(" (")[0]
+    proposed, others = re.findall(r"The fastest training that fits: (\w+) \(.*error: (.*)\)\.", outcome.out)[
+        0
+    ]
+    assert f"{published:.1f} GiB" == table[proposed][3].partition(" (")[0]
+    assert proposed == "LoRA" and "IA3" in others.split(", ")
     assert (
-        "The fastest training that fits: IA3. Quality is not predicted: `python -m rlhf recipe=decide "
-        "budget=30m` measures it.\nstage=[sft] zero=none sft.peft=ia3 sft.optim.lr="
+        " Quality is not predicted: `python -m rlhf recipe=decide budget=30m` measures it.\nstage=[sft] "
+        "zero=none sft.peft=lora sft.optim.lr="
     ) in outcome.out
     assert re.search(r"- price: [\d.]+ to [\d.]+ hours x 8 ranks x 2 = [\d.]+ to [\d.]+", text)
     assert "| on the GPU | on the host |" in text
@@ -162,10 +167,11 @@ def test_what_speaks_against(
     possible = [name for name, cells in table.items() if cells[0] == "yes"]
     assert possible == [*table][: len(possible)] and {table[name][8] for name in possible} == {"-"}
     trained = [name for name in possible if name not in PROMPTED]
-    told = f"The fastest training that fits: {trained[0]}. " if trained else (
-        f"The fastest way without training, as none is possible: {possible[0]}. "
-    )  # fmt: skip
-    assert told in outcome.out
+    if trained:
+        (told,) = re.findall(r"The fastest training that fits: ([\w ]+?)(?:\.| \()", outcome.out)
+        assert told in trained
+    else:
+        assert f"The fastest way without training, as none is possible: {possible[0]}. " in outcome.out
 
 
 def test_two_nodes_of_eight_gpus(chain: Chain, config_of_8b: Path) -> None:
@@ -247,12 +253,15 @@ def strategy(name: str, hours: float, latency: float = 0.0, objection: str = "")
 def test_possible_ways_come_first_then_time_then_latency_then_name() -> None:
     refused = strategy("refused", 1.0, objection="does not fit")
     ordered = [
-        strategy("prompted", 0.0, 9.0), strategy("z", 2.0), strategy("a", 2.0, 1.0), strategy("b", 2.0, 1.0),
-        strategy("slow", 3.0), refused, strategy("slow too", 3.0, objection="does not fit"),
+        strategy("prompted", 0.0, 9.0), strategy("prefix", 2.0), strategy("DoRA", 2.0, 1.0),
+        strategy("IA3", 2.0, 1.0), strategy("LoRA", 2.5), strategy("full", 2.6), refused,
+        strategy("last layers", 3.0, objection="does not fit"),
     ]  # fmt: skip
     backwards = ordered[::-1]
     assert sorted(backwards, key=lambda each: each.order) == ordered
-    assert fastest(ordered).name == "z"  # a prompt takes no time to train, and trains nothing
+    equal = [each.name for each in equally_fast(ordered)]
+    assert equal == ["LoRA", "DoRA", "IA3", "prefix"]  # 2.5 h is 2 h within 27%, and 2.6 h is not
+    assert fastest(ordered).name == "LoRA"  # a prompt takes no time to train, and trains nothing
     assert fastest([ordered[0], refused]).name == "prompted"
     assert fastest([replace(ordered[0], objections=["too slow"]), refused]) is refused
 
