@@ -101,11 +101,9 @@ def test_what_the_judge_likes_is_shipped_and_the_other_is_dropped(decided: tuple
     assert result["questions"]["sealed"] + result["questions"]["choosing"] == 60
     assert "Ship SFT, all parameters: its gold score is +" in told.out
     ran = [(each["candidate"], each["share"], each["part"]) for each in result["pilots"]]
-    assert ran == [
-        ("base", 1.0, "choosing"), ("elsewhere", 1.0, "choosing"), ("sft", 0.5, "choosing"),
-        ("wrong", 0.5, "choosing"),
-        ("sft", 1.0, "choosing"), ("base", 1.0, "sealed"), ("sft", 1.0, "sealed"),
-    ]  # fmt: skip
+    assert ran[:2] == [("base", 1.0, "choosing"), ("elsewhere", 1.0, "choosing")]
+    assert {*ran[2:4]} == {("sft", 0.5, "choosing"), ("wrong", 0.5, "choosing")}  # the shorter one first
+    assert ran[4:] == [("sft", 1.0, "choosing"), ("base", 1.0, "sealed"), ("sft", 1.0, "sealed")]
     page = (decisions.directory / "runs" / "choice" / "report.html").read_text()
     assert "Ship SFT, all parameters" in page
 
@@ -142,7 +140,7 @@ def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_pat
     decisions.decide()
     assert decisions.result["sentences"][0] == decided[0].result["sentences"][0]
     ended = [each["ended"] for each in decisions.result["pilots"]]
-    assert ended == ["done", "done", "stopped", *["done"] * 5]
+    assert sorted(ended) == [*["done"] * 7, "stopped"]
 
 
 def test_without_time_nothing_is_decided(tmp_path: Path) -> None:
