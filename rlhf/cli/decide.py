@@ -39,7 +39,7 @@ from rlhf.pipeline.recipe import as_typed
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.report.decision import decision_page
-from rlhf.rewards.kinds import is_verifier, keyed_parts
+from rlhf.rewards.kinds import RIGHT_ANSWERS, columns_needed, is_verifier, keyed_parts
 from rlhf.tracking.progress import clock
 
 OWN_KEYS = ("recipe", "budget", "run_name", "stage")
@@ -150,7 +150,7 @@ class Decision:
         for name, each in self.candidates.items():
             try:
                 self.check_needs(each)
-                each.planned = self.pilots.predicted(Trial(name, self.first_share(each), "choosing", 0))
+                self.plan_first(each)
             except ConfigError as error:
                 errors[name] = error
                 each.state, each.why = State.IMPOSSIBLE, " ".join(str(error).split())
@@ -160,13 +160,34 @@ class Decision:
             raise next(iter(untrained), ConfigError("decide.candidates: none is without training. Add base."))
         self.write()
 
+    def plan_first(self, each: Candidate) -> None:
+        """Find the first share at which a candidate can run: so few steps may leave none that learns.
+
+        Raises:
+            ConfigError: it cannot run at its full length either.
+        """
+        for share in self.config.shares:
+            each.first_share = self.pilots.share_at(each.name, share)
+            try:
+                each.planned = self.pilots.predicted(Trial(each.name, each.first_share, "choosing", 0))
+                return
+            except ConfigError:
+                if each.first_share == 1.0:
+                    raise
+
     def check_needs(self, each: Candidate) -> None:
         """Check what only some candidates need.
 
         Raises:
-            ConfigError: the reward of the candidate's policy is no verifier, and it needs one.
+            ConfigError: the reward of the candidate's policy is no verifier, and it needs one; or the reward
+                that chooses an answer reads the right one.
         """
-        model = self.pilots.asked(each.name).model
+        model, method = self.pilots.asked(each.name).model, self.pilots.asked(each.name).method
+        if method == "best_of_n":
+            reward = vars(self.pilots.experiment(each.name).stages["evaluate"])["reward"]
+            if columns_needed(reward) & RIGHT_ANSWERS:
+                why = "it reads the right answers, which nobody has when the model is used."
+                raise ConfigError(Complaint("evaluate.reward", why, "Give one that reads only the answer."))
         if "verifier" in each.config.needs:
             rewards = keyed_parts(self.pilots.experiment(each.name).stages[model].reads().rewards)
             for key, part in rewards:
@@ -212,15 +233,16 @@ class Decision:
             if not running:
                 break
             self.say(f"\nRung {number + 1} of {len(shares)}: {percent(share)} of the length.")
+            later = [each for each in running if self.pilots.share_at(each.name, share) < each.first_share]
             for each in running:
                 own = self.pilots.share_at(each.name, share)
-                if each.share is None or each.share < own:
+                if each not in later and (each.share is None or each.share < own):
                     self.try_candidate(each, own)
             running = [each for each in running if each.state is State.RUNNING]
             self.reserve_for(running)
             ahead = [each for each in running if each.share == 1.0 and share < 1.0]
             rest = [each for each in running if each not in ahead]
-            running = [*ahead, *self.keep(rest, number)]  # short pilots are compared with each other
+            running = [*ahead, *self.keep(rest, number), *later]  # short pilots are compared with each other
             self.write()
 
     def keep(self, running: list[Candidate], number: int) -> list[Candidate]:
@@ -263,10 +285,6 @@ class Decision:
         if not seconds or self.pilots.log.done(Trial(each.name, share, "choosing", 0)) is not None:
             return 0.0
         return seconds + self.pilots.pace.overhead
-
-    def first_share(self, each: Candidate) -> float:
-        """The share of a candidate's first pilot."""
-        return self.pilots.share_at(each.name, self.config.shares[0])
 
     def try_candidate(self, each: Candidate, share: float) -> None:
         """Run a candidate's pilot on the choosing questions, unless there is no time for it."""

@@ -78,6 +78,8 @@ class Candidate:
     """Seconds of its own stage for the full length, at the pace so far."""
     ask_seconds: float = 0.0
     """Seconds in which it was asked the choosing questions."""
+    first_share: float = 1.0
+    """Share of its length that its first pilot trains."""
     planned: dict[str, float] = field(default_factory=dict)
     """Stage -> predicted seconds of its first pilot."""
 

@@ -246,3 +246,26 @@ def test_a_decision_is_not_swept(tmp_path: Path) -> None:
     assert outcome.err.startswith(
         "Error: recipe=decide has pilots of its own, so it cannot be swept. Leave out -m."
     )
+
+
+def decision_in(directory: Path, *given: str) -> Decision:
+    places = (f"runs_dir={directory / 'runs'}", f"store_dir={directory / 'store'}")
+    arguments = ["recipe=decide", "model=tiny", "device=cpu", *places, *given]
+    return Decision(compose(*arguments), "demo", pilot_arguments(arguments), None)
+
+
+def test_a_pilot_that_would_learn_nothing_waits_for_a_longer_one(tmp_path: Path) -> None:
+    """Of 8 steps, the critic alone learns in 3: more than the 2 of the first rung."""
+    decision = decision_in(tmp_path, "decide.only=[base,ppo]", "ppo.steps=8", "ppo.critic.warmup_steps=3")
+    decision.check_candidates()
+    ppo = decision.candidates["ppo"]
+    assert (ppo.state, ppo.first_share) == (State.WAITING, 0.5) and ppo.planned["ppo"] > 0
+
+
+def test_best_of_n_by_the_right_answers_is_no_option(tmp_path: Path) -> None:
+    decision = decision_in(
+        tmp_path, "decide.only=[base,best_of_n]", "ppo.reward=verify:exact", "ppo.score.normalize=none"
+    )
+    with pytest.raises(ConfigError, match=r"evaluate\.reward: it reads the right answers"):
+        decision.check_needs(decision.candidates["best_of_n"])
+    decision.check_needs(decision.candidates["base"])
