@@ -48,7 +48,10 @@ PARTS = {
         (*_PACKAGES, "README.md", "conf", "data", "rlhf/__main__.py", "rlhf/cli", *_PAGES),
     ),
     "browser": Part(
-        ("tests/report/test_browser.py", "tests/label/test_label_browser.py"),
+        (
+            "tests/report/test_browser.py", "tests/report/test_decision_browser.py",
+            "tests/label/test_label_browser.py",
+        ),
         ("rlhf/report", "rlhf/label", "stages/label.py", "tests/helpers/browser.py", *_PACKAGES),
     ),
     "vllm": Part(
