@@ -72,6 +72,11 @@ class Told:
             f"{self.candidates[name].title} is refused: {', '.join(limits)} is outside its limit."
             for name, limits in found.refused.items()
         ]
+        untried = [
+            each.title for each in self.candidates.values() if each.state is State.CUT and not each.chosen
+        ]
+        if untried:
+            lines.append(f"Not tried at all, for lack of budget: {', '.join(untried)}. They may be better.")
         if self.judgement.looks > 1:
             lines.append(
                 f"These sealed questions have judged {self.judgement.looks} times. Each time the intervals "
