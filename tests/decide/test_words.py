@@ -263,6 +263,15 @@ def test_what_more_budget_could_change(config: DecideConfig) -> None:
     assert len(made.told().more()) == 1
 
 
+def test_who_had_no_pilot_is_told(config: DecideConfig) -> None:
+    made = Made(config, {"sft": alternating(0.0, 0.1)})
+    for name in ("dpo", "ppo"):
+        made.candidates[name].state = State.CUT
+    made.candidates["ppo"].chosen = None  # DPO had one
+    told = "Not tried at all, for lack of budget: PPO. They may be better."
+    assert told in sure(made, "sft").told().sentences()
+
+
 def test_nothing_is_told_before_the_judgement(config: DecideConfig) -> None:
     made = Made(config, {})
     told = Told(config, made.candidates, None, None, None, "judge", 1.0, None, None)
