@@ -34,7 +34,7 @@ from rlhf.evaluation.references import QUALITIES
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.recipe import AT_SUBSTITUTE, kind_of
 from rlhf.pipeline.settings import DecideConfig
-from rlhf.rewards.kinds import is_verifier, parts_of, stage_of
+from rlhf.rewards.kinds import parts_of, stage_of
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole
 
@@ -306,8 +306,9 @@ class Pilots:
         source = getattr(evaluate, self.kind, None)
         parts = [] if source is None else parts_of(source)
         self.judges = {*filter(None, (stage_of(part.source) for part in parts))}
-        is_share = self.kind in QUALITIES or all(is_verifier(part) and part.weight == 1 for part in parts)
-        self.score_range = 1.0 if is_share else None
+        # of a sum, and of a function that reads the right answers, the range is not known
+        is_rule = [part.source.startswith("verify:") and part.weight == 1 for part in parts] == [True]
+        self.score_range = 1.0 if self.kind in QUALITIES or is_rule else None
 
 
 class StopTimer:

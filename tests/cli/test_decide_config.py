@@ -262,6 +262,23 @@ def test_a_pilot_that_would_learn_nothing_waits_for_a_longer_one(tmp_path: Path)
     assert (ppo.state, ppo.first_share) == (State.WAITING, 0.5) and ppo.planned["ppo"] > 0
 
 
+@pytest.mark.parametrize(
+    ("gold", "score_range"),
+    [
+        ("verify:number", 1.0),
+        ("vader", None),
+        ("{of: [{source: verify:number}, {source: verify:exact}]}", None),  # their sum is at most 2
+    ],
+)
+def test_only_a_single_verifiers_scores_lie_between_0_and_1(
+    tmp_path: Path, gold: str, score_range: float | None
+) -> None:
+    pilots = decision_in(tmp_path, "decide.only=[base]", f"evaluate.gold={gold}").pilots
+    (tmp_path / "candidates.json").write_text('{"quality": "gold"}')
+    pilots.find_judge(tmp_path)
+    assert pilots.score_range == score_range
+
+
 def test_best_of_n_by_the_right_answers_is_no_option(tmp_path: Path) -> None:
     decision = decision_in(
         tmp_path, "decide.only=[base,best_of_n]", "ppo.reward=verify:exact", "ppo.score.normalize=none"
