@@ -140,7 +140,8 @@ def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_pat
     decisions.decide()
     assert decisions.result["sentences"][0] == decided[0].result["sentences"][0]
     ended = [each["ended"] for each in decisions.result["pilots"]]
-    assert sorted(ended) == [*["done"] * 7, "stopped"]
+    assert ended.count("done") == 7  # those of the fixture, none of them twice
+    assert {*ended} <= {"done", "stopped"}  # a late signal may interrupt what follows the pilot
 
 
 def test_without_time_nothing_is_decided(tmp_path: Path) -> None:

@@ -187,10 +187,10 @@ def test_what_is_out_of_reach_says_why_and_what_is_not(tmp_path: Path) -> None:
     (needed,) = re.findall(r"all parameters fit on (\d+) of these GPUs", said)
     assert int(needed) in (32, 64)
     again = " ".join(planned(tmp_path, "llama_70b", *one, "plan.trains=[sft]").out.split())
-    assert "The fastest training that fits: QLoRA. " in again
+    assert "The fastest training that fits: LoRA (as fast, within the planner's error: QLoRA)" in again
     text = (tmp_path / "runs" / "plan" / "artifacts" / "plan" / "plan.md").read_text()
     (full,) = [line for line in text.splitlines() if line.startswith("| no | full ")]
-    assert "of the host memory, and at most 90% may be used; instead: QLoRA" in full
+    assert "of the host memory, and at most 90% may be used; instead: LoRA" in full
 
 
 @pytest.mark.parametrize(
