@@ -40,7 +40,7 @@ def _no_repeats(names: list[str]) -> list[str]:
 class CompareStage(ComparisonStage):
     """The keys `compare.*`. Values: conf/stages/compare.yaml."""
 
-    version, in_chain, asks_prepared_rows, candidates_key = 7, False, False, "artifacts"
+    version, in_chain, asks_prepared_rows, candidates_key = 8, False, False, "artifacts"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "prompts": Metric("questions", ".0f"),
         "leaks": Metric("left out, as trained on", ".0f"),

@@ -35,7 +35,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class PrepareStage(Stage):
     """The keys `prepare.*`. Values: conf/stages/prepare.yaml."""
 
-    version, random, repeats_keys, reads_weights = 16, False, True, False
+    version, random, repeats_keys, reads_weights = 17, False, True, False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "sft_rows": Metric("SFT rows", ".0f"),
         "reward_pairs": Metric("pairs", ".0f"),

@@ -11,7 +11,16 @@ from rlhf.config import ConfigError
 from rlhf.data.formats import Raw, with_columns
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES, training_roles
-from rlhf.data.schema import PromptRow, Row, RowError, SftRow, draw_at_most, prompt_identity, text_of
+from rlhf.data.schema import (
+    PromptRow,
+    Row,
+    RowError,
+    SftRow,
+    asked_identities,
+    draw_at_most,
+    prompt_identity,
+    text_of,
+)
 from rlhf.data.sources import SourceConfig
 
 QUESTIONS = "compare.questions"
@@ -85,7 +94,7 @@ def find_questions(
     asked = [*_read_questions(source)]
     identities = [prompt_identity(question.row) for question in asked]
     training = (row for role in training_roles(data.roles) for row in data.rows(role, "train"))
-    leaks = {*identities}.intersection(map(prompt_identity, training))
+    leaks = {*identities}.intersection(each for row in training for each in asked_identities(row))
     questions = [question for question, each in zip(asked, identities, strict=True) if each not in leaks]
     num_leaks = len(asked) - len(questions)
     if not questions:

@@ -408,11 +408,8 @@ class RoleData:
         return self.store.identity[number].hex()
 
     def asks_none_of(self, prompts: AbstractSet[bytes], number: int) -> bool:
-        """Whether a row teaches no answer to any of these prompts. A conversation may teach several
-        answers."""
-        alone = (self.store.identity[number],)
-        asks = alone if self.prompts_only else self.store.asks.get(number, alone)
-        return prompts.isdisjoint(asks)
+        """Whether a row asks none of these prompts, in any turn."""
+        return prompts.isdisjoint(self.store.asks.get(number, (self.store.identity[number],)))
 
     def fingerprints(self) -> set[str]:
         """Fingerprints of the sources of its rows."""

@@ -244,8 +244,25 @@ def prompt_identity(row: Row) -> str:
 
     It does not depend on the role, so the same prompt is recognised in every data set.
     """
-    plain = " ".join(unicodedata.normalize("NFKC", row.asked()).casefold().split())
+    return _identity(row.asked())
+
+
+def _identity(text: str) -> str:
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def asked_identities(row: Row) -> set[str]:
+    """The identity of every prompt that a row asks: its own, those of earlier answers to learn, and each
+    message of the user, alone and after the system message."""
+    turns = each_turn(row) if isinstance(row, SftRow) and row.turns > 1 else ()
+    found = {prompt_identity(row), *map(prompt_identity, turns)}
+    prompt = row.exchanges()[0][0]
+    if len(prompt) > 1:
+        own = [message["content"] for message in prompt if message["role"] == "user"]
+        system = [message["content"] for message in prompt[:1] if message["role"] == "system"]
+        found |= {_identity("\n".join([*before, text])) for text in own for before in ([], system)}
+    return found
 
 
 def plain_words(text: str) -> str:

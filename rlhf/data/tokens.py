@@ -25,9 +25,9 @@ from rlhf.data.schema import (
     RowError,
     SftRow,
     TextRow,
+    asked_identities,
     calls_tools,
     copied_answer,
-    each_turn,
     judgement,
     plain_words,
     prompt_identity,
@@ -306,7 +306,7 @@ class ExaminedRow(NamedTuple):
     identity: bytes
     """`prompt_identity`."""
     asks: tuple[bytes, ...]
-    """`prompt_identity` of each turn to learn, for a conversation with several answers."""
+    """`asked_identities`, if they are several."""
     kind: int
     """Index of its type in the role's `row_types`."""
     num_exchanges: int
@@ -329,7 +329,7 @@ class RowNumbers:
 
     identity: list[bytes] = field(default_factory=list)
     asks: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
-    """Row number -> `ExaminedRow.asks`, for conversations with several answers."""
+    """Row number -> `ExaminedRow.asks`, for conversations of several messages."""
     kind: bytearray = field(default_factory=bytearray)
     can_be_cut: bytearray = field(default_factory=bytearray)
     has_prompt: bytearray = field(default_factory=bytearray)
@@ -502,13 +502,13 @@ class Examiner:
         if isinstance(row, TextRow):
             text = row_to_json(replace(row, source=self.source.name))
         words = plain_words(row.asked())
-        turns = each_turn(row) if isinstance(row, SftRow) and row.turns > 1 else ()
+        asks = asked_identities(row)
         return ExaminedRow(
             text,
             lent_prompt,
             digest,
             bytes.fromhex(prompt_identity(row)),
-            tuple(bytes.fromhex(prompt_identity(turn)) for turn in turns),
+            tuple(map(bytes.fromhex, asks)) if len(asks) > 1 else (),
             next(kind for kind, row_type in enumerate(self.role.row_types) if isinstance(row, row_type)),
             len(row.exchanges()),
             isinstance(row, SftRow),

@@ -146,6 +146,25 @@ def test_a_leak_from_another_source_is_removed_and_told_loudly(bench: Bench) -> 
     ) in bench.output
 
 
+def test_a_leak_hidden_in_a_conversation_is_found(bench: Bench) -> None:
+    bench.rows["evaluate"][3:6] = [{"prompt": f"hidden {n}"} for n in range(3)]
+    system = {"role": "system", "content": "Be kind."}
+    told = {"role": "assistant", "content": "It is so."}
+    bench.rows["evaluate"][6] = {"prompt": [system, *user("hidden 3")]}
+    behind_system = [system, *user("Hidden  0"), told]
+    in_turns = [*user("hidden 1"), told, *user("And now?"), told]
+    later = [*user("Hello"), told, *user("hidden 2"), told]
+    with_system = [system, *user("Hello"), told, *user("hidden 3"), told]
+    answer_only = [*user("Say it"), {"role": "assistant", "content": "hidden 1"}]
+    conversations = [behind_system, in_turns, later, with_system, answer_only]
+    bench.rows["sft"] += [{"messages": messages} for messages in conversations]
+    bench.rows["ppo"] += [{"prompt": [system, *user("hidden 0")]}]
+    bench.prepare()
+    assert bench.summary["leaks"] == 5
+    assert "4 in sft.data (sft.jsonl line 41, sft.jsonl line 42, sft.jsonl line 43" in bench.output
+    assert bench.summary["sft_rows"] == 41
+
+
 def test_a_retention_row_that_is_trained_on_is_a_leak(bench: Bench) -> None:
     bench.rows["sft"] += [{"text": "Fact 7"}, {"prompt": "question 3", "completion": "a"}]
     data = bench.prepare()
