@@ -224,26 +224,39 @@ class Decision:
 
     def climb(self) -> None:
         """The rungs: train the candidates that are left to a larger share, and drop the worse ones."""
-        pace, shares = self.pilots.pace, self.config.shares
+        shares = self.config.shares
         running = [
             each for each in self.candidates.values() if each.is_trained and each.state is State.WAITING
         ]
-        running.sort(key=lambda each: pace.seconds(each.planned))
         for number, share in enumerate(shares):
             if not running:
                 break
             self.say(f"\nRung {number + 1} of {len(shares)}: {percent(share)} of the length.")
             later = [each for each in running if self.pilots.share_at(each.name, share) < each.first_share]
-            for each in running:
-                own = self.pilots.share_at(each.name, share)
-                if each not in later and (each.share is None or each.share < own):
-                    self.try_candidate(each, own)
+            self.run_pilots([each for each in running if each not in later], share)
             running = [each for each in running if each.state is State.RUNNING]
             self.reserve_for(running)
             ahead = [each for each in running if each.share == 1.0 and share < 1.0]
             rest = [each for each in running if each not in ahead]
             running = [*ahead, *self.keep(rest, number), *later]  # short pilots are compared with each other
             self.write()
+
+    def run_pilots(self, running: Sequence[Candidate], share: float) -> None:
+        """Run the pilots of a rung. Of first pilots the shortest one comes next, by what those before it
+        took. One that takes far longer than expected is stopped, and continues after the others."""
+        own = {each: self.pilots.share_at(each.name, share) for each in running}
+        waiting = [each for each in running if each.share is None or each.share < own[each]]
+        late = list[Candidate]()
+        while waiting or late:
+            next_ones = waiting or late
+            each = min(
+                next_ones,
+                key=lambda each: self.pilots.pace.seconds(each.planned) if each.share is None else 0.0,
+            )
+            next_ones.remove(each)
+            self.try_candidate(each, own[each], others_wait=bool(waiting))
+            if each.state is State.LATE:
+                late.append(each)
 
     def keep(self, running: list[Candidate], number: int) -> list[Candidate]:
         """The candidates that go on after a rung, the best first: of those that are not worse, as many as
@@ -286,16 +299,23 @@ class Decision:
             return 0.0
         return seconds + self.pilots.pace.overhead
 
-    def try_candidate(self, each: Candidate, share: float) -> None:
+    def try_candidate(self, each: Candidate, share: float, *, others_wait: bool = False) -> None:
         """Run a candidate's pilot on the choosing questions, unless there is no time for it."""
         expected = None if each.share is None else each.seconds_to(share) + self.pilots.pace.overhead
-        result = self.result(each, Trial(each.name, share, "choosing", 0), expected)
+        trial = Trial(each.name, share, "choosing", 0)
+        result = self.result(each, trial, expected, others_wait=others_wait)
         if result is not None:
-            each.chosen, each.share, each.state = result, share, State.RUNNING
+            each.chosen, each.share, each.state, each.why = result, share, State.RUNNING, ""
             self.measure(each)
 
     def result(
-        self, each: Candidate, trial: Trial, expected: float | None = None, until: float | None = None
+        self,
+        each: Candidate,
+        trial: Trial,
+        expected: float | None = None,
+        until: float | None = None,
+        *,
+        others_wait: bool = False,
     ) -> Result | None:
         """What a trial measured; it runs if it has not yet.
 
@@ -327,7 +347,7 @@ class Decision:
             self.say(f"{each.title} is dropped: {each.why}.")
             return None
         try:
-            found = self.pilots.run(trial, each, predicted, expected, until)
+            found = self.pilots.run(trial, each, predicted, expected, until, others_wait=others_wait)
         finally:
             self.write()
         asked = self.prompts

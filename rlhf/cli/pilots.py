@@ -40,6 +40,8 @@ from rlhf.tracking.redaction import RedactingConsole
 
 OVERSHOOT = 0.05
 """Share of the budget by which a pilot may exceed it before it is stopped."""
+PATIENCE = 2.0
+"""Times the expected seconds after which a pilot is stopped if others wait; it continues after them."""
 
 
 class Pilots:
@@ -164,7 +166,7 @@ class Pilots:
         assert key is not None
         stage, _, last = key.rpartition(".")
         value = getattr(self.experiment(name).stages.get(stage), last, None)
-        if not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             why = "there is no such key, or it is no number."
             raise ConfigError(Complaint(f"decide.candidates.{name}.length={key}", why))
         return value
@@ -208,7 +210,14 @@ class Pilots:
         return estimate(self.trial_config(trial, None), f"{self.directory.name}/check")
 
     def run(
-        self, trial: Trial, each: Candidate, predicted: Mapping[str, float], expected: float, until: float
+        self,
+        trial: Trial,
+        each: Candidate,
+        predicted: Mapping[str, float],
+        expected: float,
+        until: float,
+        *,
+        others_wait: bool = False,
     ) -> Result | None:
         """Run a trial.
 
@@ -217,6 +226,7 @@ class Pilots:
             predicted: seconds by stage, as the planner predicts.
             expected: seconds.
             until: seconds of the decision at which it should have ended.
+            others_wait: stop it after `PATIENCE` times the expected seconds. The candidate then is `LATE`.
 
         Raises:
             ConfigError: the disk is full.
@@ -231,12 +241,16 @@ class Pilots:
             f"{each.title}{length}{sealed}: {takes}. {clock(start)} of {clock(self.budget)} spent. State: "
             f"status run_name={run}"
         )
-        timer = StopTimer(until + OVERSHOOT * self.budget - start)
+        left = until + OVERSHOOT * self.budget - start
+        patience = max(PATIENCE * expected, expected + OVERSHOOT * self.budget)
+        is_patience = others_wait and patience < left
+        timer = StopTimer(patience if is_patience else left)
         try:
             with timer.running():
                 run_config(self.trial_config(trial, run), quiet=True)
         except KeyboardInterrupt:
-            ended, why = "stopped", f"stopped after {clock(self.spent - start)}, for lack of budget"
+            reason = "it is slower than expected, and others wait" if is_patience else "for lack of budget"
+            ended, why = "stopped", f"stopped after {clock(self.spent - start)}, {reason}"
             if not timer.has_fired:
                 self.log.add(Pilot(trial, run, start, self.spent - start, expected, "stopped", "interrupted"))
                 raise
@@ -255,7 +269,8 @@ class Pilots:
             if ended == "done":
                 self.pace.add(predicted, taken, seconds)
         if ended != "done":
-            each.state, each.why = State.CUT if ended == "stopped" else State.FAILED, why
+            stopped = State.LATE if is_patience else State.CUT
+            each.state, each.why = stopped if ended == "stopped" else State.FAILED, why
             self.say(f"{each.title}: {why}.")
             return None
         return self.result(trial, run)

@@ -28,6 +28,8 @@ class State(StrEnum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    LATE = "late"
+    """Its pilot was stopped because others wait, and continues after them."""
     COMPARED = "compared"
     """It needs no training."""
     WORSE = "worse"
@@ -91,7 +93,7 @@ class Candidate:
     @property
     def is_open(self) -> bool:
         """Whether it may still be a finalist."""
-        return self.state in (State.WAITING, State.RUNNING, State.CUT) and self.chosen is not None
+        return self.state in (State.WAITING, State.RUNNING, State.LATE, State.CUT) and self.chosen is not None
 
     @property
     def full_seconds(self) -> float:

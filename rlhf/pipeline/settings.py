@@ -94,6 +94,12 @@ class LimitConfig(Strict):
     max: float | None = None
     """Highest allowed value."""
 
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min={self.min:g} is above max={self.max:g}; give a min that is not above it")
+        return self
+
 
 class LimitsConfig(Strict):
     """`decide.limits`: figures of the final evaluation, as on docs/stages/evaluate.md."""

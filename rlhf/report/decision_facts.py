@@ -23,7 +23,8 @@ HEADLINES = {
 }
 """Outcome -> the headline of a decision without sentences."""
 STATES = (
-    "winner", "finalist", "no finalist", "running", "compared", "worse", "cut", "waiting", "refused",
+    "winner", "finalist", "no finalist", "running", "late", "compared", "worse", "cut", "waiting",
+    "refused",
     "cannot run", "failed",
 )  # fmt: skip
 """States of a candidate, in the order of the table."""

@@ -13,10 +13,13 @@ from rlhf.cli.api import compose
 from rlhf.cli.api import run as run_config
 
 JUDGE = """
-import os, pathlib, signal
+import os, pathlib, signal, threading
 
 def share(messages, responses):
-    '''The share of a's. Stops the run once, if a file asks for it.'''
+    '''The share of a's. Stops the run once, or waits for a stop, if a file asks for it.'''
+    if pathlib.Path("slow").exists() and any("bbbb" in text for text in responses):
+        pathlib.Path("slow").unlink()
+        threading.Event().wait(60)
     if pathlib.Path("interrupt").exists() and any("aaaa" in text for text in responses):
         pathlib.Path("interrupt").unlink()
         os.kill(os.getpid(), signal.SIGINT)
@@ -142,6 +145,25 @@ def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_pat
     ended = [each["ended"] for each in decisions.result["pilots"]]
     assert ended.count("done") == 7  # those of the fixture, none of them twice
     assert {*ended} <= {"done", "stopped"}  # a late signal may interrupt what follows the pilot
+
+
+def test_a_pilot_that_is_slower_than_expected_lets_the_others_go_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.cli.pilots.OVERSHOOT", 0.002)  # else a minute of the budget
+    decisions = Decisions(tmp_path)
+    rows = [{"prompt": f"Say {n}", "completion": "b" * 8} for n in range(24)]
+    Chain(tmp_path).write("b.jsonl", rows)  # fewer, so that it is the first one
+    (tmp_path / "slow").touch()
+    told = decisions.decide("decide.only=[base,sft,wrong]")
+    assert "it is slower than expected, and others wait" in told.out
+    ran = [
+        (each["candidate"], each["ended"])
+        for each in decisions.result["pilots"]
+        if (each["share"] == 0.5 and each["ended"] == "done") or each["candidate"] == "wrong"
+    ]
+    assert ran == [("wrong", "stopped"), ("sft", "done"), ("wrong", "done")]
+    assert state_of(decisions.result) == {"base": "compared", "sft": "winner", "wrong": "worse"}
 
 
 def test_without_time_nothing_is_decided(tmp_path: Path) -> None:

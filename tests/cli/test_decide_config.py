@@ -216,6 +216,8 @@ def test_limits_are_ranges_of_known_figures(pilots: Pilots) -> None:
     for wrong in ({"stop_rates": {"min": 0.9}}, {"stop_rate": {"mim": 0.9}}):
         with pytest.raises(ConfigError, match=r"^decide\.limits\.stop_rate.*Did you mean"):
             changed(pilots, limits=limits.model_dump() | wrong)
+    with pytest.raises(ConfigError, match=r"^decide\.limits\.stop_rate: min=0\.9 is above max=0\.5"):
+        changed(pilots, limits=limits.model_dump() | {"stop_rate": {"min": 0.9, "max": 0.5}})
     with pytest.raises(ConfigError, match=r"^decide\.limits\.stop_rates\.min: there is no such key"):
         compose("recipe=decide", "decide.limits.stop_rates.min=0.9")
 
