@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.costs.price import break_even, cost_of
-from rlhf.decide.candidate import Candidate, State, finite
+from rlhf.decide.candidate import Candidate, State
 from rlhf.evaluation.sampled import Sampled
 from rlhf.evaluation.selection import Decision, Outcome
 from rlhf.pipeline.settings import DecideConfig
@@ -189,7 +189,11 @@ class Told:
     def as_json(self) -> dict[str, Any]:
         """Its entries in decision.json."""
         found = None if self.judgement is None else self.judgement.found
-        requests = {name: self.pays_off(each) for name, each in self.candidates.items() if each.sealed}
+        requests = {
+            name: "never" if requests == math.inf else requests  # JSON knows no infinity
+            for name, each in self.candidates.items()
+            if each.sealed and (requests := self.pays_off(each)) is not None
+        }
         return {
             "outcome": None if found is None else found.outcome.value,
             "sentences": self.sentences(),
@@ -201,8 +205,7 @@ class Told:
             "untrained": None if self.untrained is None else self.untrained.name,
             "winner": None if self.winner is None else self.winner.name,
             "candidates": [
-                each.as_json() | {"break_even": finite(requests.get(name))}
-                for name, each in self.candidates.items()
+                each.as_json() | {"break_even": requests.get(name)} for name, each in self.candidates.items()
             ],
             "more": self.more(),
         }

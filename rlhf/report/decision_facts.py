@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlhf.printable import duration
 from rlhf.report.page.collect import Table, cleaned
@@ -143,10 +143,10 @@ def details_of(decision: Decision) -> Table | None:
     """The figures that the first table leaves out; None if there are none."""
     places = decimals(decision["smallest_gain"])
 
-    def pays_off(value: float | None) -> str:
-        if value is None or math.isnan(value):
-            return ""
-        return "never" if math.isinf(value) else f"{math.ceil(value):,} requests"
+    def pays_off(value: float | Literal["never"] | None) -> str:
+        if value is None or value == "never":
+            return value or ""
+        return f"{math.ceil(value):,} requests"
 
     made: dict[str, Callable[[Candidate], str]] = {
         "gain over base": lambda each: str(interval_cell(each["gain_over_base"], f"+z.{places}f")),

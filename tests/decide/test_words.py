@@ -156,8 +156,8 @@ def test_training_that_saves_nothing_never_pays_off(config: DecideConfig) -> Non
         told.sentences()
     )
     (entry,) = [each for each in told.as_json()["candidates"] if each["name"] == "sft"]
-    assert entry["break_even"] is None  # JSON knows no infinity
-    assert page_of(told)
+    assert entry["break_even"] == "never"
+    assert ">never<" in page_of(told)
 
 
 def test_costs_that_are_not_known_are_not_told(config: DecideConfig) -> None:
