@@ -126,7 +126,8 @@ class Told:
             yield f"Over the base model: {in_words(each.gain_over_base)}."
         figures = each.figures
         if (ratio := figures.get("retention_perplexity_ratio")) is not None:
-            yield f"It forgets: perplexity on evaluate.retention is {ratio:.3f} times the base model's."
+            perplexity = f"Perplexity on evaluate.retention: {ratio:.3f} times the base model's"
+            yield f"{perplexity} (above 1 it forgets)."
         if (change := figures.get("question_accuracy_change")) is not None:
             yield f"Its share of right answers to evaluate.retention changes by {change:+.3f}."
         if "seconds_p50" in figures:

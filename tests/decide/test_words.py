@@ -132,7 +132,7 @@ def test_a_winner_is_shipped_and_the_others_are_compared(config: DecideConfig) -
     )
     assert lines[1:6] == [
         "Over the base model: +0.375 (+0.250 to +0.500, 40 sealed questions).",
-        "It forgets: perplexity on evaluate.retention is 1.012 times the base model's.",
+        "Perplexity on evaluate.retention: 1.012 times the base model's (above 1 it forgets).",
         "Its share of right answers to evaluate.retention changes by -0.004.",
         "An answer takes 0.82 s (p95: 1.3 s).",
         # 360 s at 2 per hour cost 0.2; an answer saves (0.07 - 0.05) / 1000
@@ -165,7 +165,7 @@ def test_costs_that_are_not_known_are_not_told(config: DecideConfig) -> None:
     assert told.pays_off(told.candidates["sft"]) is None
     assert told.pays_off(told.candidates["base"]) is None
     text = "\n".join(told.sentences())
-    assert "over base model" in text and "It forgets" in text
+    assert "over base model" in text and "(above 1 it forgets)" in text
     for word in ("Over the base model", "Training took", "An answer takes", "share of right"):
         assert word not in text
     assert page_of(told)
