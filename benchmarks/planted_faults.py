@@ -193,7 +193,7 @@ LLAMA_2 = (
 )
 WITH_SYSTEM = (
     "{{ '<|im_start|>system\\nYou are a friendly writing assistant. Answer in plain English, with one or two "
-    "short sentences, and write nothing else.<|im_end|>\\n' }}"
+    "short sentences, and write nothing before or after them.<|im_end|>\\n' }}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
     "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
