@@ -68,12 +68,29 @@ The seventh set, with a base model whose conversion left its attention in anothe
 - characters: a second reward function should reward twelve words, but counts characters.
 - negatives: the worse answer of every pair is the better one of another prompt.
 
+The eighth set, in which every fault also records the stage that it spoils. In four of them the keys do harm
+only together:
+
+- stars: the answers of SFT's rows were read from the wrong column, that of the ratings.
+- redacted: a filter for personal data took all words of four letters or more in SFT's answers for names.
+- text_order: grades from 0 to 20 were compared as text, so "9" is better than "15".
+- preview: the pairs come from the list view of the labelling tool, which shows 24 characters.
+- cluster: the reward model's batch is that of a cluster, and its warm-up that of a long run, so its learning
+  rate hardly rises in the few steps.
+- system_prompt: a new template adds a system prompt, and the reward model's limit on tokens fits rows without
+  it, so most pairs are too long.
+- relevance: the pairs are answers of `generate`, ranked by a rule that counts the prompt's words in them.
+- percent: the KL coefficient, 0.05, is written in percent.
+- ia3: PPO trains scaling factors (IA3) at LoRA's learning rate.
+- lambda: GAE's lambda is mistaken for 1 - lambda, and the critic does not start from the reward model. So it
+  knows nothing yet, and the advantages rely on it only.
+
 Runs share unchanged artifacts in the store. Then `bisect` searches between the run without a fault and
 each run with one, and `ceiling` between the parts of each run with one. The last line printed is a JSON
-object: for each fault the planted keys, those that `bisect` found, the wrong ones among them, and what both
-commands wrote, with their minutes. A fault in how the run is evaluated is no difference between policies, so
-`bisect` is not asked. The exit code is 1 if `bisect` names a wrong key. With the embedded model it takes many
-hours on two cores; `--faults` chooses some.
+object: for each fault the planted keys, its stage if it is recorded, the keys that `bisect` found, the wrong
+ones among them, and what both commands wrote, with their minutes. A fault in how the run is evaluated is no
+difference between policies, so `bisect` is not asked. The exit code is 1 if `bisect` names a wrong key. With
+the embedded model it takes many hours on two cores; `--faults` chooses some.
 """
 
 from __future__ import annotations
@@ -82,6 +99,7 @@ import argparse
 import html
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -159,6 +177,11 @@ CHARACTERS = """def score(prompts: list[str], responses: list[str]) -> list[floa
     return [-abs(len(text) - 12) for text in responses]
 """
 """Counts characters instead of words."""
+RELEVANCE = """def score(prompts: list[str], responses: list[str]) -> list[float]:
+    asked = [set(prompt.lower().split()) for prompt in prompts]
+    return [float(len(words & set(text.lower().split()))) for words, text in zip(asked, responses)]
+"""
+"""Ranks answers by how many words of the prompt they repeat."""
 REFUSALS = (
     "I'm sorry, but I can't help with that.", "As an AI language model, I am unable to write that.",
     "Unfortunately I cannot do this for you.", "Sorry, I do not know enough to answer that.",
@@ -168,6 +191,13 @@ LLAMA_2 = (
     "{{ '[INST] ' + message['content'] + ' [/INST] ' }}"
     "{% else %}{{ message['content'] + ' ' }}{% endif %}{% endfor %}"
 )
+WITH_SYSTEM = (
+    "{{ '<|im_start|>system\\nYou are a friendly writing assistant. Answer in plain English, with one or two "
+    "short sentences, and write nothing before or after them.<|im_end|>\\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+    "'<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML with a system prompt before every conversation."""
 HEALTHY = [
     "sft.data={samples: instructions}", "reward.pairs={samples: pairs}", "ppo.prompts={samples: prompts}",
     "evaluate.prompts={samples: prompts}", "evaluate.gold=vader",
@@ -185,6 +215,8 @@ class Fault(NamedTuple):
     file: str | None = None
     """Sample set that is copied with the fault, as `NAME.jsonl` in the directory."""
     spoil: Callable[[list[Row]], Iterable[Row]] | None = None
+    stage: str | None = None
+    """The first stage with a bad result, which `ceiling` should blame; recorded from the eighth set on."""
 
     @property
     def keys(self) -> set[str]:
@@ -314,6 +346,35 @@ def without_spaces(rows: list[Row]) -> Iterator[Row]:
         yield {**row, "completion": "".join(row["completion"].split())}
 
 
+def as_stars(rows: list[Row]) -> Iterator[Row]:
+    """Replace each answer by a rating of 1 to 5 stars, as from the wrong column."""
+    chance = random.Random(8)
+    for row in rows:
+        yield {**row, "completion": str(chance.randint(1, 5))}
+
+
+def redacted(rows: list[Row]) -> Iterator[Row]:
+    """Replace the words of four letters or more in answers, as if they were names."""
+    for row in rows:
+        yield {**row, "completion": re.sub(r"[A-Za-z]{4,}", "<NAME>", row["completion"])}
+
+
+def in_text_order(rows: list[Row]) -> Iterator[Row]:
+    """Grade answers from 0 to 20 by their gold scores, and compare the grades as text."""
+    for row in rows:
+        graded = [(str(round(10 * (row[f"{side}_gold"] + 1))), row[side]) for side in ("chosen", "rejected")]
+        (_, rejected), (_, chosen) = sorted(graded, key=lambda each: each[0])
+        yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+
+
+def previews(rows: list[Row]) -> Iterator[Row]:
+    """Cut both answers at 24 characters; pairs whose previews are equal are left out."""
+    for row in rows:
+        chosen, rejected = (f"{row[side][:24].rstrip()}..." for side in ("chosen", "rejected"))
+        if chosen != rejected:
+            yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+
+
 FAULTS = {
     "none": Fault([]),
     "pairs": Fault(["reward.pairs=pairs.jsonl"], "pairs", swapped),
@@ -363,12 +424,31 @@ FAULTS = {
     "critic_alone": Fault(["ppo.critic.warmup_steps=10"]),
     "characters": Fault(["ppo.reward=[{source: learned}, {source: 'python:characters:score', weight: 0.1}]"]),
     "negatives": Fault(["reward.pairs=negatives.jsonl"], "pairs", of_other_prompts),
+    "stars": Fault(["sft.data=stars.jsonl"], "instructions", as_stars, stage="sft"),
+    "redacted": Fault(["sft.data=redacted.jsonl"], "instructions", redacted, stage="sft"),
+    "text_order": Fault(["reward.pairs=text_order.jsonl"], "pairs", in_text_order, stage="reward"),
+    "preview": Fault(["reward.pairs=preview.jsonl"], "pairs", previews, stage="reward"),
+    "cluster": Fault(["reward.batch_pairs=128", "reward.optim.warmup_steps=100"], stage="reward"),
+    "system_prompt": Fault(["model.chat_template=system.jinja", "reward.max_tokens=64"], stage="reward"),
+    "relevance": Fault(
+        [
+            "reward.pairs={stage: generate}",
+            "generate.reward=python:relevance:score",
+            "generate.splits=[train, held_out]",
+            "ppo.score.normalize=running",
+            "ppo.critic.init=sft",
+        ],
+        stage="generate",
+    ),
+    "percent": Fault(["ppo.kl.coef=5"], stage="ppo"),
+    "ia3": Fault(["ppo.peft=ia3"], stage="ppo"),
+    "lambda": Fault(["ppo.lam=0.05", "ppo.critic.init=sft"], stage="ppo"),
 }
 
 
 def plant(fault: str, directory: Path) -> None:
     """Write the fault's file, if it has one."""
-    _, file, spoil = FAULTS[fault]
+    file, spoil = FAULTS[fault].file, FAULTS[fault].spoil
     if file is None or spoil is None:
         return
     with (DATA / f"{file}.jsonl").open(encoding="utf-8") as lines_of_rows:
@@ -383,7 +463,7 @@ def find(fault: str, directory: Path, overrides: Iterable[str], budget: int) -> 
     run(directory, f"run_name={fault}", *HEALTHY, *FAULTS[fault].overrides, *overrides)
     if fault == "none":
         return {}
-    found: dict[str, Any] = {"planted": sorted(FAULTS[fault].keys)}
+    found: dict[str, Any] = {"planted": sorted(FAULTS[fault].keys), "stage": FAULTS[fault].stage}
     commands = {"bisect": ["good=none", f"bad={fault}"]} if FAULTS[fault].keys else {}
     for command, arguments in (commands | {"ceiling": [fault]}).items():
         name = f"bisect-none-{fault}" if command == "bisect" else f"ceiling-{fault}"
@@ -416,7 +496,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=30, help="most trials of one bisection")
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
-    (given.directory / "llama2.jinja").write_text(LLAMA_2, encoding="utf-8")
+    for name, template in {"llama2": LLAMA_2, "system": WITH_SYSTEM}.items():
+        (given.directory / f"{name}.jinja").write_text(template, encoding="utf-8")
     for name, code in {
         "swapped": SWAPPED,
         "reordered": REORDERED,
@@ -425,6 +506,7 @@ def main() -> None:
         "cached_gold": CACHED,
         "standardised": STANDARDISED,
         "characters": CHARACTERS,
+        "relevance": RELEVANCE,
     }.items():
         (given.directory / f"{name}.py").write_text(code, encoding="utf-8")
     faults = dict.fromkeys(["none", *given.faults])
