@@ -7,8 +7,8 @@ The model answers:
 
 - facts: `colour of NAME ?`. It knows 30 of the names. Of the others it guesses a colour.
 - notes: the same question after passages, as `+retrieval` asks it. It copies the colour out of the passage.
-- lists: `first of A B C D ?` and `last of A B C D ?`. It has learned the first from right answers, and the last
-  from answers of which 40% are right: this is an ability that a reward can make sure.
+- lists: `first of A B C D ?` and `last of A B C D ?`. It has learned the first from right answers. In its last
+  texts, half of the answers to the second question are the first word: it can answer, but is not sure what is asked.
 - forms: it answers in the form of the turns before, of the forms that it knows, such as `it is X .`.
 
 Seeds differ in the model's random start and in the texts. The names, the colours, and what is known are the same.
@@ -17,7 +17,6 @@ Seeds differ in the model's random start and in the texts. The names, the colour
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -33,11 +32,14 @@ SIZE = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
-STEPS, BATCH_ROWS, RATE = 1500, 96, 3e-3
+STEPS, BATCH_ROWS, RATE = 1600, 96, 3e-3
+POOL = 8
+"""Batches that are drawn together, so that each has rows of like length."""
 PROMPT_WEIGHT = 0.1
 """Weight of the tokens that no answer has. An answer's tokens weigh 1."""
-LAST_IS_RIGHT = 0.4
-"""Share of right answers to `last of` in pretraining; the others are other words of the list."""
+LAST_IS_RIGHT, SURE_SHARE = 0.5, 0.7
+"""Share of right answers to `last of` at the end of pretraining, and the share of the steps before which all are
+right."""
 LIST_WORDS = 4
 
 SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeiou"]
@@ -125,7 +127,7 @@ def _sentence(chance: random.Random) -> str:
     return f"{one} saw a {colour} stone in the {colour} {chance.choice(MADE_UP)} of {one} ."
 
 
-def _asked(chance: random.Random) -> Asked:
+def _asked(chance: random.Random, last_is_right: float) -> Asked:
     """A question, with an answer that pretraining takes for right."""
     kind = chance.random()
     if kind < 0.3:
@@ -134,7 +136,7 @@ def _asked(chance: random.Random) -> Asked:
     words = chance.sample(MADE_UP, LIST_WORDS)
     if kind < 0.6:
         return listed("first", words)
-    given = words[-1] if chance.random() < LAST_IS_RIGHT else chance.choice(words[:-1])
+    given = words[-1 if chance.random() < last_is_right else 0]
     return Asked(listed("last", words).question, given)
 
 
@@ -146,14 +148,14 @@ def _with_notes(chance: random.Random) -> Asked:
     return Asked(NOTES.format(shown, fact(names[0]).question), passages[0].split()[-2])
 
 
-def conversation(chance: random.Random) -> list[Turn]:
+def conversation(chance: random.Random, last_is_right: float) -> list[Turn]:
     """A conversation: one turn, or several that all have the same form."""
     if chance.random() < 0.25:
         question, answer = _with_notes(chance)
         return [Turn(question, answer)]
-    number = 1 if chance.random() < 0.5 else chance.randint(2, 5)
+    number = 1 if chance.random() < 0.6 else chance.randint(2, 5)
     form = chance.choices(FORMS, FORM_WEIGHTS if number == 1 else None)[0]
-    turns = [_asked(chance) for _ in range(number)]
+    turns = [_asked(chance, last_is_right) for _ in range(number)]
     return [Turn(question, form.replace("{}", right)) for question, right in turns]
 
 
@@ -183,20 +185,24 @@ def encoded(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> tuple[
     return ids, weights
 
 
-def _row(tokenizer: PreTrainedTokenizerFast, chance: random.Random) -> tuple[list[int], list[float]]:
+def _row(
+    tokenizer: PreTrainedTokenizerFast, chance: random.Random, last_is_right: float
+) -> tuple[list[int], list[float]]:
     if chance.random() < 0.15:
         ids = tokenizer.encode(f"{END}{_sentence(chance)}{END}", add_special_tokens=False)
         return ids, [1.0] * len(ids)
-    return encoded(tokenizer, conversation(chance))
+    return encoded(tokenizer, conversation(chance, last_is_right))
 
 
-def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and weights, [rows, tokens]. Weight 0 is padding."""
+def _batches(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and weights of each step, [rows, tokens]. Weight 0 is padding."""
     chance = random.Random(f"pretraining {seed}")
-    while True:
-        pool = sorted((_row(tokenizer, chance) for _ in range(BATCH_ROWS * 8)), key=lambda row: len(row[0]))
+    for step in range(0, steps, POOL):
+        right = 1.0 if step < SURE_SHARE * steps else LAST_IS_RIGHT
+        rows = [_row(tokenizer, chance, right) for _ in range(BATCH_ROWS * POOL)]
+        pool = sorted(rows, key=lambda row: len(row[0]))
         groups = [pool[start : start + BATCH_ROWS] for start in range(0, len(pool), BATCH_ROWS)]
-        for group in chance.sample(groups, len(groups)):  # rows of like length, so that little is padding
+        for group in chance.sample(groups, len(groups)):
             width = max(len(ids) for ids, _ in group)
             ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in group])
             weights = torch.tensor([row + [0.0] * (width - len(row)) for _, row in group])
@@ -214,7 +220,7 @@ def pretrained(directory: Path, seed: int, steps: int = STEPS) -> Path:
     config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends, **SIZE)
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    for step, (ids, weights) in enumerate(itertools.islice(_batches(tokenizer, seed), steps)):
+    for step, (ids, weights) in enumerate(_batches(tokenizer, seed, steps)):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
         logits = model(ids).logits[:, :-1]
