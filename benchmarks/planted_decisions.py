@@ -3,40 +3,42 @@
     python benchmarks/planted_decisions.py --directory planted --seeds 3
     python benchmarks/planted_decisions.py --directory planted --seeds 1 --cases form,notes
 
-Each decision is the command `python -m rlhf recipe=decide`, with data that are made for the case. What it tunes is a
-small language model, which `planted_world.py` pretrains once for each seed. It is asked at temperature 0.7. A
-verifier judges its answers. The cases:
+Each decision is the command `python -m rlhf recipe=decide`, with data that are made for the case. What it
+tunes is a small language model, which `planted_world.py` pretrains once for each seed. It is asked at
+temperature 0.7. A verifier judges its answers. The cases:
 
 - nothing: the answers that SFT learns are random. Do not train.
 - coin: a coin chose the better answer of each pair. Do not ship DPO.
-- notes: the facts stand only in a corpus. Retrieval is the best option; no training that does not look them up.
+- notes: the facts stand only in a corpus. Retrieval is the best option; no training that does not look them
+  up.
 - form: the answers are right, but not in the wanted form. Ship an SFT model.
 - task: the answers can be checked, and the SFT rows are about something else. Ship GRPO or RLOO.
 - equal: the same SFT, and four times as much of it, which is no better. Ship the cheaper one.
 - forgets: SFT gains, but it forgets more than a limit allows. Refuse it.
 - slow: the best candidate is the worse one at a quarter of its length. It has `slow: true`. Ship it.
 - hack: the reward pays for length, the judge for right answers. Do not ship what learned from the reward.
-- contaminated: all evaluation questions, about facts that nobody knows, are among the SFT rows with their answers.
-  Refuse to run, or leave these rows out, and ship nothing.
+- contaminated: all evaluation questions, about facts that nobody knows, are among the SFT rows with their
+  answers. Refuse to run, or leave these rows out, and ship nothing.
 - hidden: the same, but each question is behind a system message, or is the second turn of a conversation.
 
-A decision is right only by its `decision.json`: the outcome, the winner, the states. For contaminated and hidden it
-is also right if the command ends with an error that is due to the data (exit code 2). "Cannot be told" is right where
-only shipping would be wrong; for nothing it is counted as wrong.
+A decision is right only by its `decision.json`: the outcome, the winner, the states. For contaminated and
+hidden it is also right if the command ends with an error that is due to the data (exit code 2). "Cannot be
+told" is right where only shipping would be wrong; for nothing it is counted as wrong.
 
 The table also has, for each decision:
 
 - seconds: what it took, without pretraining.
 - pilots: how many runs it trained or asked.
-- of the grid: the seconds of all its pilots, over the seconds in which each candidate that can run would be trained
-  to its full length, once, and asked all questions, also the sealed ones. This is an estimate: a candidate's measured
-  seconds of training at its last share, divided by the share; its measured seconds for the choosing questions,
-  multiplied by all questions over the choosing ones; and the mean time of a pilot outside its stages. A candidate
-  without any pilot counts in neither. Every candidate here starts from the base model, so all its training grows with
-  the share. The model is so small that a pilot's fixed time counts more than on a real one.
+- of the grid: the seconds of all its pilots, over the seconds in which each candidate that can run would be
+  trained to its full length, once, and asked all questions, also the sealed ones. This is an estimate: a
+  candidate's measured seconds of training at its last share, divided by the share; its measured seconds for
+  the choosing questions, multiplied by all questions over the choosing ones; and the mean time of a pilot
+  outside its stages. A candidate without any pilot counts in neither. Every candidate here starts from the
+  base model, so all its training grows with the share. The model is so small that a pilot's fixed time counts
+  more than on a real one.
 
-`results.json` in the directory has the same figures and what every candidate came to. An earlier result of a case and
-seed is made anew. The exit code is 1 if a decision is wrong.
+`results.json` in the directory has the same figures and what every candidate came to. An earlier result of a
+case and seed is made anew. The exit code is 1 if a decision is wrong.
 """
 
 from __future__ import annotations
@@ -53,12 +55,26 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from planted_world import COLOURS, KNOWN, LIST_WORDS, MADE_UP, UNKNOWN, Asked, fact, lists, note, pretrained, sentences
+from planted_world import (
+    COLOURS,
+    KNOWN,
+    MADE_UP,
+    UNKNOWN,
+    Asked,
+    fact,
+    lists,
+    note,
+    pretrained,
+    sentences,
+)
 
 Row = dict[str, Any]
 Decision = Mapping[str, Any]
 """The content of decision.json."""
 CONFIG_ERROR = 2
+SAVED = ("state", "why", "share", "quality", "gain", "retention_perplexity_ratio")
+"""What results.json has of each candidate."""
+HEADINGS = ("case", "right", "what came out", "seconds", "pilots", "of the grid")
 FORM = "so : {} !"
 """A form of answers that the model does not know."""
 ROWS, QUESTIONS = 200, 480
@@ -340,7 +356,8 @@ def grid_seconds(decision: Decision) -> float:
         asking = [
             pilot["stages"]["evaluate"]
             for pilot in done
-            if (pilot["candidate"], pilot["part"]) == (each["name"], "choosing") and "evaluate" in pilot["stages"]
+            if (pilot["candidate"], pilot["part"]) == (each["name"], "choosing")
+            and "evaluate" in pilot["stages"]
         ]
         if asking:
             training = each["train_seconds"] / each["share"] if each["trained"] else 0.0
@@ -358,7 +375,8 @@ def summary(case: Case, decision: Decision | None, code: int, seconds: float) ->
     spent = sum(each["seconds"] for each in decision["pilots"])
     candidates = {
         each["name"]: {
-            key: each[key] for key in ("state", "why", "share", "quality", "gain", "retention_perplexity_ratio")
+            key: each[key]
+            for key in ("state", "why", "share", "quality", "gain", "retention_perplexity_ratio")
         }
         for each in decision["candidates"]
     }
@@ -382,22 +400,25 @@ def decide(name: str, directory: Path, seed: int, budget: str) -> Row:
     case.write(place, f"{name} {seed}")
     (place / "candidates.yaml").write_text(case.candidates or "# @package _global_\n{}\n", encoding="utf-8")
     arguments = [
-        *COMMON, f"model.path={model.resolve()}", f"seed={seed}", f"budget={budget}", "run_name=choice", *case.keys,
-        "+experiment=candidates.yaml", f"decide.only=[{','.join(case.only)}]",
+        *COMMON, f"model.path={model.resolve()}", f"seed={seed}", f"budget={budget}", "run_name=choice",
+        *case.keys, "+experiment=candidates.yaml", f"decide.only=[{','.join(case.only)}]",
     ]  # fmt: skip
     start = time.monotonic()
     with (place / "log.txt").open("w", encoding="utf-8") as log:
         command = [sys.executable, "-m", "rlhf", *arguments]
-        code = subprocess.run(command, cwd=place, check=False, stdout=log, stderr=subprocess.STDOUT).returncode
+        done = subprocess.run(command, cwd=place, check=False, stdout=log, stderr=subprocess.STDOUT)
     seconds = time.monotonic() - start
     path = place / "runs" / "choice" / "decision.json"
     decision = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return summary(case, decision, code, seconds)
+    return summary(case, decision, done.returncode, seconds)
 
 
 def table(results: Mapping[str, Mapping[str, Row]]) -> str:
     """The results as a Markdown table: a line for each case, in a cell the values of its seeds."""
-    lines = ["| case | right | what came out | seconds | pilots | of the grid |", "| -- | -- | -- | -- | -- | -- |"]
+    lines = [
+        "| case | right | what came out | seconds | pilots | of the grid |",
+        "| -- | -- | -- | -- | -- | -- |",
+    ]
     for name, seeds in results.items():
         found = [*seeds.values()]
         came = "; ".join(each["came"] if each["right"] else f"**wrong:** {each['came']}" for each in found)
@@ -426,7 +447,9 @@ def main() -> int:
         for name in given.cases.split(","):
             found = decide(name, given.directory, seed, given.budget)
             results.setdefault(name, {})[str(seed)] = found
-            print(f"{name}, seed {seed}: {'right' if found['right'] else 'WRONG'}, {found['came']}", flush=True)
+            print(
+                f"{name}, seed {seed}: {'right' if found['right'] else 'WRONG'}, {found['came']}", flush=True
+            )
             text = json.dumps(results, indent=2)
             (given.directory / "results.json").write_text(text + "\n", encoding="utf-8")
     print(f"\n{table(results)}")

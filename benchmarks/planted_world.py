@@ -2,16 +2,18 @@
 
     python benchmarks/planted_world.py --directory planted --seeds 3    # pretrain, and print what it can do
 
-The world has words without a meaning, names, and colours. A text is a sentence about a name, or a conversation.
-The model answers:
+The world has words without a meaning, names, and colours. A text is a sentence about a name, or a
+conversation. The model answers:
 
 - facts: `colour of NAME ?`. It knows 30 of the names. Of the others it guesses a colour.
 - notes: the same question after passages, as `+retrieval` asks it. It copies the colour out of the passage.
-- lists: `first of A B C D ?` and `last of A B C D ?`. It has learned the first from right answers. In its last
-  texts, half of the answers to the second question are the first word: it can answer, but is not sure what is asked.
+- lists: `first of A B C D ?` and `last of A B C D ?`. It has learned the first from right answers. In its
+  last texts, half of the answers to the second question are the first word: it can answer, but is not sure
+  what is asked.
 - forms: it answers in the form of the turns before, of the forms that it knows, such as `it is X .`.
 
-Seeds differ in the model's random start and in the texts. The names, the colours, and what is known are the same.
+Seeds differ in the model's random start and in the texts. The names, the colours, and what is known are the
+same.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ POOL = 8
 PROMPT_WEIGHT = 0.1
 """Weight of the tokens that no answer has. An answer's tokens weigh 1."""
 LAST_IS_RIGHT, SURE_SHARE = 0.5, 0.7
-"""Share of right answers to `last of` at the end of pretraining, and the share of the steps before which all are
-right."""
+"""Share of right answers to `last of` at the end of pretraining, and the share of the steps before which all
+are right."""
 LIST_WORDS = 4
 
 SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeiou"]
@@ -50,14 +52,15 @@ NAMES = [
     for place, one in enumerate(SYLLABLES)
 ]
 KNOWN, UNKNOWN = NAMES[:30], NAMES[30:]
-COLOURS = "red blue green black white grey pink brown gold teal lime plum".split()
+COLOURS = ("red", "blue", "green", "black", "white", "grey", "pink", "brown", "gold", "teal", "lime", "plum")
 FORMS = ("{}", "{} .", "it is {} .", "sure {} .", "well {} {} .")
 """Forms of answers that the model knows. Alone it uses the first one nearly always."""
 FORM_WEIGHTS = (0.8, 0.05, 0.05, 0.05, 0.05)
 OTHER_WORDS = (
-    "colour of first last the is a was has found it sure well so now gave and to stone saw in Answer question from "
-    "these notes Question . , : ; ? ! - = you are here please answer hello"
-).split()  # fmt: skip
+    "colour", "of", "first", "last", "the", "is", "a", "it", "sure", "well", "so", "gave", "and", "to",
+    "stone", "saw", "in", "Answer", "question", "from", "these", "notes", "Question", ".", ":", "?",
+    "!", "-", "you", "are", "here",
+)  # fmt: skip
 END, UNKNOWN_WORD, PAD = "<|end|>", "<|unknown|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
@@ -179,7 +182,10 @@ def encoded(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> tuple[
     """Ids of a conversation, and the weight of each in the loss."""
     ids, weights = list[int](), list[float]()
     for question, answer in turns:
-        for text, weight in ((f"<|user|>{question}{END}<|assistant|>", PROMPT_WEIGHT), (f"{answer}{END}", 1.0)):
+        for text, weight in (
+            (f"<|user|>{question}{END}<|assistant|>", PROMPT_WEIGHT),
+            (f"{answer}{END}", 1.0),
+        ):
             new = tokenizer.encode(text, add_special_tokens=False)
             ids, weights = ids + new, weights + [weight] * len(new)
     return ids, weights
@@ -231,7 +237,10 @@ def pretrained(directory: Path, seed: int, steps: int = STEPS) -> Path:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 250 == 0:
-            print(f"world {seed}, step {step}: loss {loss.item():.3f}, {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"world {seed}, step {step}: loss {loss.item():.3f}, {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
