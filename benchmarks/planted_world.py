@@ -23,14 +23,14 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SIZE = {
+SIZE: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -222,7 +222,7 @@ def pretrained(directory: Path, seed: int, steps: int = STEPS) -> Path:
         return path
     torch.manual_seed(seed)
     tokenizer, start = make_tokenizer(), time.monotonic()
-    ends = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(END) for kind in ("bos", "eos")}
+    ends: dict[str, Any] = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(END) for kind in ("bos", "eos")}
     config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends, **SIZE)
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -233,7 +233,7 @@ def pretrained(directory: Path, seed: int, steps: int = STEPS) -> Path:
         losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 250 == 0:
