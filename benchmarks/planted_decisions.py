@@ -13,7 +13,8 @@ temperature 0.7. A verifier judges its answers. The cases:
   up.
 - form: the answers are right, but not in the wanted form. Ship an SFT model.
 - task: the answers can be checked, and the SFT rows are about something else. Ship GRPO or RLOO.
-- equal: the same SFT, and four times as much of it, which is no better. Ship the cheaper one.
+- equal: the same SFT twice, once in small micro-batches, which are slower. Ship the cheaper one.
+- enough: SFT, and four times as much of it, which is no better at the end. Ship the cheaper one.
 - forgets: SFT gains, but it forgets more than a limit allows. Refuse it.
 - slow: the best candidate is the worse one at a quarter of its length. It has `slow: true`. Ship it.
 - hack: the reward pays for length, the judge for right answers. Do not ship what learned from the reward.
@@ -77,11 +78,12 @@ SAVED = ("state", "why", "share", "quality", "gain", "retention_perplexity_ratio
 HEADINGS = ("case", "right", "what came out", "seconds", "pilots", "of the grid")
 FORM = "so : {} !"
 """A form of answers that the model does not know."""
-ROWS, QUESTIONS = 200, 480
+ROWS, QUESTIONS = 400, 480
 COMMON = (
     "recipe=decide", "device=cpu", "precision=fp32", "model=local", "ppo.init=base", "dpo.init=base",
     "ppo.max_new_tokens=10", "ppo.score.normalize=none", "evaluate.prompts=asked.jsonl",
     "evaluate.gold=verify:exact", "decide.requests=100", "sft.optim.lr=1e-3", "sft.epochs=6",
+    "decide.candidates.sft_lora.set=[sft.peft=lora,sft.optim.lr=5e-3]",
 )  # fmt: skip
 GROUPS = (
     "ppo.prompts=tasks.jsonl", "grpo.steps=24", "grpo.batch_episodes=96", "grpo.minibatch_episodes=48",
@@ -266,6 +268,15 @@ def refuses_sft(decision: Decision) -> bool:
     return over and decision["outcome"] is not None and decision["winner"] != "sft"
 
 
+SLOWER = """# @package _global_
+decide:
+  candidates:
+    slower:
+      title: SFT, small micro-batches
+      asks: sft
+      set: [sft.micro_batch_tokens=32]
+      length: sft.epochs
+"""
 LONGER = """# @package _global_
 decide:
   candidates:
@@ -316,7 +327,11 @@ CASES = {
         ["base", "few_shot", "sft", "grpo", "rloo"], ships("grpo", "rloo"),
     ),
     "equal": Case(
-        "ship the cheaper SFT", write_form, ["sft.data=sft.jsonl"], ["base", "sft", "longer"], ships("sft"),
+        "ship the cheaper SFT", write_form, ["sft.data=sft.jsonl"], ["base", "sft", "slower"], ships("sft"),
+        SLOWER,
+    ),
+    "enough": Case(
+        "ship the shorter SFT", write_form, ["sft.data=sft.jsonl"], ["base", "sft", "longer"], ships("sft"),
         LONGER,
     ),
     "forgets": Case(
@@ -435,23 +450,24 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--directory", type=Path, required=True, help="for the models, the data and the runs")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--cases", default=",".join(CASES), help="names with commas between them")
     parser.add_argument("--budget", default="3m", help="of each decision")
     given = parser.parse_args()
     if unknown := {*given.cases.split(",")} - {*CASES}:
         parser.error(f"--cases: there is no {', '.join(sorted(unknown))}. There are {', '.join(CASES)}.")
     given.directory.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Row]] = {}
-    for seed in range(given.seeds):
+    path = given.directory / "results.json"
+    results: dict[str, dict[str, Row]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for seed in range(given.first, given.first + given.seeds):
         for name in given.cases.split(","):
             found = decide(name, given.directory, seed, given.budget)
             results.setdefault(name, {})[str(seed)] = found
             print(
                 f"{name}, seed {seed}: {'right' if found['right'] else 'WRONG'}, {found['came']}", flush=True
             )
-            text = json.dumps(results, indent=2)
-            (given.directory / "results.json").write_text(text + "\n", encoding="utf-8")
+            path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table(results)}")
     return int(not all(each["right"] for seeds in results.values() for each in seeds.values()))
 

@@ -222,7 +222,9 @@ def pretrained(directory: Path, seed: int, steps: int = STEPS) -> Path:
         return path
     torch.manual_seed(seed)
     tokenizer, start = make_tokenizer(), time.monotonic()
-    ends: dict[str, Any] = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(END) for kind in ("bos", "eos")}
+    ends: dict[str, Any] = {
+        f"{kind}_token_id": tokenizer.convert_tokens_to_ids(END) for kind in ("bos", "eos")
+    }
     config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends, **SIZE)
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
