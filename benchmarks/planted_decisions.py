@@ -23,7 +23,8 @@ temperature 0.7. A verifier judges its answers. The cases:
 - hidden: the same, but each question is behind a system message, or is the second turn of a conversation.
 
 A decision is right only by its `decision.json`: the outcome, the winner, the states. For contaminated and
-hidden it is also right if the command ends with an error that is due to the data (exit code 2). "Cannot be
+hidden it is also right if the command ends with exit code 2 and an error that names sft.data or
+evaluate.prompts. "Cannot be
 told" is right where only shipping would be wrong; for nothing it is counted as wrong.
 
 The table also has, for each decision:
@@ -83,7 +84,7 @@ COMMON = (
     "recipe=decide", "device=cpu", "precision=fp32", "model=local", "ppo.init=base", "dpo.init=base",
     "ppo.max_new_tokens=10", "ppo.score.normalize=none", "evaluate.prompts=asked.jsonl",
     "evaluate.gold=verify:exact", "decide.requests=100", "sft.optim.lr=1e-3", "sft.epochs=6",
-    "decide.candidates.sft_lora.set=[sft.peft=lora,sft.optim.lr=5e-3]",
+    "decide.candidates.sft_lora.set=['sft.peft=lora','sft.optim.lr=5e-3']",
 )  # fmt: skip
 GROUPS = (
     "ppo.prompts=tasks.jsonl", "grpo.steps=24", "grpo.batch_episodes=96", "grpo.minibatch_episodes=48",
@@ -380,12 +381,24 @@ def grid_seconds(decision: Decision) -> float:
     return total
 
 
-def summary(case: Case, decision: Decision | None, code: int, seconds: float) -> Row:
-    """A decision's entry in results.json."""
-    refused = case.may_refuse and code == CONFIG_ERROR
+def blames_data(log: str) -> bool:
+    """Whether the last error of a command's output names the rows that are taught or asked."""
+    error = log.rpartition("Error: ")[2] if "Error: " in log else ""
+    return "sft.data" in error or "evaluate.prompts" in error
+
+
+def summary(case: Case, decision: Decision | None, code: int, seconds: float, log: str) -> Row:
+    """A decision's entry in results.json.
+
+    Args:
+        code: the command's exit code.
+        log: what it printed.
+    """
     if code != 0 or decision is None:
-        came = "refused to run" if code == CONFIG_ERROR else f"exit code {code}"
-        return {"right": refused, "came": came, "seconds": seconds, "pilots": 0, "of_grid": None}
+        refused = code == CONFIG_ERROR and blames_data(log)
+        came = "refused the data" if refused else f"exit code {code}"
+        right = refused and case.may_refuse
+        return {"right": right, "came": came, "seconds": seconds, "pilots": 0, "of_grid": None}
     winner = decision["winner"] or decision["untrained"]
     spent = sum(each["seconds"] for each in decision["pilots"])
     candidates = {
@@ -425,7 +438,7 @@ def decide(name: str, directory: Path, seed: int, budget: str) -> Row:
     seconds = time.monotonic() - start
     path = place / "runs" / "choice" / "decision.json"
     decision = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return summary(case, decision, done.returncode, seconds)
+    return summary(case, decision, done.returncode, seconds, (place / "log.txt").read_text(encoding="utf-8"))
 
 
 def table(results: Mapping[str, Mapping[str, Row]]) -> str:

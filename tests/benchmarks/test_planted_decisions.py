@@ -106,21 +106,25 @@ def test_the_grid_trains_and_asks_every_candidate_that_had_a_pilot() -> None:
     # asked 150 questions instead of 100, and 1 s outside the stages of each
     base, sft, lora = 2 * 1.5 + 1, 8 + 3 * 1.5 + 1, 3 / 0.25 + 2 * 1.5 + 1
     assert grid_seconds(made) == pytest.approx(base + sft + lora)
-    found = summary(CASES["form"], made, 0, 120.0)
+    found = summary(CASES["form"], made, 0, 120.0, "")
     assert found["of_grid"] == pytest.approx((3 + 5 + 9 + 3 + 6 + 90) / (base + sft + lora))
     assert (found["right"], found["came"], found["pilots"]) == (True, "ship: sft", 6)
 
 
 def test_an_error_is_right_only_where_the_data_are_at_fault() -> None:
     unfinished = decision(None)
-    assert summary(CASES["hidden"], unfinished, 2, 5.0)["right"]
-    assert not summary(CASES["hidden"], unfinished, 1, 5.0)["right"]
-    assert not summary(CASES["form"], None, 2, 5.0)["right"]
+    error = "Error: evaluate.prompts: 3 of its questions stand in sft.data."
+    assert summary(CASES["hidden"], unfinished, 2, 5.0, error)["right"]
+    assert not summary(CASES["hidden"], unfinished, 1, 5.0, error)["right"]
+    assert not summary(CASES["hidden"], unfinished, 2, 5.0, "sft.data has 3\nError: seed=x: no number")[
+        "right"
+    ]
+    assert not summary(CASES["form"], None, 2, 5.0, error)["right"]
 
 
 def test_the_table_says_what_was_wrong() -> None:
-    right = summary(CASES["form"], decision("ship", "sft", candidate("base", "compared")), 0, 61.2)
-    wrong = summary(CASES["form"], decision("no training", None, candidate("base", "compared")), 0, 7.0)
+    right = summary(CASES["form"], decision("ship", "sft", candidate("base", "compared")), 0, 61.2, "")
+    wrong = summary(CASES["form"], decision("no training", None, candidate("base", "compared")), 0, 7.0, "")
     line = table({"form": {"0": right, "1": wrong}}).splitlines()[-1]
     assert line.startswith("| form | ship SFT | ship: sft; **wrong:** no training: base | 61, 7 | 1, 1 | ")
 
@@ -151,5 +155,5 @@ def test_who_is_asked_has_not_been_taught(tmp_path: Path) -> None:
 def test_judging_changes_nothing() -> None:
     made = decision("ship", "sft", candidate("base", "compared"))
     before = copy.deepcopy(made)
-    planted_decisions.summary(CASES["form"], made, 0, 1.0)
+    planted_decisions.summary(CASES["form"], made, 0, 1.0, "")
     assert made == before
