@@ -24,8 +24,8 @@ temperature 0.7. A verifier judges its answers. The cases:
 
 A decision is right only by its `decision.json`: the outcome, the winner, the states. For contaminated and
 hidden it is also right if the command ends with exit code 2 and an error that names sft.data or
-evaluate.prompts. "Cannot be
-told" is right where only shipping would be wrong; for nothing it is counted as wrong.
+evaluate.prompts. "Cannot be told" is right where only shipping would be wrong; for nothing it is counted as
+wrong.
 
 The table also has, for each decision:
 
@@ -401,13 +401,7 @@ def summary(case: Case, decision: Decision | None, code: int, seconds: float, lo
         return {"right": right, "came": came, "seconds": seconds, "pilots": 0, "of_grid": None}
     winner = decision["winner"] or decision["untrained"]
     spent = sum(each["seconds"] for each in decision["pilots"])
-    candidates = {
-        each["name"]: {
-            key: each[key]
-            for key in ("state", "why", "share", "quality", "gain", "retention_perplexity_ratio")
-        }
-        for each in decision["candidates"]
-    }
+    candidates = {each["name"]: {key: each[key] for key in SAVED} for each in decision["candidates"]}
     return {
         "right": case.is_right(decision),
         "came": f"{decision['outcome']}: {winner}",

@@ -438,8 +438,14 @@ class Decision:
         refused = over_limits(figures_of(judged), self.config.limits.ranges)
         costs = {each.name: self.cost(each) for each in judged}
         looks = self.looks()
-        results = [*untrained.sealed, *(result for each in judged for result in each.sealed)]
-        if len({score for result in results for score in result.scores.values()}) < 2:
+        seen = {
+            score
+            for each in self.candidates.values()
+            for result in (each.chosen, *each.sealed)
+            if result is not None
+            for score in result.scores.values()
+        }
+        if len(seen) < 2:
             self.judgement = Judgement(Judged(Outcome.UNTOLD), looks, len(prompts))  # it judges nothing
             return
         found = judge(

@@ -95,7 +95,7 @@ class Told:
             )
         if found.outcome is Outcome.UNTOLD and not found.finalists:
             return (
-                f"It cannot be told: the {self.judge} is the same for every answer to the sealed questions, "
+                f"It cannot be told: the {self.judge} is the same for every answer, "
                 "so it judges nothing. Give another judge."
             )
         if found.outcome is Outcome.NO_TRAINING and not found.finalists and not found.refused:
