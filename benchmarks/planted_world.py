@@ -169,7 +169,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words = [END, PAD, UNKNOWN_WORD, *ROLES, *MADE_UP, *NAMES, *COLOURS, *OTHER_WORDS]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_WORD))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token=END, pad_token=PAD, unk_token=UNKNOWN_WORD,
         additional_special_tokens=[*ROLES],
