@@ -17,7 +17,7 @@ import os, pathlib, signal, threading
 
 def share(messages, responses):
     '''The share of a's. Stops the run once, or waits for a stop, if a file asks for it.'''
-    if pathlib.Path("slow").exists() and any("bbbb" in text for text in responses):
+    if pathlib.Path("slow").exists() and sum(text.count("b") for text in responses) > len(responses):
         pathlib.Path("slow").unlink()
         threading.Event().wait(60)
     if pathlib.Path("interrupt").exists() and any("aaaa" in text for text in responses):
@@ -155,7 +155,7 @@ def test_a_pilot_that_is_slower_than_expected_lets_the_others_go_first(
     rows = [{"prompt": f"Say {n}", "completion": "b" * 8} for n in range(24)]
     Chain(tmp_path).write("b.jsonl", rows)  # fewer, so that it is the first one
     (tmp_path / "slow").touch()
-    told = decisions.decide("decide.only=[base,sft,wrong]")
+    told = decisions.decide("decide.only=[base,sft,wrong]", "sft.epochs=12")
     assert "it is slower than expected, and others wait" in told.out
     ran = [
         (each["candidate"], each["ended"])
