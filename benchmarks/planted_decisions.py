@@ -466,7 +466,9 @@ def main() -> int:
         parser.error(f"--cases: there is no {', '.join(sorted(unknown))}. There are {', '.join(CASES)}.")
     given.directory.mkdir(parents=True, exist_ok=True)
     path = given.directory / "results.json"
-    results: dict[str, dict[str, Row]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    results: dict[str, dict[str, Row]] = (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    )
     for seed in range(given.first, given.first + given.seeds):
         for name in given.cases.split(","):
             found = decide(name, given.directory, seed, given.budget)
