@@ -108,6 +108,8 @@ class Decision:
         self.untrained: Candidate | None = None
         """The best option without training."""
         self.judgement: Judgement | None = None
+        self.leaks = 0
+        """The highest `prepare/leaks` of a candidate. A row of two roles counts in each."""
         self.sealed_seconds = 0.0
         """What it takes to ask the best option without training the sealed questions."""
 
@@ -115,6 +117,11 @@ class Decision:
     def left(self) -> float:
         """Seconds that pilots may still take."""
         return self.pilots.budget - self.pilots.spent - self.pilots.reserve
+
+    @property
+    def leaks_told(self) -> str:
+        """What is told of `leaks`."""
+        return f"Training rows that ask what the evaluation asks were left out: {self.leaks} (prepare/leaks)."
 
     @property
     def asked(self) -> list[Candidate]:
@@ -137,7 +144,8 @@ class Decision:
         self.climb()
         self.judge_finalists()
         told = self.write()
-        self.say("\n" + "\n".join([*told.sentences(), *told.commands()]))
+        leaks = [self.leaks_told] if self.leaks else []
+        self.say("\n" + "\n".join([*told.sentences(), *leaks, *told.commands()]))
         self.say(f"Page: {self.directory / 'report.html'}")
 
     def check_candidates(self) -> None:
@@ -363,6 +371,9 @@ class Decision:
         """Note what a candidate took so far."""
         assert each.chosen is not None
         stages = RunFiles(self.pilots.run_directory(each.chosen.run)).summary["stages"]
+        if (leaks := int(stages["prepare"]["metrics"]["prepare/leaks"])) > self.leaks:
+            self.leaks = leaks
+            self.say(f"{each.title}: {self.leaks_told}")
         seconds = {name: float(own["cost"]["seconds"]) for name, own in stages.items() if own["cost"]}
         each.ask_seconds = seconds["evaluate"]
         each.train_seconds = sum(
@@ -513,7 +524,10 @@ class Decision:
             self.price, command=None if winner is None else self.pilots.command(winner.name),
             model=None if winner is None else self.model(winner),
         )  # fmt: skip
-        content = told.as_json() | {
+        own = told.as_json()
+        if self.leaks and own["sentences"]:
+            own["sentences"].append(self.leaks_told)
+        content = own | {
             "name": self.directory.name,
             "questions": {
                 "choosing": len(self.prompts) or None,

@@ -166,6 +166,16 @@ def test_a_pilot_that_is_slower_than_expected_lets_the_others_go_first(
     assert state_of(decisions.result) == {"base": "compared", "sft": "winner", "wrong": "worse"}
 
 
+def test_training_rows_that_ask_the_questions_are_told(tmp_path: Path) -> None:
+    decisions = Decisions(tmp_path)
+    rows = [{"prompt": f"Say {n}", "completion": "b" * 8} for n in range(48)]
+    hidden = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is 7?"}]
+    Chain(tmp_path).write("a.jsonl", [*rows, {"prompt": hidden, "completion": "a"}])
+    told = decisions.decide("decide.only=[base,sft]")
+    line = "Training rows that ask what the evaluation asks were left out: 2 (prepare/leaks)."
+    assert told.out.count(line) == 2 and decisions.result["sentences"][-1] == line
+
+
 def test_without_time_nothing_is_decided(tmp_path: Path) -> None:
     told = Decisions(tmp_path).decide("budget=1s", code=2)
     assert "no candidate could be trained in it" in told.err
