@@ -13,7 +13,7 @@ from rlhf.cli.api import compose
 from rlhf.cli.api import run as run_config
 
 JUDGE = """
-import os, pathlib, signal, threading
+import pathlib, threading
 
 def share(messages, responses):
     '''The share of a's. Stops the run once, or waits for a stop, if a file asks for it.'''
@@ -22,7 +22,7 @@ def share(messages, responses):
         threading.Event().wait(60)
     if pathlib.Path("interrupt").exists() and any("aaaa" in text for text in responses):
         pathlib.Path("interrupt").unlink()
-        os.kill(os.getpid(), signal.SIGINT)
+        raise KeyboardInterrupt
     return [text.count("a") / 8 for text in responses]
 """
 CANDIDATES = """
@@ -143,8 +143,7 @@ def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_pat
     decisions.decide()
     assert decisions.result["sentences"][0] == decided[0].result["sentences"][0]
     ended = [each["ended"] for each in decisions.result["pilots"]]
-    assert ended.count("done") == 7  # those of the fixture, none of them twice
-    assert {*ended} <= {"done", "stopped"}  # a late signal may interrupt what follows the pilot
+    assert sorted(ended) == [*["done"] * 7, "stopped"]
 
 
 def test_a_pilot_that_is_slower_than_expected_lets_the_others_go_first(
