@@ -85,12 +85,17 @@ only together:
 - lambda: GAE's lambda is mistaken for 1 - lambda, and the critic does not start from the reward model. So it
   knows nothing yet, and the advantages rely on it only.
 
+Every run with a fault also differs from the one without in four harmless keys (`HARMLESS`), the seed among
+them, because `bisect` has nothing to search for in a single difference. `harmless` is a run with these alone.
 Runs share unchanged artifacts in the store. Then `bisect` searches between the run without a fault and
-each run with one, and `ceiling` between the parts of each run with one. The last line printed is a JSON
-object: for each fault the planted keys, its stage if it is recorded, the keys that `bisect` found, the wrong
-ones among them, and what both commands wrote, with their minutes. A fault in how the run is evaluated is no
-difference between policies, so `bisect` is not asked. The exit code is 1 if `bisect` names a wrong key. With
-the embedded model it takes many hours on two cores; `--faults` chooses some.
+each run with one, and `ceiling` between the parts of each run with one. A fault in how the run is evaluated
+is no difference between policies, so `bisect` is not asked.
+
+results.json in the directory has for each fault the planted keys, its stage if it is recorded, the keys that
+`bisect` found, the wrong ones and the missing ones among them, the part that `ceiling` blames (the one that
+restores most), and what both commands wrote, with their minutes. It is written after each fault, so the same
+command continues, and others with other `--faults` add to it. The exit code is 1 if `bisect` names a wrong
+key. With the embedded model it takes many hours on two cores; `--faults` chooses some.
 """
 
 from __future__ import annotations
@@ -204,6 +209,11 @@ HEALTHY = [
     "evaluate.retention=[samples:retention_sentences, samples:retention_questions]", "gates=warn",
 ]  # fmt: skip
 """Values that `auto` gives for the demo; with own files `auto` gives others."""
+
+HARMLESS = [
+    "seed=1", "sft.optim.weight_decay=0.01", "reward.optim.weight_decay=0.01", "ppo.optim.weight_decay=0.01",
+]  # fmt: skip
+"""What every bad run differs in besides its fault."""
 
 Row = dict[str, Any]
 
@@ -377,6 +387,7 @@ def previews(rows: list[Row]) -> Iterator[Row]:
 
 FAULTS = {
     "none": Fault([]),
+    "harmless": Fault([]),
     "pairs": Fault(["reward.pairs=pairs.jsonl"], "pairs", swapped),
     "out_of_step": Fault(["sft.data=out_of_step.jsonl"], "instructions", out_of_step),
     "garbage": Fault(["sft.data=garbage.jsonl"], "instructions", shuffled),
@@ -460,20 +471,36 @@ def plant(fault: str, directory: Path) -> None:
 def find(fault: str, directory: Path, overrides: Iterable[str], budget: int) -> dict[str, Any]:
     """Run the chain with a fault, and let both commands search."""
     plant(fault, directory)
-    run(directory, f"run_name={fault}", *HEALTHY, *FAULTS[fault].overrides, *overrides)
+    harmless = [] if fault == "none" else HARMLESS
+    start = time.monotonic()
+    run(directory, f"run_name={fault}", *HEALTHY, *harmless, *FAULTS[fault].overrides, *overrides)
+    found: dict[str, Any] = {"minutes": minutes_since(start)}
     if fault == "none":
-        return {}
-    found: dict[str, Any] = {"planted": sorted(FAULTS[fault].keys), "stage": FAULTS[fault].stage}
-    commands = {"bisect": ["good=none", f"bad={fault}"]} if FAULTS[fault].keys else {}
-    for command, arguments in (commands | {"ceiling": [fault]}).items():
+        return found
+    found |= {"planted": sorted(FAULTS[fault].keys), "stage": FAULTS[fault].stage}
+    commands = {"bisect": ["good=none", f"bad={fault}"]}
+    if FAULTS[fault].overrides:
+        commands = (commands if FAULTS[fault].keys else {}) | {"ceiling": [fault]}
+    for command, arguments in commands.items():
         name = f"bisect-none-{fault}" if command == "bisect" else f"ceiling-{fault}"
         start, limit = time.monotonic(), [f"budget={budget}"] if command == "bisect" else []
         run(directory, command, *arguments, *limit)
         path = directory / "runs" / name / f"{command}.json"
         result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        found[command] = {**result, "minutes": round((time.monotonic() - start) / 60, 1)}
+        found[command] = {**result, "minutes": minutes_since(start)}
     causes = {key for cause in found.get("bisect", {}).get("causes", []) for key in cause}
-    return found | {"found": sorted(causes), "wrong": sorted(causes - FAULTS[fault].keys)}
+    best: dict[str, Any] = next(iter(found.get("ceiling", {}).get("parts", [])), {})
+    return found | {
+        "found": sorted(causes),
+        "wrong": sorted(causes - FAULTS[fault].keys),
+        "missing": sorted(FAULTS[fault].keys - causes),
+        "blamed": best["part"] if best.get("result") == "restores" else None,
+    }
+
+
+def minutes_since(start: float) -> float:
+    """Minutes since a reading of the clock."""
+    return round((time.monotonic() - start) / 60, 1)
 
 
 def run(directory: Path, *arguments: str) -> None:
@@ -484,7 +511,7 @@ def run(directory: Path, *arguments: str) -> None:
 
 
 def main() -> None:
-    """Run the faults one after the other and print the results as JSON."""
+    """Run the faults one after the other, and write the results as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -509,9 +536,15 @@ def main() -> None:
         "relevance": RELEVANCE,
     }.items():
         (given.directory / f"{name}.py").write_text(code, encoding="utf-8")
-    faults = dict.fromkeys(["none", *given.faults])
-    found = {fault: find(fault, given.directory, given.overrides, given.budget) for fault in faults}
-    print(json.dumps(found, indent=2))
+    path = given.directory / "results.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for fault in dict.fromkeys(["none", *given.faults]):
+        if fault not in found:
+            found[fault] = find(fault, given.directory, given.overrides, given.budget)
+            path.write_text(json.dumps(found, indent=2), encoding="utf-8")
+    keys = ("planted", "found", "wrong", "missing", "stage", "blamed")
+    for fault, each in found.items():
+        print(fault, json.dumps({key: each[key] for key in keys if key in each}))
     sys.exit(any(each.get("wrong") for each in found.values()))
 
 

@@ -102,8 +102,11 @@ class Chain:
 def run_main(directory: Path, arguments: Iterable[str], run_directory: Path) -> Outcome:
     """Call main() as the command line does. A crash (exit code 1) raises here, with its traceback.
 
-    What it imports from the directory is forgotten: another test's module may have the same name."""
-    out, err, code, before = io.StringIO(), io.StringIO(), 0, {*sys.modules}
+    A module of another test that has the name of one in this directory is forgotten first."""
+    for path in directory.glob("*.py"):
+        if getattr(sys.modules.get(path.stem), "__file__", None) not in (None, str(path)):
+            del sys.modules[path.stem]
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.chdir(directory),
@@ -119,11 +122,6 @@ def run_main(directory: Path, arguments: Iterable[str], run_directory: Path) -> 
         except SystemExit as end:
             assert isinstance(end.code, int)
             code = end.code
-        finally:
-            for name in {*sys.modules} - before:
-                file = getattr(sys.modules[name], "__file__", None)
-                if file is not None and Path(file).is_relative_to(directory):
-                    del sys.modules[name]
     return Outcome(code, out.getvalue(), err.getvalue(), run_directory)
 
 
