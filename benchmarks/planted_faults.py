@@ -109,6 +109,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -457,23 +458,25 @@ FAULTS = {
 }
 
 
-def plant(fault: str, directory: Path) -> None:
-    """Write the fault's file, if it has one."""
+def plant(fault: str, directory: Path, most: int | None) -> None:
+    """Write the fault's file, if it has one, from at most so many rows."""
     file, spoil = FAULTS[fault].file, FAULTS[fault].spoil
     if file is None or spoil is None:
         return
     with (DATA / f"{file}.jsonl").open(encoding="utf-8") as lines_of_rows:
-        rows = [json.loads(line) for line in lines_of_rows]
+        rows = [json.loads(line) for line in islice(lines_of_rows, most)]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in spoil(rows)]
     (directory / f"{fault}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def find(fault: str, directory: Path, overrides: Iterable[str], budget: int) -> dict[str, Any]:
+def find(
+    fault: str, directory: Path, overrides: Iterable[str], budget: int, most: int | None
+) -> dict[str, Any]:
     """Run the chain with a fault, and let both commands search."""
-    plant(fault, directory)
+    plant(fault, directory, most)
     harmless = [] if fault == "none" else HARMLESS
     start = time.monotonic()
-    run(directory, f"run_name={fault}", *HEALTHY, *harmless, *FAULTS[fault].overrides, *overrides)
+    run(directory, f"run_name={fault}", *HEALTHY, *overrides, *harmless, *FAULTS[fault].overrides)
     found: dict[str, Any] = {"minutes": minutes_since(start)}
     if fault == "none":
         return found
@@ -498,6 +501,11 @@ def find(fault: str, directory: Path, overrides: Iterable[str], budget: int) -> 
     }
 
 
+def results(path: Path) -> dict[str, dict[str, Any]]:
+    """Fault -> its results so far; another process may add to them."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def minutes_since(start: float) -> float:
     """Minutes since a reading of the clock."""
     return round((time.monotonic() - start) / 60, 1)
@@ -520,6 +528,7 @@ def main() -> None:
     )
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=[*FAULTS], help="none comes first")
     parser.add_argument("--overrides", nargs="*", default=[], help="keys of every run, such as ppo.steps=6")
+    parser.add_argument("--rows", type=int, help="most rows of a spoiled file")
     parser.add_argument("--budget", type=int, default=30, help="most trials of one bisection")
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
@@ -537,11 +546,11 @@ def main() -> None:
     }.items():
         (given.directory / f"{name}.py").write_text(code, encoding="utf-8")
     path = given.directory / "results.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for fault in dict.fromkeys(["none", *given.faults]):
-        if fault not in found:
-            found[fault] = find(fault, given.directory, given.overrides, given.budget)
-            path.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        if fault not in results(path):
+            own = {fault: find(fault, given.directory, given.overrides, given.budget, given.rows)}
+            path.write_text(json.dumps(results(path) | own, indent=2), encoding="utf-8")
+    found = results(path)
     keys = ("planted", "found", "wrong", "missing", "stage", "blamed")
     for fault, each in found.items():
         print(fault, json.dumps({key: each[key] for key in keys if key in each}))
