@@ -2,6 +2,7 @@
 
     python benchmarks/planted_decisions.py --directory planted --seeds 3
     python benchmarks/planted_decisions.py --directory planted --seeds 1 --cases form,notes
+    python benchmarks/planted_decisions.py --directory planted --seeds 1 --embedded --budget 20m
 
 Each decision is the command `python -m rlhf recipe=decide`, with data that are made for the case. What it
 tunes is a small language model, which `planted_world.py` pretrains once for each seed. It is asked at
@@ -22,6 +23,9 @@ temperature 0.7. A verifier judges its answers. The cases:
   answers. Refuse to run, or leave these rows out, and ship nothing.
 - hidden: the same, but each question is behind a system message, or is the second turn of a conversation.
 
+With `--embedded` the model is the one that is installed with rlhf, and the data of four cases (coin, notes,
+form, contaminated) are in English: `planted_english.py`.
+
 A decision is right only by its `decision.json`: the outcome, the winner, the states. For contaminated and
 hidden it is also right if the command ends with exit code 2 and an error that names sft.data or
 evaluate.prompts. "Cannot be told" is right where only shipping would be wrong; for nothing it is counted as
@@ -39,8 +43,9 @@ The table also has, for each decision:
   base model, so all its training grows with the share. The model is so small that a pilot's fixed time counts
   more than on a real one.
 
-`results.json` in the directory has the same figures and what every candidate came to. An earlier result of a
-case and seed is made anew. The exit code is 1 if a decision is wrong.
+`results.json` (with `--embedded`, `results-embedded.json`) in the directory has the same figures and what
+every candidate came to. An earlier result of a case and seed is made anew. The exit code is 1 if a decision
+is wrong.
 """
 
 from __future__ import annotations
@@ -57,6 +62,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+import planted_english as english
 from planted_world import (
     COLOURS,
     KNOWN,
@@ -92,6 +98,11 @@ GROUPS = (
     "ppo.score.missing_stop_penalty=0", "ppo.temperature=1.0", "evaluate.temperature=0.7",
 )  # fmt: skip
 """Keys of policy gradients on the small model."""
+
+EMBEDDED_COMMON = (
+    "recipe=decide", "device=cpu", "ppo.init=base", "dpo.init=base", "ppo.max_new_tokens=32",
+    "decide.requests=100",
+)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -361,6 +372,62 @@ CASES = {
 }  # fmt: skip
 
 
+def write_english_notes(directory: Path, seed: str) -> None:
+    """Facts of a corpus, and the demo's SFT rows."""
+    facts = english.captains(seed)
+    save(directory / "corpus.jsonl", [{"text": english.passage(each)} for each in facts])
+    save(directory / "sft.jsonl", english.samples("instructions"))
+    save(directory / "asked.jsonl", facts)
+
+
+def write_english_form(directory: Path, seed: str) -> None:
+    """SFT teaches the form that is wanted."""
+    asked = english.asked(seed)
+    save(directory / "sft.jsonl", english.in_form(asked))
+    save(directory / "asked.jsonl", asked)
+
+
+def write_english_coin(directory: Path, seed: str) -> None:
+    """Pairs without a meaning."""
+    asked = english.asked(seed)
+    save(directory / "pairs.jsonl", english.tossed(asked, seed))
+    save(directory / "asked.jsonl", asked)
+
+
+def write_english_contaminated(directory: Path, seed: str) -> None:
+    """SFT rows with the evaluation questions, twice each."""
+    facts = english.captains(seed)
+    taught = [{"prompt": each["prompt"], "completion": f"It is {each['answer']}."} for each in facts]
+    save(directory / "sft.jsonl", [*english.samples("instructions"), *taught])
+    save(directory / "asked.jsonl", facts)
+
+
+BY_REFERENCE = ("evaluate.reference=answer", "evaluate.quality=answer_found")
+EMBEDDED = {
+    "coin": Case(
+        CASES["coin"].right, write_english_coin, ["reward.pairs=pairs.jsonl", "evaluate.gold=vader"],
+        ["base", "dpo", "dpo_fast"], does_not_ship, FAST,
+    ),
+    "notes": Case(
+        CASES["notes"].right, write_english_notes,
+        ["sft.data=sft.jsonl", "evaluate.corpus=corpus.jsonl", *BY_REFERENCE],
+        ["base", "few_shot", "retrieval", "sft", "sft_lora", "sft_retrieval"], looks_up,
+    ),
+    "form": Case(
+        CASES["form"].right, write_english_form,
+        ["sft.data=sft.jsonl",
+         f"evaluate.gold={{source: verify:regex, args: {{pattern: '{english.FORM_PATTERN}'}}}}"],
+        ["base", "few_shot", "sft", "sft_lora", "sft_prefix", "sft_prompt"],
+        ships("sft", "sft_lora", "sft_prefix", "sft_prompt"),
+    ),
+    "contaminated": Case(
+        CASES["contaminated"].right, write_english_contaminated, ["sft.data=sft.jsonl", *BY_REFERENCE],
+        ["base", "few_shot", "sft", "sft_lora"], does_not_ship, may_refuse=True,
+    ),
+}  # fmt: skip
+"""Cases on the embedded model."""
+
+
 def grid_seconds(decision: Decision) -> float:
     """Seconds to train all candidates to their full length and to ask them all questions, estimated."""
     done = [each for each in decision["pilots"] if each["ended"] == "done"]
@@ -413,16 +480,19 @@ def summary(case: Case, decision: Decision | None, code: int, seconds: float, lo
     }
 
 
-def decide(name: str, directory: Path, seed: int, budget: str) -> Row:
+def decide(name: str, directory: Path, seed: int, budget: str, *, embedded: bool) -> Row:
     """Make a case's data for a seed, and decide."""
-    case, model = CASES[name], pretrained(directory, seed)
-    place = directory / f"{name}-{seed}"
+    case = (EMBEDDED if embedded else CASES)[name]
+    common = [*EMBEDDED_COMMON]
+    if not embedded:
+        common = [*COMMON, f"model.path={pretrained(directory, seed).resolve()}"]
+    place = directory / f"{name}{'-embedded' * embedded}-{seed}"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     case.write(place, f"{name} {seed}")
     (place / "candidates.yaml").write_text(case.candidates or "# @package _global_\n{}\n", encoding="utf-8")
     arguments = [
-        *COMMON, f"model.path={model.resolve()}", f"seed={seed}", f"budget={budget}", "run_name=choice",
+        *common, f"seed={seed}", f"budget={budget}", "run_name=choice",
         *case.keys, "+experiment=candidates.yaml", f"decide.only=[{','.join(case.only)}]",
     ]  # fmt: skip
     start = time.monotonic()
@@ -459,19 +529,22 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, required=True, help="for the models, the data and the runs")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--cases", default=",".join(CASES), help="names with commas between them")
+    parser.add_argument("--cases", help="names with commas between them; all, if none is given")
     parser.add_argument("--budget", default="3m", help="of each decision")
+    parser.add_argument("--embedded", action="store_true", help="on the model that is installed with rlhf")
     given = parser.parse_args()
-    if unknown := {*given.cases.split(",")} - {*CASES}:
-        parser.error(f"--cases: there is no {', '.join(sorted(unknown))}. There are {', '.join(CASES)}.")
+    cases = EMBEDDED if given.embedded else CASES
+    names = given.cases.split(",") if given.cases else [*cases]
+    if unknown := {*names} - {*cases}:
+        parser.error(f"--cases: there is no {', '.join(sorted(unknown))}. There are {', '.join(cases)}.")
     given.directory.mkdir(parents=True, exist_ok=True)
-    path = given.directory / "results.json"
+    path = given.directory / f"results{'-embedded' * given.embedded}.json"
     results: dict[str, dict[str, Row]] = (
         json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     )
     for seed in range(given.first, given.first + given.seeds):
-        for name in given.cases.split(","):
-            found = decide(name, given.directory, seed, given.budget)
+        for name in names:
+            found = decide(name, given.directory, seed, given.budget, embedded=given.embedded)
             results.setdefault(name, {})[str(seed)] = found
             print(
                 f"{name}, seed {seed}: {'right' if found['right'] else 'WRONG'}, {found['came']}", flush=True

@@ -441,7 +441,7 @@ FAULTS = {
     "text_order": Fault(["reward.pairs=text_order.jsonl"], "pairs", in_text_order, stage="reward"),
     "preview": Fault(["reward.pairs=preview.jsonl"], "pairs", previews, stage="reward"),
     "cluster": Fault(["reward.batch_pairs=128", "reward.optim.warmup_steps=100"], stage="reward"),
-    "system_prompt": Fault(["model.chat_template=system.jinja", "reward.max_tokens=64"], stage="reward"),
+    "system_prompt": Fault(["model.chat_template=system.jinja", "reward.max_tokens=66"], stage="reward"),
     "relevance": Fault(
         [
             "reward.pairs={stage: generate}",

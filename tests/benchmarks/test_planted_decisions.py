@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import planted_decisions
 import pytest
-from planted_decisions import CASES, grid_seconds, summary, table
+from planted_decisions import CASES, EMBEDDED, Case, grid_seconds, summary, table
 
 
 def candidate(name: str, state: str, **more: Any) -> dict[str, Any]:
@@ -129,8 +130,9 @@ def test_the_table_says_what_was_wrong() -> None:
     assert line.startswith("| form | ship SFT | ship: sft; **wrong:** no training: base | 61, 7 | 1, 1 | ")
 
 
-def test_every_case_writes_the_same_data_again(tmp_path: Path) -> None:
-    for name, case in CASES.items():
+@pytest.mark.parametrize("cases", [CASES, EMBEDDED])
+def test_every_case_writes_the_same_data_again(cases: Mapping[str, Case], tmp_path: Path) -> None:
+    for name, case in cases.items():
         contents = []
         for place in (tmp_path / name / "once", tmp_path / name / "again"):
             place.mkdir(parents=True)
@@ -139,12 +141,13 @@ def test_every_case_writes_the_same_data_again(tmp_path: Path) -> None:
         assert contents[0] == contents[1] and "asked.jsonl" in contents[0]
 
 
-def test_who_is_asked_has_not_been_taught(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", [CASES, EMBEDDED])
+def test_who_is_asked_has_not_been_taught(cases: Mapping[str, Case], tmp_path: Path) -> None:
     """Except where that is the planted fault."""
-    for name in sorted({*CASES} - {"contaminated", "hidden"}):
+    for name in sorted({*cases} - {"contaminated", "hidden"}):
         place = tmp_path / name
         place.mkdir()
-        CASES[name].write(place, f"{name} 0")
+        cases[name].write(place, f"{name} 0")
         asked = (place / "asked.jsonl").read_text()
         prompts = {line.split('"')[3] for line in asked.splitlines()}
         for path in place.glob("*.jsonl"):
