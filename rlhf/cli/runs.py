@@ -148,15 +148,24 @@ def find_run(root: Path, name: str) -> Path:
         raise ConfigError(
             f"run_name={name} is a sweep of {len(trials)} trials. Name one of them, such as {trials[0]}."
         )
-    if name and name not in names and (root / name / "decision.json").is_file():
+    if name and name not in names:
+        raise no_such_run(root, name, names)
+    return root / (name or names[0])
+
+
+def no_such_run(root: Path, name: str, names: Sequence[str]) -> ConfigError:
+    """The error for a name that no run has.
+
+    Args:
+        names: those of the runs.
+    """
+    if (root / name / "decision.json").is_file():
         pilots = [each for each in names if each.startswith(f"{name}-")]
-        raise ConfigError(
+        return ConfigError(
             f"run_name={name} is a decision: see {root / name / 'report.html'}. Its pilots are runs: name "
             f"one of them, such as {next(iter(pilots), name)}."
         )
-    if name and name not in names:
-        raise ConfigError(f"run_name={name}: there is no such run in {root}.{did_you_mean(name, names)}")
-    return root / (name or names[0])
+    return ConfigError(f"run_name={name}: there is no such run in {root}.{did_you_mean(name, names)}")
 
 
 def status(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from rlhf.cli.command import read
-from rlhf.cli.runs import RunState, runs_in, state_of, sweep_of
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.cli.runs import RunState, no_such_run, runs_in, state_of, sweep_of
+from rlhf.config import ConfigError
 from rlhf.exit_codes import DONE
 from rlhf.report.page.collect import read_run
 from rlhf.report.page.write import Live, RunLine, list_page, run_page
@@ -101,7 +101,7 @@ def shown_path(root: Path, name: str) -> Path:
         return runs[0] if sweep is None else root / sweep
     names = [*(path.name for path in runs), *(sweep for path in runs if (sweep := sweep_of(path)))]
     if name not in names:
-        raise ConfigError(f"run_name={name}: there is no such run in {root}.{did_you_mean(name, names)}")
+        raise no_such_run(root, name, names)
     return root / name
 
 

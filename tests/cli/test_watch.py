@@ -129,6 +129,13 @@ def test_mistakes(root: Path, arguments: list[str], complaint: str) -> None:
     assert complaint.format(root=root) in str(caught.value)
 
 
+def test_a_decision_has_a_page_already(root: Path) -> None:
+    (root / "choice").mkdir()
+    (root / "choice" / "decision.json").write_text("{}")
+    with pytest.raises(ConfigError, match="run_name=choice is a decision: see .*choice/report.html"):
+        watch([f"runs_dir={root}", "run_name=choice"], DEFAULTS)
+
+
 def test_a_port_that_is_taken(root: Path, port: int) -> None:
     with pytest.raises(ConfigError, match=f"port={port}: it cannot be used .* Use another, or port=0"):
         watch([f"runs_dir={root}", f"port={port}"], DEFAULTS)
