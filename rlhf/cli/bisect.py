@@ -123,6 +123,8 @@ class Bisection:
     """What has been tried."""
     scored: dict[tuple[Part, int, int], Scores | NoScoresError] = field(default_factory=dict)
     """Differences, number of prompts and what is added to the seed -> scores, or why there are none."""
+    refused: dict[Part, str] = field(default_factory=dict)
+    """Why the keys of a part do not fit together; empty if they do."""
     made: set[Made] = field(default_factory=set)
     """What is in the store."""
     first_level: int = 0
@@ -192,12 +194,23 @@ class Bisection:
         return sum(seconds for stage, seconds in self.stages(part, prompts, seed) if stage not in made)
 
     def cannot_run(self, part: Part) -> str:
-        """Why a trial cannot be run, if it needs what is gone; else empty."""
+        """Why a trial cannot be run: it needs what is gone, or its keys do not fit together; else empty."""
         for each in self.differences.values():
             if each.lost and (each.lost == "bad") == (each.name in part):
                 run = self.bad if each.lost == "bad" else self.good
                 return f"cannot run: what {each.name} named in {run.name} is gone"
-        return ""
+        if part not in self.refused:
+            self.refused[part] = ""
+            try:
+                build_experiment(self.config(part))
+            except ConfigError as error:
+                self.refused[part] = f"cannot run: {' '.join(str(error).split())}"
+        return self.refused[part]
+
+    def config(self, part: Part, **evaluation: Any) -> dict[str, Any]:
+        """The good run's config with some differences put in, and with these keys of its evaluation."""
+        chosen = (each for each in self.differences.values() if each.name in part)
+        return with_differences(self.good.config(**evaluation), chosen)
 
     def known(self, part: Part) -> Answer | None:
         """What is known of a part without a trial."""
@@ -325,8 +338,7 @@ class Bisection:
         if why := self.cannot_run(part):
             raise NoScoresError(why)
         own = {} if prompts == self.good.prompts else {"num_prompts": prompts}
-        chosen = (each for each in self.differences.values() if each.name in part)
-        config = with_differences(self.good.config(**own), chosen)
+        config = self.config(part, **own)
         config["seed"] += seed
         more = [f"{prompts} prompts"] * bool(own) + [f"seed {config['seed']}"] * bool(seed)
         seconds = self.seconds(part, prompts, seed, self.made)

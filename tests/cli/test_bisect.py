@@ -220,6 +220,7 @@ def test_two_keys_that_are_bad_only_together_are_one_cause(runs: Runs) -> None:
     assert "Cause: sft.replay (null -> b.jsonl) and sft.replay_fraction (0.0 -> 0.9)." in told.out
     alone = next(each for each in result["trials"] if each["put_in"] == ["sft.replay_fraction"])
     assert (alone["answer"], alone["gain"]) == ("cannot tell", None) and "cannot run: " in alone["why"]
+    assert told.out.count("Trial ") == len(runs.trials("bisect-good-replay"))  # what cannot run costs none
 
 
 def test_a_judge_that_was_trained_stays_the_good_runs_judge(runs: Runs) -> None:
