@@ -109,7 +109,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -464,7 +463,9 @@ def plant(fault: str, directory: Path, most: int | None) -> None:
     if file is None or spoil is None:
         return
     with (DATA / f"{file}.jsonl").open(encoding="utf-8") as lines_of_rows:
-        rows = [json.loads(line) for line in islice(lines_of_rows, most)]
+        rows = [json.loads(line) for line in lines_of_rows]
+    if most is not None and most < len(rows):
+        rows = random.Random(0).sample(rows, most)  # the first ones have no prompt that is held out
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in spoil(rows)]
     (directory / f"{fault}.jsonl").write_text("".join(lines), encoding="utf-8")
 
