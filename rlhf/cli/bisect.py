@@ -14,7 +14,7 @@ from rlhf.bisect.scores import NoScoresError, Scores, Verdict, compare, differen
 from rlhf.bisect.search import Answer, Found, Part, plan, search
 from rlhf.cli.command import read
 from rlhf.cli.runs import state_of
-from rlhf.cli.trials import Finished, Judged, Trials, is_true, judged_run, named_run
+from rlhf.cli.trials import Finished, Judged, NotTriedError, Trials, is_true, judged_run, named_run
 from rlhf.config import Complaint, ConfigError
 from rlhf.digests import Recipe
 from rlhf.evaluation.sampled import Sampled
@@ -123,6 +123,8 @@ class Bisection:
     """What has been tried."""
     scored: dict[tuple[Part, int, int], Scores | NoScoresError] = field(default_factory=dict)
     """Differences, number of prompts and what is added to the seed -> scores, or why there are none."""
+    not_tried: set[Part] = field(default_factory=set)
+    """What was asked for when the budget was spent."""
     refused: dict[Part, str] = field(default_factory=dict)
     """Why the keys of a part do not fit together; empty if they do."""
     made: set[Made] = field(default_factory=set)
@@ -301,8 +303,11 @@ class Bisection:
         except NoScoresError as error:
             if verdict.gain is None:
                 verdict = Verdict(Answer.UNKNOWN, why=str(error))
+                if isinstance(error, NotTriedError):
+                    self.not_tried.add(part)
         self.answers[part] = verdict
-        self.trials.console.print(f"  {verdict.answer.value}: {self.in_words(part)}: {verdict.words}")
+        if part not in self.not_tried:
+            self.trials.console.print(f"  {verdict.answer.value}: {self.in_words(part)}: {verdict.words}")
         return verdict
 
     def pooled(self, part: Part, level: Level) -> list[Scores]:
@@ -351,7 +356,8 @@ class Bisection:
     def end(self, found: Found | None, lines: Sequence[str]) -> int:
         """Print and write the result. Gives the exit code."""
         is_found = found is not None and found.without is Answer.GOOD
-        rows = [[self.in_words(part), each.answer.value, each.words] for part, each in self.answers.items()]
+        tried = {part: each for part, each in self.answers.items() if part not in self.not_tried}
+        rows = [[self.in_words(part), each.answer.value, each.words] for part, each in tried.items()]
         table = Cells(["trial", "", f"{self.good.words} minus that of {self.good.name}"], rows)
         content = {
             "good": str(self.good.files.directory),
@@ -359,7 +365,7 @@ class Bisection:
             "found": is_found,
             "causes": [sorted(cause) for cause in found.causes] if found else [],
             "differences": {each.name: each.words for each in self.differences.values()},
-            "trials": [{"put_in": sorted(part)} | each.as_json() for part, each in self.answers.items()],
+            "trials": [{"put_in": sorted(part)} | each.as_json() for part, each in tried.items()],
         }
         self.trials.write(f"{self.bad.name} against {self.good.name}", lines, table, content)
         return DONE if is_found else NOT_FOUND

@@ -227,6 +227,10 @@ def judged_run(key: str, word: str, runs_dir: Path) -> Judged:
     raise ConfigError(Complaint(f"{key}{word}", "no score of it can judge its policies.", fix))
 
 
+class NotTriedError(NoScoresError):
+    """The budget is spent."""
+
+
 class Trials:
     """The trials of one command, counted in the order in which they are asked for."""
 
@@ -251,12 +255,13 @@ class Trials:
             policy: the policy that is judged; by default the subject.
 
         Raises:
-            NoScoresError: the budget is spent, or the config cannot run.
+            NotTriedError: the budget is spent.
+            NoScoresError: the config cannot run.
             ConfigError: the disk is full.
             KeyboardInterrupt: the run was interrupted.
         """
         if self.number == self.budget:
-            raise NoScoresError(f"not tried: budget={self.budget} is spent")
+            raise NotTriedError(f"not tried: budget={self.budget} is spent")
         self.number += 1
         name = f"{self.name}-{self.number:02d}"
         self.console.print(

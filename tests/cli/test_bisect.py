@@ -194,6 +194,7 @@ def test_runs_that_cannot_be_told_apart_get_more_prompts_and_seeds_and_end_with_
 def test_a_spent_budget_is_said_and_a_larger_one_continues(runs: Runs) -> None:
     told = runs.say("bisect", "good=good", "bad=bad", "budget=1", code=3)
     assert "budget=1 is spent" in told.out and len(runs.trials("bisect-good-bad")) == 1
+    assert len(runs.result("bisect-good-bad")["trials"]) == 1 and "cannot tell: " not in told.out
     before = runs.made()
     runs.say("bisect", "good=good", "bad=bad")
     assert before.items() <= runs.made().items()

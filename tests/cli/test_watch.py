@@ -132,7 +132,7 @@ def test_mistakes(root: Path, arguments: list[str], complaint: str) -> None:
 def test_a_decision_has_a_page_already(root: Path) -> None:
     (root / "choice").mkdir()
     (root / "choice" / "decision.json").write_text("{}")
-    with pytest.raises(ConfigError, match="run_name=choice is a decision: see .*choice/report.html"):
+    with pytest.raises(ConfigError, match=r"run_name=choice is a decision: see .*choice/report\.html"):
         watch([f"runs_dir={root}", "run_name=choice"], DEFAULTS)
 
 
