@@ -92,7 +92,8 @@ each run with one, and `ceiling` between the parts of each run with one. A fault
 is no difference between policies, so `bisect` is not asked.
 
 results.json in the directory has for each fault the planted keys, its stage if it is recorded, the keys that
-`bisect` found, the wrong ones and the missing ones among them, the part that `ceiling` blames (the one that
+`bisect` found, the wrong ones among them (without those of which it says that it cannot tell whether they
+are needed), the planted ones that it did not name, the part that `ceiling` blames (the one that
 restores most), and what both commands wrote, with their minutes. It is written after each fault, so the same
 command continues, and others with other `--faults` add to it. The exit code is 1 if `bisect` names a wrong
 key. With the embedded model it takes many hours on two cores; `--faults` chooses some.
@@ -493,10 +494,11 @@ def find(
         result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         found[command] = {**result, "minutes": minutes_since(start)}
     causes = {key for cause in found.get("bisect", {}).get("causes", []) for key in cause}
+    unsure = {*found.get("bisect", {}).get("unsure", [])}
     best: dict[str, Any] = next(iter(found.get("ceiling", {}).get("parts", [])), {})
     return found | {
         "found": sorted(causes),
-        "wrong": sorted(causes - FAULTS[fault].keys),
+        "wrong": sorted(causes - unsure - FAULTS[fault].keys),
         "missing": sorted(FAULTS[fault].keys - causes),
         "blamed": best["part"] if best.get("result") == "restores" else None,
     }

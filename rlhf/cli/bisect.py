@@ -364,6 +364,7 @@ class Bisection:
             "bad": str(self.bad.files.directory),
             "found": is_found,
             "causes": [sorted(cause) for cause in found.causes] if found else [],
+            "unsure": sorted(name for cause in found.causes for name in self.unsure(cause)) if found else [],
             "differences": {each.name: each.words for each in self.differences.values()},
             "trials": [{"put_in": sorted(part)} | each.as_json() for part, each in tried.items()],
         }
@@ -393,8 +394,14 @@ class Bisection:
         words = " and ".join(f"{name} ({self.differences[name].words})" for name in sorted(cause))
         alone = self.answers[cause].words if cause in self.answers else f"that is {self.bad.name}"
         yield f"Cause: {words}. Put in alone, it breaks the good run: {alone}."
-        for name in sorted(cause) if len(cause) > 1 else ():
-            rest = self.answers.get(cause - {name})
-            if rest is None or rest.answer is not Answer.GOOD:
-                why = "not tried" if rest is None else rest.words.rstrip(".")
-                yield f"Whether it takes {name} for that cannot be told. Without it: {why}."
+        for name, why in self.unsure(cause).items():
+            yield f"Whether it takes {name} for that cannot be told. Without it: {why}."
+
+    def unsure(self, cause: Part) -> dict[str, str]:
+        """The members of a cause of which it cannot be told whether they are needed, each with the reason."""
+        rests = {name: self.answers.get(cause - {name}) for name in sorted(cause) if len(cause) > 1}
+        return {
+            name: "not tried" if rest is None else rest.words.rstrip(".")
+            for name, rest in rests.items()
+            if rest is None or rest.answer is not Answer.GOOD
+        }

@@ -195,6 +195,7 @@ def test_a_spent_budget_is_said_and_a_larger_one_continues(runs: Runs) -> None:
     told = runs.say("bisect", "good=good", "bad=bad", "budget=1", code=3)
     assert "budget=1 is spent" in told.out and len(runs.trials("bisect-good-bad")) == 1
     assert len(runs.result("bisect-good-bad")["trials"]) == 1 and "cannot tell: " not in told.out
+    assert "sft.turns" in runs.result("bisect-good-bad")["unsure"]
     before = runs.made()
     runs.say("bisect", "good=good", "bad=bad")
     assert before.items() <= runs.made().items()
@@ -218,6 +219,7 @@ def test_two_keys_that_are_bad_only_together_are_one_cause(runs: Runs) -> None:
     told = runs.say("bisect", "good=good", "bad=replay")
     result = runs.result("bisect-good-replay")
     assert result["causes"] == [["sft.replay", "sft.replay_fraction"]]
+    assert result["unsure"] == ["sft.replay"]  # without it the other key is refused
     assert "Cause: sft.replay (null -> b.jsonl) and sft.replay_fraction (0.0 -> 0.9)." in told.out
     alone = next(each for each in result["trials"] if each["put_in"] == ["sft.replay_fraction"])
     assert (alone["answer"], alone["gain"]) == ("cannot tell", None) and "cannot run: " in alone["why"]
