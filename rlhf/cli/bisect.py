@@ -35,6 +35,8 @@ Exit codes: 0 the cause was found, 3 it was not, 2 the runs cannot be compared.
 """
 PROMPTS_FACTOR = 4
 """How many times as many prompts a trial gets that cannot be told. Four times halve the interval."""
+MIN_FACTOR = 2
+"""With fewer further prompts, all runs would answer again for an interval that is hardly narrower."""
 MAX_SEEDS = 3
 """Largest number of seeds of one trial. Each is a training run of its own."""
 NOT_APART = (
@@ -164,7 +166,7 @@ class Bisection:
     def levels(self) -> list[Level]:
         """More prompts each time, then more seeds."""
         sizes, available = [self.good.prompts], len(self.good.rows())
-        while sizes[-1] < available:
+        while sizes[-1] * MIN_FACTOR <= available:
             sizes.append(min(available, sizes[-1] * PROMPTS_FACTOR))
         return [Level(size, 1) for size in sizes] + [Level(sizes[-1], n) for n in range(2, MAX_SEEDS + 1)]
 

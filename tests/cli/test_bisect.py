@@ -180,6 +180,14 @@ def test_what_cannot_be_told_gets_more_prompts(runs: Runs) -> None:
     assert runs.result("bisect-few-few_bad")["causes"] == [["sft.data"]]
 
 
+def test_a_few_more_prompts_are_not_worth_another_answer_of_all(runs: Runs) -> None:
+    most = "evaluate.num_prompts=20"
+    runs.run("most", most)
+    runs.run("like", most, "sft.optim.weight_decay=1e-9")
+    told = runs.say("bisect", "good=most", "bad=like", code=3)
+    assert "24 prompts" not in told.out and ", seed 2. " in told.out
+
+
 def test_runs_that_cannot_be_told_apart_get_more_prompts_and_seeds_and_end_with_3(runs: Runs) -> None:
     runs.run("same", "sft.optim.weight_decay=1e-9")
     told = runs.say("bisect", "good=good", "bad=same", code=3)
