@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.bisect.differences import Difference, Side, differences, downstream, with_differences
-from rlhf.bisect.scores import NoScoresError, Scores, Verdict, compare, difference, in_words
+from rlhf.bisect.scores import MIN_PROMPTS, NoScoresError, Scores, Verdict, compare, difference, in_words
 from rlhf.bisect.search import Answer, Found, Part, plan, search
 from rlhf.cli.command import read
 from rlhf.cli.runs import state_of
@@ -166,7 +166,7 @@ class Bisection:
     def levels(self) -> list[Level]:
         """More prompts each time, then more seeds."""
         sizes, available = [self.good.prompts], len(self.good.rows())
-        while sizes[-1] * MIN_FACTOR <= available:
+        while sizes[-1] < available and (sizes[-1] < MIN_PROMPTS or sizes[-1] * MIN_FACTOR <= available):
             sizes.append(min(available, sizes[-1] * PROMPTS_FACTOR))
         return [Level(size, 1) for size in sizes] + [Level(sizes[-1], n) for n in range(2, MAX_SEEDS + 1)]
 

@@ -188,6 +188,16 @@ def test_a_few_more_prompts_are_not_worth_another_answer_of_all(runs: Runs) -> N
     assert "24 prompts" not in told.out and ", seed 2. " in told.out
 
 
+def test_too_few_prompts_to_tell_anything_get_all_that_there_are(runs: Runs) -> None:
+    rows = [{"prompt": f"Which is {n}?"} for n in range(10)]
+    Chain(runs.directory).write("ten.jsonl", rows)
+    six = ("evaluate.prompts=ten.jsonl", "evaluate.num_prompts=6")
+    runs.run("six", *six)
+    runs.run("six_bad", *six, "sft.data=b.jsonl")
+    told = runs.say("bisect", "good=six", "bad=six_bad")
+    assert ", 10 prompts. " in told.out and runs.result("bisect-six-six_bad")["causes"] == [["sft.data"]]
+
+
 def test_runs_that_cannot_be_told_apart_get_more_prompts_and_seeds_and_end_with_3(runs: Runs) -> None:
     runs.run("same", "sft.optim.weight_decay=1e-9")
     told = runs.say("bisect", "good=good", "bad=same", code=3)
