@@ -190,7 +190,8 @@ class Bisection:
             sides = (self.bad, self.good) if is_changed else (self.good, self.bad)
             seconds = next(filter(None, (side.seconds(stage) for side in sides)), 0.0)
             is_evaluation = stage == self.good.evaluation
-            factor = prompts / self.good.prompts if is_evaluation else 1.0
+            asked = prompts / self.good.prompts / len(self.good.section.policies)  # a trial asks one policy
+            factor = asked if is_evaluation else 1.0
             yield (stage, own, seed, prompts if is_evaluation else 0), factor * seconds
 
     def seconds(self, part: Part, prompts: int, seed: int, made: Set[Made]) -> float:

@@ -111,10 +111,7 @@ def of_start(base: Judged) -> Iterator[Replacement]:
 
 def of_best_of_n(base: Judged, reward: Any) -> Replacement:
     """The policy gradient, replaced by the best of several answers of its start."""
-    if base.section.start not in base.section.policies:
-        return Replacement("policy gradient", f"{base.evaluation}.policies lacks {base.section.start}", None)
-    policies = sorted({*base.section.policies, BEST_OF_N})
-    config = base.config(policies=policies, reward=reward)
+    config = base.config(BEST_OF_N, reward=reward)
     by = f"the best of {base.section.best_of} answers by the same reward"
     return Replacement("policy gradient", by, config, frozenset([base.evaluation]), BEST_OF_N)
 
@@ -165,8 +162,9 @@ def with_key(base: Judged, key: str, value: Any) -> tuple[dict[str, Any], frozen
 def seconds_of(base: Judged, each: Replacement) -> float:
     """Roughly how long a trial takes, by the run's own times."""
     changed = downstream(each.touches, base.experiment.stages)
-    factor = base.section.best_of if each.policy else 1
-    return factor * sum(base.seconds(name) or 0.0 for name in base.experiment.needed() if name in changed)
+    seconds = {name: base.seconds(name) or 0.0 for name in base.experiment.needed() if name in changed}
+    of_one = seconds.pop(base.evaluation, 0.0) / len(base.section.policies)
+    return sum(seconds.values()) + of_one * (base.section.best_of if each.policy else 1)
 
 
 def run_all(base: Judged, trials: Trials) -> int:

@@ -147,12 +147,14 @@ class Judged(Finished):
         artifacts = (directory or self.files.directory) / "artifacts"
         return read_scores(artifacts / self.evaluation / "responses.jsonl", policy or self.subject, self.kind)
 
-    def config(self, **changes: Any) -> dict[str, Any]:
-        """Its config, up to its evaluation: gates only warn, and reward models that judge are the run's own,
-        whatever they were made from.
+    def config(self, policy: str = "", **changes: Any) -> dict[str, Any]:
+        """Its config, up to its evaluation, which asks one policy only and checks no gates: a trial needs
+        the scores of this one. Other gates only warn. Reward models that judge are the run's own, whatever
+        they were made from.
 
         Args:
-            changes: keys of the evaluation, with their values.
+            policy: by default the subject.
+            changes: other keys of the evaluation, with their values.
         """
         config = copy.deepcopy(dict(self.experiment.resolved))
         config |= {"stage": [self.evaluation], "gates": "warn", "why": False, "force": []}
@@ -163,6 +165,9 @@ class Judged(Finished):
             path = (self.files.directory / "artifacts" / judge).resolve()
             source = judge.replace("reward", "learned", 1)
             section[self.kind] = replaced(config[self.evaluation][self.kind], source, f"model:{path}")
+        asked = policy or self.subject
+        section.update(policies=[asked], subject=asked, num_references=0, lm_eval=[])
+        section["gates"] = dict.fromkeys(self.section.gates)
         section.update(changes)
         return config
 
