@@ -1,15 +1,16 @@
-"""Delta debugging: the smallest sets of differences that make a good run bad.
+"""The smallest sets of differences that make a good run bad, with few trials.
 
 Sources: Zeller and Hildebrandt 2002, "Simplifying and isolating failure-inducing input", IEEE Transactions on
-Software Engineering 28(2), figure 5; groups before their members as in Misherghi and Su 2006, "HDD:
-hierarchical delta debugging", ICSE.
+Software Engineering 28(2): delta debugging. Junker 2004, "QuickXplain: preferred explanations and relaxations
+for over-constrained problems", AAAI, algorithm 1: the order of the trials. Where k of n differences do harm
+only together, it takes in the order of k log(n / k) trials, and ddmin of Zeller and Hildebrandt k squared.
+Misherghi and Su 2006, "HDD: hierarchical delta debugging", ICSE: groups before their members.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from itertools import pairwise
 from typing import NamedTuple
 
 Part = frozenset[str]
@@ -50,41 +51,48 @@ def search(groups: Sequence[Sequence[str]], test: Test) -> Found:
     rest = [[*group] for group in groups]
     without = Answer.BAD
     while without is Answer.BAD and any(rest):
-        stages = smallest([frozenset(group) for group in rest if group], test)
+        stages = union(harmful([frozenset(group) for group in rest if group], test))
         names = [name for group in rest for name in group if name in stages]
         cause = smallest([frozenset([name]) for name in names], test)
         causes.append(cause)
         rest = [[name for name in group if name not in cause] for group in rest]
-        left = frozenset(name for group in rest for name in group)
+        left = union(map(frozenset, rest))
         without = test(left) if left else Answer.GOOD
     return Found(causes, without)
 
 
 def smallest(units: Sequence[Part], test: Test) -> Part:
-    """The algorithm ddmin: some of the units that together are bad, of which none can be left out. All of
-    them together are known to be bad.
+    """Some of the units that together are bad, of which none can be left out. All of them together are known
+    to be bad."""
+    needed = harmful(units, test)
+    for unit in needed if len(needed) > 1 else ():
+        # if one difference hides the harm of another, QuickXplain may keep what is not needed
+        rest = [each for each in needed if each != unit]
+        if rest and test(union(rest)) is Answer.BAD:
+            needed = rest
+    return union(needed)
+
+
+def harmful(
+    units: Sequence[Part], test: Test, background: Sequence[Part] = (), *, is_new: bool = False
+) -> list[Part]:
+    """The algorithm QuickXplain: few of the units that together with the background are bad. All of them
+    together with the background are known to be bad.
 
     An unknown answer counts as not bad, so the result may be larger than necessary, but is never wrong.
+
+    Args:
+        is_new: whether the background has grown, so that it may be bad without any of the units.
     """
-    num_pieces = 2
-    while len(units) > 1:
-        pieces = pieces_of(units, min(num_pieces, len(units)))
-        rests = [[unit for unit in units if unit not in piece] for piece in pieces]
-        if (bad := next((each for each in pieces if test(union(each)) is Answer.BAD), None)) is not None:
-            units, num_pieces = bad, 2
-        elif (bad := next((each for each in rests if test(union(each)) is Answer.BAD), None)) is not None:
-            units, num_pieces = bad, max(2, len(pieces) - 1)
-        elif len(pieces) < len(units):
-            num_pieces = 2 * len(pieces)
-        else:
-            break
-    return union(units)
-
-
-def pieces_of(units: Sequence[Part], number: int) -> list[Sequence[Part]]:
-    """The units in this many pieces of nearly the same size, in order."""
-    ends = [round(len(units) * index / number) for index in range(number + 1)]
-    return [units[start:end] for start, end in pairwise(ends)]
+    if is_new and test(union(background)) is Answer.BAD:
+        return []
+    if len(units) == 1:
+        return [*units]
+    half = (len(units) + 1) // 2
+    first, second = units[:half], units[half:]
+    of_second = harmful(second, test, [*background, *first], is_new=True)
+    of_first = harmful(first, test, [*background, *of_second], is_new=bool(of_second))
+    return [*of_first, *of_second]
 
 
 def union(parts: Iterable[Part]) -> Part:
