@@ -115,9 +115,11 @@ def of_keys(good: Side, bad: Side, needed: Set[str], fixed: Set[str]) -> Iterato
         yield Difference("model", "model", naming, all_stages)
     for place in [each for each in differing if each not in naming]:
         yield Difference(".".join(place), place[0], {place: differing[place]}, all_stages)
+    readers = readers_of((good, bad), needed - fixed)
     in_order = [*good.experiment.stages, *bad.experiment.stages]
-    sections = (name for each in in_order if each in needed - fixed for name in (kind_of(each), each))
-    for section in dict.fromkeys(sections):
+    names = (name for each in in_order if each in needed - fixed for name in (kind_of(each), each))
+    sections = dict.fromkeys(names)
+    for section in sections:
         stages = [
             each.experiment.stages[section] for each in (good, bad) if section in each.experiment.stages
         ]
@@ -125,11 +127,35 @@ def of_keys(good: Side, bad: Side, needed: Set[str], fixed: Set[str]) -> Iterato
         fields = {each.key: each for stage in stages for each in marked_fields(stage)}
         for key, pair in _leaves(_at(configs[0], at), _at(configs[1], at), fields):
             if len(stages) < 2 or can_matter(stages[0], stages[1], ".".join(key)):
+                name = ".".join((section, *key))
                 touched = {each for each in needed if section in (each, kind_of(each))}
                 if (field := fields.get(".".join(key))) is not None and has_rows(field.marks):
-                    touched.add("prepare")
+                    touched |= {"prepare", *readers.get(name, ())}
                 touches = all_stages if section == "prepare" else frozenset(touched)
-                yield Difference(".".join((section, *key)), section, {(*at, *key): pair}, touches)
+                yield Difference(name, section, {(*at, *key): pair}, touches)
+    for name, stages_of_role in readers.items():
+        section, *rest = name.split(".")
+        if section in sections:
+            continue  # it is compared above
+        place = ("instances", section, *rest) if "@" in section else (section, *rest)
+        pair = _at(configs[0], place), _at(configs[1], place)
+        if pair[0] != pair[1]:
+            yield Difference(name, section, {place: pair}, frozenset({"prepare", *stages_of_role}))
+
+
+def readers_of(sides: Iterable[Side], names: Set[str]) -> dict[str, set[str]]:
+    """Key of rows, such as `reward.pairs` -> those of these stages that read the rows, also by another key:
+    `dpo.data=null` reads `reward.pairs`, and `ppo.prompts=sft.data` the prompts of `sft.data`."""
+    found: dict[str, set[str]] = {}
+    for chain in (side.experiment.stages for side in sides):
+        sources = named_sources(chain)
+        for name in (each for each in chain if each in names):
+            for role in chain[name].reads().roles:
+                own: str | None = chain[name].mount.own_role(role)
+                while own is not None:
+                    found.setdefault(sources.roles[own].key, set()).add(name)
+                    own = sources.lender(own)
+    return found
 
 
 def _pair(good: Mapping[str, Any], bad: Mapping[str, Any], name: str) -> tuple[Any, Any]:
@@ -208,7 +234,7 @@ def with_lost(
     lost: dict[str, Side] = {}
     stages: dict[str, set[str]] = {}
     for side in sides:
-        for key, stage in gone(side, store, needed):
+        for key, stage in gone(side, store, needed, fixed):
             judges = stage in fixed or key.partition(".")[0] in fixed
             if judges and side.name == "bad":
                 continue
@@ -220,7 +246,8 @@ def with_lost(
                         "Put the earlier content back, or run the commands of both runs again.",
                     )
                 )  # fmt: skip
-            stages.setdefault(key, set()).update(needed if key == "model" else {stage, key.partition(".")[0]})
+            touched = {stage, key.partition(".")[0], *readers_of([side], needed - fixed).get(key, ())}
+            stages.setdefault(key, set()).update(needed if key == "model" else touched & needed)
     by_name = {each.name: each for each in found}
     for key, side in lost.items():
         new = Difference(key, key.partition(".")[0], {}, frozenset(stages[key] - fixed))
@@ -228,7 +255,7 @@ def with_lost(
     return [*by_name.values()]
 
 
-def gone(side: Side, store: Store, needed: Set[str]) -> Iterator[tuple[str, str]]:
+def gone(side: Side, store: Store, needed: Set[str], fixed: Set[str]) -> Iterator[tuple[str, str]]:
     """The keys whose files or code are not those that the run used, each with its stage."""
     settings, chain = side.experiment.settings, side.experiment.stages
     weights = any(chain[name].reads_weights for name in side.recipes)
@@ -239,7 +266,12 @@ def gone(side: Side, store: Store, needed: Set[str]) -> Iterator[tuple[str, str]
     for name, recipe in side.recipes.items():
         if name == "prepare":  # one by one: a file that is missing says nothing of the others
             sources = named_sources(chain)
-            roles = (each for each in sources.roles if sources.roles[each].key.partition(".")[0] in needed)
+            keys = {*readers_of([side], needed - fixed)}
+            roles = (
+                role
+                for role, entry in sources.roles.items()
+                if entry.key in keys or entry.key.partition(".")[0] in needed
+            )
             digests = {each: partial(sources.content_digest, each) for each in roles}
             now = {each: _unless_gone(read) for each, read in digests.items() if each not in sources.makers()}
             before = {label: digest for label, digest in recipe["external"].items() if label in now}

@@ -32,6 +32,8 @@ class Verdict(NamedTuple):
     answer: Answer
     gain: Sampled | None = None
     """Its score minus that of the good run, prompt by prompt; None if it has no scores."""
+    over_half_way: Sampled | None = None
+    """Its score minus half way between the good and the bad run, prompt by prompt: what decides."""
     why: str = ""
     """Why it has no scores."""
 
@@ -42,8 +44,8 @@ class Verdict(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """As JSON values."""
-        gain = None if self.gain is None else self.gain._asdict()
-        return {"answer": self.answer.value, "gain": gain, "why": self.why}
+        gain, over = (None if each is None else each._asdict() for each in (self.gain, self.over_half_way))
+        return {"answer": self.answer.value, "gain": gain, "over_half_way": over, "why": self.why}
 
 
 def in_words(gain: Sampled) -> str:
@@ -94,7 +96,7 @@ def compare(trial: Sequence[Scores], good: Sequence[Scores], bad: Sequence[Score
         answer = Answer.BAD
     elif over_half_way.low > 0:
         answer = Answer.GOOD
-    return Verdict(answer, difference(trial, good))
+    return Verdict(answer, difference(trial, good), over_half_way)
 
 
 def _mean(by_seed: Sequence[Scores]) -> Sampled:

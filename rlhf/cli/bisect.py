@@ -104,7 +104,12 @@ def bad_run(word: str, runs_dir: Path, good: Judged) -> Finished:
     files = named_run("bad=", word, runs_dir)
     if (status := state_of(files.directory).status) not in ("done", "failed"):
         raise ConfigError(Complaint(f"bad={word}", f"it is {status}.", "Run its command to its end."))
-    experiment = build_experiment({**files.config, "stage": [good.evaluation]})
+    try:
+        experiment = build_experiment({**files.config, "stage": [good.evaluation]})
+    except ConfigError as error:
+        why = f"it cannot be evaluated like {good.name}. {error}"
+        fix = f"Run it again with stage={good.evaluation}, and with what that needs."
+        raise ConfigError(Complaint(f"bad={word}", why, fix)) from None
     theirs = str(getattr(experiment.stages[good.evaluation], "subject", ""))
     if theirs != good.subject:
         why = f"{good.evaluation} judges {theirs} there, and {good.subject} in {good.name}."
@@ -239,6 +244,15 @@ class Bisection:
     def show_plan(self) -> None:
         """Print the trials that may follow, and how long they take."""
         plans, prompts = self.remaining(), self.good.prompts
+        if (self.everything, prompts, 0) in self.scored:
+            gap = difference(*(self.pooled(each, Level(prompts, 1)) for each in (self.everything, NO_PART)))
+            self.trials.console.print(self.in_short(gap))
+            if gap.low > 0:
+                return
+            if not gap.high < 0:
+                self.trials.console.print(
+                    "So both first get more prompts or seeds, until they can be told apart."
+                )
         first = [] if (self.everything, prompts, 0) in self.scored else [self.everything]
         parts = dict.fromkeys([*first, *(part for parts, _ in plans for part in parts)])
         rows = [[self.in_words(each), clock(self.seconds(each, prompts, 0, self.made))] for each in parts]
@@ -265,14 +279,23 @@ class Bisection:
             gap = self.tell_apart()
         except NoScoresError as error:
             return self.end(None, [f"{self.bad.name} cannot be judged like {self.good.name}: {error}."])
-        first = f"{self.bad.name} against {self.good.name}: {in_words(gap)} of the {self.good.words}."
+        first = self.in_short(gap)
         if gap.low > 0:
-            return self.end(None, [first, f"{self.bad.name} is the better one. Exchange good= and bad=."])
+            return self.end(None, [first])
         if not gap.high < 0:
             return self.end(None, [first, NOT_APART])
         found = search(self.groups, lambda part: self.test(part).answer)
-        half_way = f"A trial is bad below half way between them, {gap.value / 2:+.3f}."
+        half_way = (
+            f"A trial is bad if its whole interval is below half way between them, {gap.value / 2:+.3f} for "
+            "all prompts together. Prompt by prompt, that is over_half_way in bisect.json."
+        )
         return self.end(found, [first, half_way, *self.told(found)])
+
+    def in_short(self, gap: Sampled) -> str:
+        """How much worse the bad run is, as a sentence."""
+        words = f"{self.bad.name} against {self.good.name}: {in_words(gap)} of the {self.good.words}."
+        is_better = f" {self.bad.name} is the better one. Exchange good= and bad=."
+        return words + is_better * (gap.low > 0)
 
     def tell_apart(self) -> Sampled:
         """How much worse the bad run is, with as many prompts and seeds as it takes.
@@ -358,7 +381,7 @@ class Bisection:
 
     def end(self, found: Found | None, lines: Sequence[str]) -> int:
         """Print and write the result. Gives the exit code."""
-        is_found = found is not None and found.without is Answer.GOOD
+        is_found = found is not None and found.without is Answer.GOOD and not self.has_not_ended(found)
         tried = {part: each for part, each in self.answers.items() if part not in self.not_tried}
         rows = [[self.in_words(part), each.answer.value, each.words] for part, each in tried.items()]
         table = Cells(["trial", "", f"{self.good.words} minus that of {self.good.name}"], rows)
@@ -374,13 +397,25 @@ class Bisection:
         self.trials.write(f"{self.bad.name} against {self.good.name}", lines, table, content)
         return DONE if is_found else NOT_FOUND
 
+    def has_not_ended(self, found: Found) -> bool:
+        """Whether nothing smaller than all differences was found, while some may not be needed."""
+        return found.causes == [self.everything] and bool(self.unsure(self.everything))
+
     def told(self, found: Found) -> Iterator[str]:
         """What was found, in sentences."""
+        if self.has_not_ended(found):
+            unsure = self.unsure(self.everything)
+            yield "Not found: no smaller cause than all differences was shown. To blame may be each of these:"
+            yield from (f"{name}. Without it: {why}." for name, why in unsure.items())
+            yield from self.about_budget()
+            return
         for cause in found.causes:
             yield from self.about(cause)
         everything = frozenset[str]().union(*found.causes)
         names, left = ", ".join(sorted(everything)), self.everything - everything
         words = f"{self.bad.name} without {names}"
+        if left and (other := self.in_words(left)) != words:
+            words += f" ({other})"
         shows = self.answers[left].words if left else f"that is {self.good.name}"
         match found.without:
             case Answer.GOOD:
@@ -389,7 +424,11 @@ class Bisection:
                 yield f"More is to blame: {words} is still bad: {shows}."
             case Answer.UNKNOWN:
                 yield f"Whether {words} is good cannot be told: {shows}."
-        if self.trials.number == self.trials.budget:
+        yield from self.about_budget()
+
+    def about_budget(self) -> Iterator[str]:
+        """That the budget is spent, if more trials were asked for."""
+        if self.not_tried:
             yield f"budget={self.trials.budget} is spent. The same command with a larger one continues."
 
     def about(self, cause: Part) -> Iterator[str]:

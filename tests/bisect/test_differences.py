@@ -68,6 +68,37 @@ def test_a_source_of_rows_and_the_base_model_are_single_differences(tmp_path: Pa
     assert {place[1] for place in named[0].values} == {"kind", "path"}
 
 
+@pytest.mark.parametrize(
+    ("chain", "key", "readers"),
+    [
+        (("dpo.data=null", "dpo.init=base", "evaluate.policies=[base,dpo]"), "reward.pairs", {"dpo"}),
+        (
+            (
+                "grpo.reward=vader",
+                "grpo.score.normalize=running",
+                "evaluate.policies=[base,sft,grpo]",
+                "evaluate.subject=grpo",
+            ),
+            "ppo.prompts",
+            {"grpo"},
+        ),
+        (
+            ("ppo.prompts=sft.data", "ppo.init=base", "ppo.reward=vader", "ppo.critic.init=auto"),
+            "sft.data",
+            {"ppo", "generate"},
+        ),
+    ],
+)
+def test_rows_that_a_stage_reads_by_the_key_of_another_are_a_difference(
+    tmp_path: Path, chain: tuple[str, ...], key: str, readers: set[str]
+) -> None:
+    rows = ("sft.data=s.jsonl", "reward.pairs=p.jsonl", "ppo.prompts=q.jsonl", "evaluate.prompts=e.jsonl")
+    good = (*rows, "evaluate.gold=vader", "evaluate.reward=null", "evaluate.init=base", *chain)
+    each = found(tmp_path, good, (*good, f"{key}=other.jsonl"))
+    assert {*each} == {key}
+    assert each[key].touches == {"prepare", *readers}
+
+
 def test_keys_of_a_named_instance_are_put_into_its_own_keys(tmp_path: Path) -> None:
     chain = ("recipe=iterated_dpo", "evaluate.gold=vader", "evaluate.subject=dpo@2")
     good, bad = side("good", *chain), side("bad", *chain, hydra_argument("dpo@2.beta=0.7"), "dpo.optim.lr=3")

@@ -106,6 +106,39 @@ def test_the_cause_is_found_and_shown_both_ways(runs: Runs) -> None:
     assert len(runs.trials("bisect-good-bad")) == len(answers) <= 6
 
 
+def test_all_differences_together_are_no_cause_while_some_may_not_be_needed(runs: Runs) -> None:
+    rows = [{"prompt": f"Say {n}", "completion": "a" * 8} for n in range(40)]
+    Chain(runs.directory).write("fewer.jsonl", rows)
+    runs.run("weak", "sft.data=fewer.jsonl", "sft.optim.lr=1e-7")
+    told = runs.say("bisect", "good=good", "bad=weak", "budget=1", code=3)
+    assert (
+        "Not found: no smaller cause than all differences was shown. To blame may be each of these:"
+        in told.out
+    )
+    assert "sft.data. Without it: not tried: budget=1 is spent." in told.out
+    assert "Put in alone" not in told.out and "Taken out" not in told.out
+    assert not runs.result("bisect-good-weak")["found"]
+    told = runs.say("bisect", "good=good", "bad=weak")
+    assert runs.result("bisect-good-weak")["causes"] == [["sft.optim.lr"]]
+    (trial,) = [each for each in runs.result("bisect-good-weak")["trials"] if each["put_in"] == ["sft.data"]]
+    assert trial["answer"] == "good" and trial["over_half_way"]["low"] > 0
+    number = len(runs.trials("bisect-good-weak"))
+    told = runs.say("bisect", "good=good", "bad=weak", f"budget={number}")
+    assert "is spent" not in told.out, "nothing was asked for that was not tried"
+
+
+def test_a_plan_says_which_run_is_the_better_one(runs: Runs) -> None:
+    told = runs.say("bisect", "good=bad", "bad=good", "dry_run=true").out
+    assert "good is the better one. Exchange good= and bad=." in told and "time alone" not in told
+
+
+def test_a_run_that_cannot_be_evaluated_is_named(runs: Runs) -> None:
+    arguments = ["model=tiny", "stage=sft", "sft.data=a.jsonl", "run_name=only_sft"]
+    assert run_main(runs.directory, arguments, runs.directory).code == 0
+    told = runs.say("bisect", "good=good", "bad=only_sft", code=2).err
+    assert "bad=only_sft: it cannot be evaluated like good. No data for" in told
+
+
 def test_the_same_command_again_trains_nothing(runs: Runs) -> None:
     told = runs.say("bisect", "good=good", "bad=bad")
     before, result = runs.made(), runs.result("bisect-good-bad")
