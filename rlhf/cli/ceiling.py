@@ -14,18 +14,20 @@ from typing import Any, NamedTuple
 import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from rlhf.bisect.differences import downstream
+from rlhf.bisect.differences import Side, downstream, gone
 from rlhf.bisect.scores import NoScoresError, Scores, difference, in_words
 from rlhf.cli.command import read_words
 from rlhf.cli.trials import Judged, Trials, is_true, judged_run, section_of
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.disk import replace_text
 from rlhf.evaluation.sampled import Sampled
 from rlhf.exit_codes import DONE
 from rlhf.pipeline.defaults import references
-from rlhf.pipeline.graph import own_roles, roles_of, starts_from
+from rlhf.pipeline.graph import named_sources, own_roles, roles_of, starts_from
+from rlhf.pipeline.key import external_digests
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
+from rlhf.pipeline.store import Store
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tables import Cells, shown
@@ -68,6 +70,7 @@ def ceiling(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     is_dry = is_true("ceiling dry_run", keys["dry_run"])
     base = judged_run("ceiling ", words[0], Path(keys["runs_dir"]))
     trials = Trials(base, "ceiling", f"ceiling-{base.name}", budget=0)
+    check_unchanged(base, trials.store)
     if is_dry:
         rows = [
             [each.part, each.by, "-" if each.config is None else clock(seconds_of(base, each))]
@@ -76,6 +79,26 @@ def ceiling(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         trials.console.print(shown(Cells(["part", "replaced by", "time"], rows), right=[2]))
         return DONE
     return trials.finish(lambda: run_all(base, trials))
+
+
+def check_unchanged(base: Judged, store: Store) -> None:
+    """Refuse a run whose files or code have changed since: its trials would learn or be judged by others.
+
+    Raises:
+        ConfigError: it names the keys, or a file that is not there.
+    """
+    chain, recipes, needed = base.experiment.stages, base.recipes(), {*base.experiment.needed()}
+    sources = named_sources(chain)
+    roles = {role for name in needed for role in own_roles(chain[name])} - {*sources.makers()}
+    for role in sorted(roles):
+        sources.content_digest(role)
+    for name in {*recipes} - {"prepare"}:
+        external_digests(chain[name], chain, store.directory_digest)
+    sections = {sources.roles[role].key.partition(".")[0] for role in roles}  # grpo reads ppo.prompts
+    found = gone(Side("good", base.experiment, recipes), store, needed | sections)
+    if keys := sorted({key for key, _ in found}):
+        why = f"the content is no longer that of {base.name}."
+        raise ConfigError(Complaint(", ".join(keys), why, "Put it back, or run its command again."))
 
 
 def replacements(base: Judged, directory: Path) -> Iterator[Replacement]:

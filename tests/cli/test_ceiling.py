@@ -171,6 +171,35 @@ def test_what_replaces_a_part_is_said_as_it_is_typed(later: Chain) -> None:
     assert typed in say(later, "later", "dry_run=true").out
 
 
+def test_files_and_code_that_have_changed_are_refused_before_any_trial(later: Chain, tmp_path: Path) -> None:
+    """Prompts that only ppo.prompts names, and that grpo learns from; the code of two rewards; a file."""
+    other = Chain(shutil.copytree(later.directory, tmp_path / "chain", symlinks=True))
+    own, changed = other.directory / "prompts.jsonl", other.directory / "other.jsonl"
+    say(other, "later", "dry_run=true")
+    changed.write_text(own.read_text().replace("Tell", "Show"))
+    shutil.copy(changed, own)
+    fix = "Put it back, or run its command again."
+    said = say(other, "later", code=2).err
+    assert said == f"Error: ppo.prompts: the content is no longer that of later. {fix}\n"
+    own.unlink()
+    assert f"ppo.prompts=prompts.jsonl: there is no such file (looked in {other.directory})" in (
+        say(other, "later", code=2).err
+    )
+
+
+def test_a_reward_whose_code_has_changed_is_refused(chain: Chain, tmp_path: Path) -> None:
+    other = Chain(shutil.copytree(chain.directory, tmp_path / "chain", symlinks=True))
+    (other.directory / "scoring.py").write_text(REWARD.replace("len(text)", "-len(text)"))
+    written = other.directory / "runs" / "ceiling-run1" / "ceiling.md"
+    written.parent.mkdir(exist_ok=True)
+    written.write_text("an earlier result")
+    keys = "evaluate.gold, evaluate.reward, ppo.reward"  # one file has them all
+    for words in ((), ("dry_run=true",)):
+        said = say(other, "run1", *words, code=2).err
+        assert f"{keys}: the content is no longer that of run1. Put it back, or run its command" in said
+    assert written.read_text() == "an earlier result"
+
+
 def test_mistakes_are_named_in_the_users_words(chain: Chain) -> None:
     assert "name one run" in say(chain, code=2).err
     assert "ceiling run2: there is no such run in runs. Did you mean run1?" in say(chain, "run2", code=2).err
