@@ -6,24 +6,30 @@ Ceiling analysis: Ng, "Machine Learning Yearning", chapters 53 to 57, error anal
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.bisect.differences import downstream
+import yaml
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from rlhf.bisect.differences import Side, downstream, gone
 from rlhf.bisect.scores import NoScoresError, Scores, difference, in_words
 from rlhf.cli.command import read_words
 from rlhf.cli.trials import Judged, Trials, is_true, judged_run, section_of
-from rlhf.config import ConfigError
+from rlhf.config import Complaint, ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.disk import replace_text
 from rlhf.evaluation.sampled import Sampled
 from rlhf.exit_codes import DONE
 from rlhf.pipeline.defaults import references
-from rlhf.pipeline.fields import Rows, marked_fields
-from rlhf.pipeline.graph import starts_from
+from rlhf.pipeline.graph import named_sources, own_roles, roles_of, starts_from
+from rlhf.pipeline.key import external_digests
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
+from rlhf.pipeline.store import Store
 from rlhf.tracking.progress import clock
+from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tables import Cells, shown
 
 HELP = """python -m rlhf ceiling RUN [dry_run=true] [runs_dir=DIR]
@@ -64,6 +70,7 @@ def ceiling(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     is_dry = is_true("ceiling dry_run", keys["dry_run"])
     base = judged_run("ceiling ", words[0], Path(keys["runs_dir"]))
     trials = Trials(base, "ceiling", f"ceiling-{base.name}", budget=0)
+    check_unchanged(base, trials.store)
     if is_dry:
         rows = [
             [each.part, each.by, "-" if each.config is None else clock(seconds_of(base, each))]
@@ -72,6 +79,26 @@ def ceiling(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         trials.console.print(shown(Cells(["part", "replaced by", "time"], rows), right=[2]))
         return DONE
     return trials.finish(lambda: run_all(base, trials))
+
+
+def check_unchanged(base: Judged, store: Store) -> None:
+    """Refuse a run whose files or code have changed since: its trials would learn or be judged by others.
+
+    Raises:
+        ConfigError: it names the keys, or a file that is not there.
+    """
+    chain, recipes, needed = base.experiment.stages, base.recipes(), {*base.experiment.needed()}
+    sources = named_sources(chain)
+    roles = {role for name in needed for role in own_roles(chain[name])} - {*sources.makers()}
+    for role in sorted(roles):
+        sources.content_digest(role)
+    for name in {*recipes} - {"prepare"}:
+        external_digests(chain[name], chain, store.directory_digest)
+    sections = {sources.roles[role].key.partition(".")[0] for role in roles}  # grpo reads ppo.prompts
+    found = gone(Side("good", base.experiment, recipes), store, needed | sections)
+    if keys := sorted({key for key, _ in found}):
+        why = f"the content is no longer that of {base.name}."
+        raise ConfigError(Complaint(", ".join(keys), why, "Put it back, or run its command again."))
 
 
 def replacements(base: Judged, directory: Path) -> Iterator[Replacement]:
@@ -89,8 +116,8 @@ def replacements(base: Judged, directory: Path) -> Iterator[Replacement]:
         if reward == judge:
             yield Replacement("reward", "it is the judge already", None)
         else:
-            config, touched = with_key(base, key, judge)
-            yield Replacement("reward", f"{rewards[0]}={judge}", config, touched)
+            config, touched = with_key(base, rewards[0], judge)
+            yield Replacement("reward", f"{rewards[0]}={typed(redacted(judge))}", config, touched)
         yield of_best_of_n(base, reward)
     yield from of_prompts(base, directory)
 
@@ -105,23 +132,23 @@ def of_start(base: Judged) -> Iterator[Replacement]:
     key, made_by = start
     before = starts_from(chain[made_by])
     by = "base" if before is None else before[1]
-    config, touched = with_key(base, key, by)
+    config, touched = with_key(base, f"{base.subject}.{key}", by)
     yield Replacement(made_by, f"{base.subject}.{key}={by}", config, touched)
 
 
 def of_best_of_n(base: Judged, reward: Any) -> Replacement:
     """The policy gradient, replaced by the best of several answers of its start."""
-    config = base.config(BEST_OF_N, reward=reward)
+    start = starts_from(base.experiment.stages[base.subject])
+    own = {} if start is None else {"init": start[1]}
+    config = base.config(BEST_OF_N, reward=reward, **own)
     by = f"the best of {base.section.best_of} answers by the same reward"
     return Replacement("policy gradient", by, config, frozenset([base.evaluation]), BEST_OF_N)
 
 
 def of_prompts(base: Judged, directory: Path) -> Iterator[Replacement]:
     """The prompts that the policy learns from, replaced by evaluation prompts that are not asked."""
-    stage = base.experiment.stages[base.subject]
-    fields = (each for each in marked_fields(stage) if any(isinstance(mark, Rows) for mark in each.marks))
-    key = next((each.key for each in fields if each.key == "prompts"), None)
-    if key is None:
+    role = prompts_role(base)
+    if role is None:
         yield Replacement("prompts", f"{base.subject} learns from no prompts", None)
         return
     asked, others = base.rows()[: base.prompts], base.rows()[base.prompts :]
@@ -131,10 +158,21 @@ def of_prompts(base: Judged, directory: Path) -> Iterator[Replacement]:
         return
     files = {directory / "asked.jsonl": asked, directory / "not_asked.jsonl": others}
     paths = [*map(str, files)]
-    config, touched = with_key(base, key, paths[1])
+    chain = base.experiment.stages
+    config, _ = with_key(base, roles_of(chain)[role].key, paths[1])
     section_of(config, base.evaluation)["prompts"] = paths[0]
+    touched = {name for name in base.experiment.needed() if role in own_roles(chain[name])}
     by = f"{len(others)} prompts of {base.evaluation} that are not asked"
-    yield Replacement("prompts", by, config, touched | {"prepare"}, files=files)
+    yield Replacement("prompts", by, config, frozenset({*touched, "prepare"}), files=files)
+
+
+def prompts_role(base: Judged) -> str | None:
+    """The role of the prompts that the policy learns from, which may be those of `ppo.prompts`; None if it
+    learns from no prompts."""
+    chain = base.experiment.stages
+    roles = roles_of(chain)
+    learned = (role for role in own_roles(chain[base.subject]) if "train" in roles[role].splits)
+    return next((role for role in learned if PromptRow in roles[role].row_types), None)
 
 
 def as_row(row: PromptRow) -> dict[str, Any]:
@@ -144,19 +182,32 @@ def as_row(row: PromptRow) -> dict[str, Any]:
 
 
 def with_key(base: Judged, key: str, value: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """The run's config with another value of a key of its policy's stage, and of the keys that repeat it; and
-    the stages that this changes. The evaluation stays as it is."""
+    """The run's config with another value of a key, and of the keys that repeat it; and the stages that this
+    changes. The evaluation stays as it is."""
     config = base.config()
-    before = config[base.subject][key]
-    section_of(config, base.subject)[key] = value
-    touched = {base.subject}
+    section, _, own_key = key.partition(".")
+    before = config[section][own_key]
+    section_of(config, section)[own_key] = value
+    touched = {section}
     for other, repeated in references().items():
         name, _, own = other.partition(".")
-        is_same = repeated == f"{kind_of(base.subject)}.{key}" and "." not in own
+        is_same = repeated == f"{kind_of(section)}.{own_key}" and "." not in own
         if is_same and name != kind_of(base.evaluation) and config[name].get(own) == before:
             config[name][own] = value
             touched.add(name)
     return config, frozenset(touched & {*base.experiment.needed()})
+
+
+def typed(value: Any) -> str:
+    """A value as it is typed behind `KEY=`."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {typed(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(typed, value)) + "]"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    is_plain = re.fullmatch(r"[\w./:-]+( [\w./:-]+)*", value) and yaml.safe_load(value) == value
+    return value if is_plain else QuotedString(value, Quote.single).with_quotes()
 
 
 def seconds_of(base: Judged, each: Replacement) -> float:

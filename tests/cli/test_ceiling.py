@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from helpers.chains import Chain, Outcome, run_main
 
@@ -31,6 +32,19 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     made.write("many.jsonl", [{"prompt": f"What is {n}?", "answer": f"{n}"} for n in range(40)])
     (made.directory / "scoring.py").write_text(REWARD)
     outcome = made.run(*CHAIN)
+    assert outcome.code == 0, outcome.err
+    return made
+
+
+@pytest.fixture(scope="module")
+def later(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """A run whose last policy, without a critic, starts from PPO's."""
+    made = Chain(shutil.copytree(chain.directory, tmp_path_factory.mktemp("later") / "chain", symlinks=True))
+    outcome = made.run(
+        *CHAIN, "grpo.init=ppo", "grpo.steps=2", "grpo.batch_episodes=8", "grpo.minibatch_episodes=8",
+        "evaluate.policies=[base,sft,ppo,grpo]", "evaluate.subject=grpo", "run_name=later",
+        "evaluate.gold={source: verify:regex, args: {pattern: a}}",
+    )  # fmt: skip
     assert outcome.code == 0, outcome.err
     return made
 
@@ -136,6 +150,54 @@ def test_what_cannot_be_replaced_is_said(chain: Chain, tmp_path: Path) -> None:
     assert parts["start"]["gain"] == "sft starts from no stage's model"
     assert parts["prompts"]["gain"] == "sft learns from no prompts"
     assert parts["(policy base)"]["result"] in ("restores", "cannot tell", "is worse")
+
+
+def test_a_later_policy_is_compared_with_the_best_of_its_own_start(later: Chain) -> None:
+    say(later, "later")
+    trials = [later.directory / "runs" / f"ceiling-later-0{number}" for number in (1, 2, 3, 4)]
+    starts = [yaml.safe_load((each / "config.yaml").read_text())["evaluate"]["init"] for each in trials]
+    assert starts == ["sft", "sft", "ppo", "sft"], "best of n is that of what grpo started from"
+
+
+def test_prompts_that_are_those_of_ppo_are_replaced_too(later: Chain) -> None:
+    say(later, "later")
+    assert parts_of(later, "ceiling-later")["prompts"]["result"] != "no trial"
+    config = yaml.safe_load((later.directory / "runs" / "ceiling-later-04" / "config.yaml").read_text())
+    assert config["ppo"]["prompts"].endswith("runs/ceiling-later/not_asked.jsonl")
+
+
+def test_what_replaces_a_part_is_said_as_it_is_typed(later: Chain) -> None:
+    typed = "grpo.reward={source: verify:regex, args: {pattern: a}}"
+    assert typed in say(later, "later", "dry_run=true").out
+
+
+def test_files_and_code_that_have_changed_are_refused_before_any_trial(later: Chain, tmp_path: Path) -> None:
+    """Prompts that only ppo.prompts names, and that grpo learns from; the code of two rewards; a file."""
+    other = Chain(shutil.copytree(later.directory, tmp_path / "chain", symlinks=True))
+    own, changed = other.directory / "prompts.jsonl", other.directory / "other.jsonl"
+    say(other, "later", "dry_run=true")
+    changed.write_text(own.read_text().replace("Tell", "Show"))
+    shutil.copy(changed, own)
+    fix = "Put it back, or run its command again."
+    said = say(other, "later", code=2).err
+    assert said == f"Error: ppo.prompts: the content is no longer that of later. {fix}\n"
+    own.unlink()
+    assert f"ppo.prompts=prompts.jsonl: there is no such file (looked in {other.directory})" in (
+        say(other, "later", code=2).err
+    )
+
+
+def test_a_reward_whose_code_has_changed_is_refused(chain: Chain, tmp_path: Path) -> None:
+    other = Chain(shutil.copytree(chain.directory, tmp_path / "chain", symlinks=True))
+    (other.directory / "scoring.py").write_text(REWARD.replace("len(text)", "-len(text)"))
+    written = other.directory / "runs" / "ceiling-run1" / "ceiling.md"
+    written.parent.mkdir(exist_ok=True)
+    written.write_text("an earlier result")
+    keys = "evaluate.gold, evaluate.reward, ppo.reward"  # one file has them all
+    for words in ((), ("dry_run=true",)):
+        said = say(other, "run1", *words, code=2).err
+        assert f"{keys}: the content is no longer that of run1. Put it back, or run its command" in said
+    assert written.read_text() == "an earlier result"
 
 
 def test_mistakes_are_named_in_the_users_words(chain: Chain) -> None:
