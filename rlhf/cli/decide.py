@@ -101,6 +101,8 @@ class Decision:
         budget = budget_seconds(settings.budget, self.price, ranks)
         self.pilots = Pilots(self.config, self.directory, budget, arguments, config_dir)
         self.say = self.pilots.say
+        for each in self.config.tried:
+            self.pilots.check_keys(each)
         self.candidates = {
             each: Candidate(each, own, self.pilots.is_trained(each))
             for each, own in self.config.tried.items()

@@ -22,17 +22,17 @@ from rlhf.cli.api import compose
 from rlhf.cli.api import run as run_config
 from rlhf.cli.run_files import RunFiles
 from rlhf.cli.trials import replaced
-from rlhf.compare.candidate import CANDIDATES, parse_candidate
+from rlhf.compare.candidate import CANDIDATES, is_stage, parse_candidate
 from rlhf.compare.candidate import Candidate as Asked
-from rlhf.config import Complaint, ConfigError
+from rlhf.config import Complaint, ConfigError, did_you_mean
 from rlhf.decide.candidate import Candidate, Result, State, read_answers
 from rlhf.decide.estimate import estimate
 from rlhf.decide.pace import Pace
 from rlhf.decide.pilots import Ended, Pilot, PilotLog, Trial
 from rlhf.decide.words import percent
 from rlhf.evaluation.references import QUALITIES
-from rlhf.pipeline.experiment import Experiment, build_experiment
-from rlhf.pipeline.recipe import AT_SUBSTITUTE, kind_of
+from rlhf.pipeline.experiment import Experiment, build_experiment, stage_class
+from rlhf.pipeline.recipe import AT_SUBSTITUTE, kind_of, with_instances
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.rewards.kinds import parts_of, stage_of
 from rlhf.tracking.progress import clock
@@ -150,15 +150,39 @@ class Pilots:
 
     def with_first_judge(self, config: dict[str, Any], trial: Trial) -> dict[str, Any]:
         """A config whose judge is the model of the first seed, so that all seeds have the same judge."""
-        resolved = copy.deepcopy(dict(build_experiment(config).resolved))
+        experiment = build_experiment(config)
+        resolved = copy.deepcopy(dict(experiment.resolved))
         first = self.run_directory(self.run_name(trial._replace(seed=0))) / "artifacts"
         for kind in ("gold", "judge"):
-            source = resolved["evaluate"][kind]
+            source = getattr(experiment.stages["evaluate"], kind)
             for part in parts_of(source) if source is not None else ():
                 if (stage := stage_of(part.source)) is not None:
                     model = f"model:{(first / stage).resolve()}"
                     resolved["evaluate"][kind] = replaced(resolved["evaluate"][kind], part.source, model)
         return resolved
+
+    def check_keys(self, name: str) -> None:
+        """Check that a candidate's `asks` and `length` name what there is, also without its data.
+
+        Raises:
+            ConfigError: one of them does not.
+        """
+        sections, own = with_instances(self.composed[name]), self.config.candidates[name]
+        stages = {
+            each: keys for each, keys in sections.items() if isinstance(keys, dict) and "_target_" in keys
+        }
+        model = self.asked(name).model
+        makers = [
+            each for each, keys in stages.items() if stage_class(each, keys["_target_"]).makes == "policy"
+        ]
+        if is_stage(model) and model not in makers:
+            why = f"no stage of that name makes a model that answers.{did_you_mean(model, makers)}"
+            fix = f"Known: {', '.join(['base', *makers])}."
+            raise ConfigError(Complaint(f"decide.candidates.{name}.asks={own.asks}", why, fix))
+        if own.length is not None:
+            stage, _, last = own.length.rpartition(".")
+            near = did_you_mean(own.length, (f"{each}.{key}" for each in stages for key in stages[each]))
+            number_of(name, own.length, stages.get(stage, {}).get(last), near)
 
     def full_length(self, name: str) -> float:
         """The value of a candidate's length key at its full length: an int if it is a whole number."""
@@ -166,10 +190,7 @@ class Pilots:
         assert key is not None
         stage, _, last = key.rpartition(".")
         value = getattr(self.experiment(name).stages.get(stage), last, None)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            why = "there is no such key, or it is no number."
-            raise ConfigError(Complaint(f"decide.candidates.{name}.length={key}", why))
-        return value
+        return number_of(name, key, value)
 
     def command(self, name: str) -> str:
         """The command that makes a candidate's model at its full length."""
@@ -353,6 +374,22 @@ class StopTimer:
             if not self._is_over:
                 self.has_fired = True
                 os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def number_of(name: str, key: str, value: Any, near: str = "") -> float:
+    """The value of a candidate's length key.
+
+    Args:
+        name: of the candidate.
+        near: what the complaint suggests.
+
+    Raises:
+        ConfigError: there is no such key, or it is no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        why = f"there is no such key, or it is no number.{near if value is None else ''}"
+        raise ConfigError(Complaint(f"decide.candidates.{name}.length={key}", why))
+    return value
 
 
 def share_of(full: float, share: float) -> float:

@@ -19,6 +19,7 @@ from rlhf.decide.candidate import Candidate, State
 from rlhf.decide.pilots import PilotLog, Trial
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.settings import CandidateConfig, DecideConfig
+from rlhf.rewards.kinds import parts_of
 
 TRIED = ["base", "few_shot", "best_of_n", "sft", "rejection_sampling", "ppo"]
 """Candidates whose configs differ most."""
@@ -288,3 +289,52 @@ def test_best_of_n_by_the_right_answers_is_no_option(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.reward: it reads the right answers"):
         decision.check_needs(decision.candidates["best_of_n"])
     decision.check_needs(decision.candidates["base"])
+
+
+@pytest.mark.parametrize(
+    ("gold", "sources"),
+    [
+        ("{source: verify:regex, args: {pattern: yes}}", ["verify:regex"]),
+        ("{of: [{source: verify:number}, {source: learned, weight: 2}]}", ["verify:number", "reward"]),
+        ("learned", ["reward"]),
+    ],
+)
+def test_each_seed_has_the_judge_of_the_first_one(tmp_path: Path, gold: str, sources: list[str]) -> None:
+    """Only what a seed would train anew is replaced, by the model of the first seed."""
+    given = ("decide.only=[base]", f"evaluate.gold={gold}")
+    pilots = decision_in(tmp_path, *given).pilots
+    model = f"model:{tmp_path / 'runs' / 'demo-base-sealed' / 'artifacts' / 'reward'}"
+    config = pilots.trial_config(Trial("base", 1.0, "sealed", 1), None)
+    parts = parts_of(vars(build_experiment(config).stages["evaluate"])["gold"])
+    assert [each.source for each in parts] == [model if each == "reward" else each for each in sources]
+    assert parts[0].args == ({"pattern": "yes"} if sources == ["verify:regex"] else {})
+    assert "reward" not in build_experiment(config).needed()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("length", "sft.epoch", "there is no such key, or it is no number. Did you mean sft.epochs?"),
+        ("length", "sft.peft", "there is no such key, or it is no number."),
+        ("length", "sftt.epochs", "there is no such key, or it is no number. Did you mean sft.epochs?"),
+        ("length", "sft@2.epochs", "there is no such key, or it is no number."),
+        ("asks", "sftt", "no stage of that name makes a model that answers. Did you mean sft?"),
+        ("asks", "reward", "no stage of that name makes a model that answers."),
+        ("asks", "sftt+retrieval", "no stage of that name makes a model that answers. Did you mean sft?"),
+    ],
+)
+def test_keys_of_an_own_candidate_that_name_nothing_are_refused_at_once(
+    tmp_path: Path, key: str, value: str, complaint: str
+) -> None:
+    own = {"title": "mine", "asks": "sft", "length": "sft.epochs", key: value}
+    words = ",".join(f"{name}: '{word}'" for name, word in own.items())
+    with pytest.raises(ConfigError) as refused:
+        decision_in(tmp_path, "decide.only=[base,mine]", f"+decide.candidates.mine={{{words}}}")
+    assert str(refused.value).startswith(f"decide.candidates.mine.{key}={value}: {complaint}")
+
+
+def test_packaged_candidates_name_stages_and_keys_that_there_are(tmp_path: Path) -> None:
+    """Also without data for them: then they cannot run, and the others go on."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    decision = decision_in(tmp_path, f"sft.data={tmp_path / 'a.jsonl'}")
+    assert {*decision.candidates} == {*decision.config.candidates}
