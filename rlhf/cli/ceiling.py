@@ -94,8 +94,7 @@ def check_unchanged(base: Judged, store: Store) -> None:
         sources.content_digest(role)
     for name in {*recipes} - {"prepare"}:
         external_digests(chain[name], chain, store.directory_digest)
-    sections = {sources.roles[role].key.partition(".")[0] for role in roles}  # grpo reads ppo.prompts
-    found = gone(Side("good", base.experiment, recipes), store, needed | sections)
+    found = gone(Side("good", base.experiment, recipes), store, needed, frozenset())
     if keys := sorted({key for key, _ in found}):
         why = f"the content is no longer that of {base.name}."
         raise ConfigError(Complaint(", ".join(keys), why, "Put it back, or run its command again."))
