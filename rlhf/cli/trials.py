@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from rlhf.data.schema import PromptRow
 from rlhf.digests import Recipe
 from rlhf.disk import replace_text
 from rlhf.exit_codes import INTERRUPTED, STOPPED
-from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.experiment import RUN_NAME, Experiment, build_experiment
 from rlhf.pipeline.graph import roles_of
 from rlhf.pipeline.recipe import last_evaluation
 from rlhf.pipeline.run import Run
@@ -213,7 +214,10 @@ def judged_run(key: str, word: str, runs_dir: Path) -> Judged:
     """
     files = named_run(key, word, runs_dir)
     evaluation, metrics = last_evaluation(files.summary["stages"])
-    if not metrics or not (files.directory / "artifacts" / evaluation).is_dir():
+    if metrics and not (files.directory / "artifacts" / evaluation).is_dir():
+        why = f"the artifact of its {evaluation} is no longer there."
+        raise ConfigError(Complaint(f"{key}{word}", why, "Put it back, or run its command again."))
+    if not metrics:
         raise ConfigError(
             Complaint(
                 f"{key}{word}", "it has not evaluated its policies.",
@@ -240,7 +244,14 @@ class Trials:
     """The trials of one command, counted in the order in which they are asked for."""
 
     def __init__(self, base: Judged, command: str, name: str, budget: int) -> None:
-        """`name` is that of the command's directory. The trials are called NAME-01, NAME-02 and so on."""
+        """`name` is that of the command's directory. The trials are called NAME-01, NAME-02 and so on.
+
+        Raises:
+            ConfigError: no run can be called so.
+        """
+        if re.fullmatch(RUN_NAME, name) is None:
+            why = "trials are called so, and a run's name has only letters (A to Z), digits, _, . and -."
+            raise ConfigError(Complaint(name, why, "Rename the run's directory."))
         self.base, self.command, self.name, self.budget = base, command, name, budget
         self.console: Console = RedactingConsole(highlight=False, soft_wrap=True, markup=False)
         self.number = 0
@@ -292,7 +303,7 @@ class Trials:
 
     def finish(self, work: Callable[[], int]) -> int:
         """Do the command's work in its directory, alone. Gives the exit code, or that of a signal."""
-        with Run(self.directory).locked():
+        with Run(self.directory).locked(command=self.command):
             try:
                 return work()
             except KeyboardInterrupt as stop:

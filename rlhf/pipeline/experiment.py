@@ -68,12 +68,15 @@ class DemoConfig(Strict):
     """What `evaluate.gold=auto` uses."""
 
 
+RUN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+
+
 class Settings(Strict):
     """The keys outside the stages' sections. Values: conf/config.yaml."""
 
     stage: Names
     """`all`, one stage, or a list. Stages that these need and that are not in the store run too."""
-    run_name: str | None = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    run_name: str | None = Field(pattern=RUN_NAME)
     """Name of the run's directory. null: the time."""
     runs_dir: str
     """Directory of all runs."""

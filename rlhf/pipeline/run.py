@@ -202,11 +202,12 @@ class Run:
         return {name.removeprefix(f"{stage}/"): value for name, value in metrics.items()}
 
     @contextmanager
-    def locked(self, name: str = ".lock") -> Iterator[None]:
+    def locked(self, name: str = ".lock", command: str = "") -> Iterator[None]:
         """Make and lock the run directory, so that two runs cannot mix their files in it.
 
         Args:
             name: name of the lock file; the launcher has one of its own.
+            command: what does its work in the directory, if that is no run.
 
         Raises:
             ConfigError: another run holds it, or the directory cannot be written.
@@ -216,6 +217,10 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except HeldError as held:
+            if command:
+                raise ConfigError(
+                    f"{self.directory.name}: this {command} is already going on ({held}). Wait for its end."
+                ) from None
             raise ConfigError(
                 f"run_name={self.directory.name}: another run is writing {self.directory} ({held}). "
                 "Choose another run_name."

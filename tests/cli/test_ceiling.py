@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from helpers.chains import Chain, Outcome, run_main
+from rlhf.pipeline.run import Run
 
 REWARD = """
 def length(messages, responses):
@@ -198,6 +199,30 @@ def test_a_reward_whose_code_has_changed_is_refused(chain: Chain, tmp_path: Path
         said = say(other, "run1", *words, code=2).err
         assert f"{keys}: the content is no longer that of run1. Put it back, or run its command" in said
     assert written.read_text() == "an earlier result"
+
+
+def test_a_directory_whose_name_no_trial_can_have_is_refused_once(chain: Chain, tmp_path: Path) -> None:
+    other = Chain(shutil.copytree(chain.directory, tmp_path / "chain", symlinks=True))
+    (other.directory / "runs" / "run1").rename(other.directory / "runs" / "my run (1)")
+    for words in ((), ("dry_run=true",)):
+        said = say(other, "my run (1)", *words, code=2)
+        assert "ceiling-my run (1): trials are called so, and a run's name has only letters" in said.err
+        assert "Rename the run's directory." in said.err and not said.out
+
+
+def test_an_evaluation_that_is_no_longer_in_the_store_is_said(chain: Chain, tmp_path: Path) -> None:
+    other = Chain(shutil.copytree(chain.directory, tmp_path / "chain", symlinks=True))
+    shutil.rmtree((other.directory / "runs" / "run1" / "artifacts" / "evaluate").resolve())
+    said = say(other, "run1", code=2).err
+    assert "ceiling run1: the artifact of its evaluate is no longer there." in said
+    assert "Put it back, or run its command again." in said
+
+
+def test_the_same_command_twice_at_once_names_no_key_that_it_lacks(chain: Chain) -> None:
+    with Run(chain.directory / "runs" / "ceiling-run1").locked():
+        said = say(chain, "run1", code=2).err
+    assert said.startswith("Error: ceiling-run1: this ceiling is already going on (pid ")
+    assert "run_name" not in said and said.endswith("Wait for its end.\n")
 
 
 def test_mistakes_are_named_in_the_users_words(chain: Chain) -> None:
