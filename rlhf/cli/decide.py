@@ -26,7 +26,7 @@ from rlhf.costs.price import cost_of
 from rlhf.decide.candidate import Candidate, Result, State, read_answers, table
 from rlhf.decide.pace import budget_seconds
 from rlhf.decide.pilots import Trial
-from rlhf.decide.words import Judgement, Told, percent
+from rlhf.decide.words import Judgement, Told, off_limits, percent
 from rlhf.disk import replace_text
 from rlhf.distributed.device import has_gpu
 from rlhf.evaluation.crossed import estimate as estimated
@@ -46,6 +46,12 @@ OWN_KEYS = ("recipe", "budget", "run_name", "stage")
 """Keys of the command that its pilots do not get. `decide` and `decide.*` are others."""
 LATE = 0.1
 """Share of the budget by which the judgement may exceed it. Then further finalists are left out."""
+
+FORGETTING = ("retention_perplexity_ratio", "question_accuracy_change")
+"""Figures that need evaluate.retention."""
+RETENTION_FIX = "Set evaluate.retention=[samples:retention_sentences,samples:retention_questions]"
+TIMED = ("seconds_p50", "seconds_p95", "cost_per_thousand")
+"""Figures that need decide.num_timed."""
 
 
 def decide(config: Mapping[str, Any], name: str, arguments: Sequence[str], config_dir: Path | None) -> int:
@@ -107,6 +113,7 @@ class Decision:
             each: Candidate(each, own, self.pilots.is_trained(each))
             for each, own in self.config.tried.items()
         }
+        self.check_limits()
         self.untrained: Candidate | None = None
         """The best option without training."""
         self.judgement: Judgement | None = None
@@ -169,6 +176,31 @@ class Decision:
             untrained = [error for name, error in errors.items() if not self.candidates[name].is_trained]
             raise next(iter(untrained), ConfigError("decide.candidates: none is without training. Add base."))
         self.write()
+
+    def check_limits(self) -> None:
+        """Check that what has a limit is measured.
+
+        Raises:
+            ConfigError: a finalist could not be shipped, whatever its answers are.
+        """
+        limits = self.config.limits.ranges
+        for each in self.candidates.values() if limits else ():
+            if not each.is_trained:
+                continue
+            try:
+                stage = vars(self.pilots.experiment(each.name).stages["evaluate"])
+            except ConfigError:  # `check_candidates` meets it again, and says it
+                continue
+            for figure in limits:
+                if figure in FORGETTING and not stage["retention"]:
+                    is_missing, fix = "evaluate.retention is null", RETENTION_FIX
+                elif figure in TIMED and not self.config.num_timed:
+                    is_missing, fix = "decide.num_timed is 0", "Set decide.num_timed=8"
+                else:
+                    continue
+                why = f"it is not measured for {each.title}, as {is_missing}."
+                fix = f"{fix}, or leave out the limit."
+                raise ConfigError(Complaint(f"decide.limits.{figure}", why, fix))
 
     def plan_first(self, each: Candidate) -> None:
         """Find the first share at which a candidate can run: so few steps may leave none that learns.
@@ -468,7 +500,7 @@ class Decision:
         for each in judged:
             if each.name in refused:
                 each.state, each.limits_over = State.REFUSED, refused[each.name]
-                each.why = f"outside the limit of {', '.join(refused[each.name])}"
+                each.why = off_limits(each.figures, refused[each.name], self.config.limits.ranges)
             elif each.name == found.winner:
                 each.state = State.WINNER
             each.gain = found.finalists[each.name].gain if each.name in found.finalists else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +69,7 @@ class Told:
             if name != found.winner
         ]
         lines += [
-            f"{self.candidates[name].title} is refused: {', '.join(limits)} is outside its limit."
+            f"{self.candidates[name].title} is refused: {self.off_limits(name, limits)}."
             for name, limits in found.refused.items()
         ]
         untried = [
@@ -104,7 +104,14 @@ class Told:
                 "the others on the choosing questions."
             )
         if found.outcome is Outcome.NO_TRAINING and not found.finalists:
-            return f"Do not train: every finalist is outside a limit. Use {untrained}."
+            measured = (
+                any(is_measured(self.candidates[name].figures.get(figure)) for figure in limits)
+                for name, limits in found.refused.items()
+            )
+            why = "every finalist is outside a limit"
+            if not all(measured):
+                why = "no finalist is known to be within its limits"
+            return f"Do not train: {why}. Use {untrained}."
         if found.outcome is Outcome.NO_TRAINING:
             return (
                 f"Do not train: {untrained} is as good. No finalist gains more than {found.at_most:+.3g} in "
@@ -118,6 +125,10 @@ class Told:
         return (
             f"It cannot be told whether training gains over {untrained}: {more}. Until then, use {untrained}."
         )
+
+    def off_limits(self, name: str, figures: Iterable[str]) -> str:
+        """Why these figures of a candidate are outside their limits."""
+        return off_limits(self.candidates[name].figures, figures, self.config.limits.ranges)
 
     def about(self, each: Candidate) -> Iterator[str]:
         """What else a user wants to know of the winner."""
@@ -215,6 +226,36 @@ class Told:
 def in_words(gain: Sampled) -> str:
     """A gain with its interval and the number of questions."""
     return f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}, {gain.rows} sealed questions)"
+
+
+def off_limits(
+    values: Mapping[str, float], figures: Iterable[str], limits: Mapping[str, tuple[float, float]]
+) -> str:
+    """Why these figures are outside their limits.
+
+    Args:
+        limits: figure -> lowest and highest allowed value.
+    """
+    return "; ".join(off_limit(figure, values.get(figure), limits[figure]) for figure in figures)
+
+
+def is_measured(value: float | None) -> bool:
+    """Whether a figure has a value."""
+    return value is not None and not math.isnan(value)
+
+
+def off_limit(figure: str, value: float | None, limit: tuple[float, float]) -> str:
+    """Why a figure refuses a candidate, with the digits that show that it is outside.
+
+    Args:
+        limit: lowest and highest allowed value.
+    """
+    if value is None or math.isnan(value):
+        return f"{figure} was not measured"
+    least, most = limit
+    texts = [f"{value:.{digits}g}" for digits in range(3, 18)]
+    text = next((each for each in texts if not least <= float(each) <= most), texts[-1])
+    return f"{figure} is {text}, {f'at least {least:g}' if value < least else f'at most {most:g}'}"
 
 
 def percent(share: float | None) -> str:

@@ -110,7 +110,7 @@ def reasons(decision: Decision, candidate: Candidate) -> list[str]:
     lines = [
         "the best without training" if best else "",
         candidate["why"],
-        f"over its limit: {limits}" if limits else "",
+        f"over its limit: {limits}" if limits and candidate["state"] != "refused" else "",
     ]
     return [line for line in lines if line]
 

@@ -338,3 +338,32 @@ def test_packaged_candidates_name_stages_and_keys_that_there_are(tmp_path: Path)
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     decision = decision_in(tmp_path, f"sft.data={tmp_path / 'a.jsonl'}")
     assert {*decision.candidates} == {*decision.config.candidates}
+
+
+@pytest.mark.parametrize(
+    ("limit", "others", "complaint"),
+    [
+        ("retention_perplexity_ratio.max=1.15", [], "evaluate.retention is null. Set evaluate.retention=[sa"),
+        ("question_accuracy_change.min=-0.1", [], "evaluate.retention is null. Set evaluate.retention=[samp"),
+        ("seconds_p95.max=2", ["decide.num_timed=0"], "decide.num_timed is 0. Set decide.num_timed=8"),
+        ("retention_perplexity_ratio.max=1.15", ["evaluate.retention=samples:retention_sentences"], None),
+        ("seconds_p95.max=2", [], None),
+        ("stop_rate.min=0.9", ["decide.num_timed=0"], None),
+    ],
+)
+def test_a_limit_on_what_is_not_measured_is_refused_at_once(
+    tmp_path: Path, limit: str, others: list[str], complaint: str | None
+) -> None:
+    """With data of the user's own no retention set is used by itself."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    data = f"sft.data={tmp_path / 'a.jsonl'}"
+    given = ("decide.only=[base,sft]", data, f"decide.limits.{limit}", *others)
+    if complaint is None:
+        decision_in(tmp_path, *given)
+        return
+    with pytest.raises(ConfigError) as refused:
+        decision_in(tmp_path, *given)
+    key = limit.partition(".")[0]
+    assert str(refused.value).startswith(
+        f"decide.limits.{key}: it is not measured for SFT, all parameters, as {complaint}"
+    )

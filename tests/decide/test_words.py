@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf.config import validated
 from rlhf.decide.candidate import Candidate, Result, State
-from rlhf.decide.words import Judgement, Told
+from rlhf.decide.words import Judgement, Told, off_limit
 from rlhf.evaluation.sampled import Sampled
 from rlhf.evaluation.selection import Outcome, judge, over_limits
 from rlhf.pipeline.settings import CandidateConfig, DecideConfig
@@ -44,6 +44,7 @@ def alternating(mean: float, deviation: float, questions: int = 40) -> Tensor:
 @pytest.fixture(scope="module")
 def config() -> DecideConfig:
     values = yaml.safe_load((CONF / "config.yaml").read_text())["decide"]
+    values["limits"] |= {"retention_perplexity_ratio": {"max": 1.15}, "stop_rate": {"min": 0.9}}
     return validated(DecideConfig, values, "decide")
 
 
@@ -77,8 +78,8 @@ class Made:
 
     def told(self, looks: int = 1, **options: Any) -> Told:
         """What is told after the judgement, whose states are set as the command sets them."""
-        limits = {"retention_perplexity_ratio": (-math.inf, 1.15), "stop_rate": (0.9, math.inf)}
-        refused = over_limits({name: self.candidates[name].figures for name in self.gains}, limits)
+        figures = {name: self.candidates[name].figures for name in self.gains}
+        refused = over_limits(figures, self.config.limits.ranges)
         options = {"smallest_gain": self.config.smallest_gain, "score_range": None} | options
         costs = dict.fromkeys(self.gains, 1.0)
         found = judge(self.gains, scores(0.5), cost=costs, refused=refused, **options)
@@ -140,7 +141,9 @@ def test_a_winner_is_shipped_and_the_others_are_compared(config: DecideConfig) -
         "answers.",
     ]
     assert lines[6].startswith("DPO: +0.200 (+0.1") and lines[6].endswith("sealed questions) over few-shot.")
-    assert lines[7:] == ["PPO is refused: retention_perplexity_ratio, stop_rate is outside its limit."]
+    assert lines[7:] == [
+        "PPO is refused: retention_perplexity_ratio is 1.5, at most 1.15; stop_rate was not measured."
+    ]
     assert [*told.commands()] == [
         f"The model that was judged: {made.model}",
         "Made by: python -m rlhf stage=sft",
@@ -187,16 +190,44 @@ def test_without_a_gain_worth_having_nothing_is_trained(config: DecideConfig) ->
 
 def test_when_all_are_refused_nothing_is_trained(config: DecideConfig) -> None:
     made = Made(config, {"sft": scores(0.9), "dpo": scores(0.9)})
-    made.measured("sft", retention_perplexity_ratio=1.2, stop_rate=1.0).measured("dpo", stop_rate=0.95)
+    made.measured("sft", retention_perplexity_ratio=1.2, stop_rate=1.0)
+    made.measured("dpo", retention_perplexity_ratio=1.0, stop_rate=0.8)
     told = made.told()
     assert told.sentences() == [
         "Do not train: every finalist is outside a limit. Use few-shot.",
-        "SFT is refused: retention_perplexity_ratio is outside its limit.",
-        "DPO is refused: retention_perplexity_ratio is outside its limit.",  # not measured
+        "SFT is refused: retention_perplexity_ratio is 1.2, at most 1.15.",
+        "DPO is refused: stop_rate is 0.8, at least 0.9.",
     ]
     content = told.as_json()
     assert {each["state"] for each in content["candidates"] if each["trained"]} == {"refused", "running"}
     assert page_of(told)
+
+
+def test_a_figure_that_was_not_measured_is_not_outside_its_limit(config: DecideConfig) -> None:
+    """It refuses all the same. NaN is no value either."""
+    made = Made(config, {"sft": scores(0.9), "dpo": scores(0.9)})
+    made.measured("sft", stop_rate=0.95)
+    told = made.measured("dpo", stop_rate=0.8, retention_perplexity_ratio=math.nan).told()
+    assert told.sentences() == [
+        "Do not train: no finalist is known to be within its limits. Use few-shot.",
+        "SFT is refused: retention_perplexity_ratio was not measured.",
+        "DPO is refused: retention_perplexity_ratio was not measured; stop_rate is 0.8, at least 0.9.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1.3128, "f is 1.31, at most 1.15"),
+        (1.15049, "f is 1.1505, at most 1.15"),
+        (0.2, "f is 0.2, at least 0.5"),
+        (math.nan, "f was not measured"),
+        (None, "f was not measured"),
+    ],
+)
+def test_what_exceeds_a_limit_in_words(value: float | None, words: str) -> None:
+    """With the digits that show it."""
+    assert off_limit("f", value, (0.5, 1.15)) == words
 
 
 @pytest.mark.parametrize(
