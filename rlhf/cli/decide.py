@@ -404,6 +404,9 @@ class Decision:
             for each in self.candidates.values()
             if each.is_trained and each.state is not State.IMPOSSIBLE
         ]
+        if not ranked and any(each.state is State.FAILED for each in possible):
+            whys = [f"{each.title}: {each.why}" for each in possible]
+            raise ConfigError("\n".join(["No candidate could be trained and judged.", *whys]))
         if possible and not ranked:
             raise ConfigError(
                 f"budget={clock(budget)}: no candidate could be trained in it. Raise it, or leave out "
