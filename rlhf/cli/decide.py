@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from rlhf.cli.messages import typed_arguments
 from rlhf.cli.pilots import Pilots
 from rlhf.cli.run_files import RunFiles
 from rlhf.cli.trials import CONTINUE
@@ -35,7 +36,6 @@ from rlhf.evaluation.selection import ERROR, Outcome, best_untrained, judge, ove
 from rlhf.evaluation.selection import Decision as Judged
 from rlhf.exit_codes import CONFIG_ERROR, DONE, INTERRUPTED, STOPPED
 from rlhf.pipeline.experiment import build_experiment
-from rlhf.pipeline.recipe import as_typed
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.report.decision import decision_page
@@ -46,12 +46,6 @@ OWN_KEYS = ("recipe", "budget", "run_name", "stage")
 """Keys of the command that its pilots do not get. `decide` and `decide.*` are others."""
 LATE = 0.1
 """Share of the budget by which the judgement may exceed it. Then further finalists are left out."""
-
-FORGETTING = ("retention_perplexity_ratio", "question_accuracy_change")
-"""Figures that need evaluate.retention."""
-RETENTION_FIX = "Set evaluate.retention=[samples:retention_sentences,samples:retention_questions]"
-TIMED = ("seconds_p50", "seconds_p95", "cost_per_thousand")
-"""Figures that need decide.num_timed."""
 
 
 def decide(config: Mapping[str, Any], name: str, arguments: Sequence[str], config_dir: Path | None) -> int:
@@ -80,7 +74,7 @@ def decide(config: Mapping[str, Any], name: str, arguments: Sequence[str], confi
 def pilot_arguments(arguments: Sequence[str]) -> list[str]:
     """The arguments of the command that are also those of its pilots."""
     own = []
-    for argument in map(as_typed, arguments):
+    for argument in typed_arguments(arguments):
         key = argument.lstrip("+~").partition("=")[0]
         if key not in OWN_KEYS and key.partition(".")[0].partition("@")[0] != "decide":
             own.append(argument)
@@ -109,11 +103,11 @@ class Decision:
         self.say = self.pilots.say
         for each in self.config.tried:
             self.pilots.check_keys(each)
+            self.pilots.check_limits(each)
         self.candidates = {
             each: Candidate(each, own, self.pilots.is_trained(each))
             for each, own in self.config.tried.items()
         }
-        self.check_limits()
         self.untrained: Candidate | None = None
         """The best option without training."""
         self.judgement: Judgement | None = None
@@ -176,31 +170,6 @@ class Decision:
             untrained = [error for name, error in errors.items() if not self.candidates[name].is_trained]
             raise next(iter(untrained), ConfigError("decide.candidates: none is without training. Add base."))
         self.write()
-
-    def check_limits(self) -> None:
-        """Check that what has a limit is measured.
-
-        Raises:
-            ConfigError: a finalist could not be shipped, whatever its answers are.
-        """
-        limits = self.config.limits.ranges
-        for each in self.candidates.values() if limits else ():
-            if not each.is_trained:
-                continue
-            try:
-                stage = vars(self.pilots.experiment(each.name).stages["evaluate"])
-            except ConfigError:  # `check_candidates` meets it again, and says it
-                continue
-            for figure in limits:
-                if figure in FORGETTING and not stage["retention"]:
-                    is_missing, fix = "evaluate.retention is null", RETENTION_FIX
-                elif figure in TIMED and not self.config.num_timed:
-                    is_missing, fix = "decide.num_timed is 0", "Set decide.num_timed=8"
-                else:
-                    continue
-                why = f"it is not measured for {each.title}, as {is_missing}."
-                fix = f"{fix}, or leave out the limit."
-                raise ConfigError(Complaint(f"decide.limits.{figure}", why, fix))
 
     def plan_first(self, each: Candidate) -> None:
         """Find the first share at which a candidate can run: so few steps may leave none that learns.
@@ -435,6 +404,9 @@ class Decision:
             for each in self.candidates.values()
             if each.is_trained and each.state is not State.IMPOSSIBLE
         ]
+        if not ranked and any(each.state is State.FAILED for each in possible):
+            whys = [f"{each.title}: {each.why}" for each in possible]
+            raise ConfigError("\n".join(["No candidate could be trained and judged.", *whys]))
         if possible and not ranked:
             raise ConfigError(
                 f"budget={clock(budget)}: no candidate could be trained in it. Raise it, or leave out "

@@ -43,6 +43,12 @@ OVERSHOOT = 0.05
 PATIENCE = 2.0
 """Times the expected seconds after which a pilot is stopped if others wait; it continues after them."""
 
+FORGETTING = ("retention_perplexity_ratio", "question_accuracy_change")
+"""Figures that need evaluate.retention."""
+RETENTION_FIX = "Set evaluate.retention=[samples:retention_sentences,samples:retention_questions]"
+TIMED = ("seconds_p50", "seconds_p95", "cost_per_thousand")
+"""Figures that need decide.num_timed."""
+
 
 class Pilots:
     """Runs the pilots of one decision, and knows how long they take."""
@@ -184,6 +190,30 @@ class Pilots:
             near = did_you_mean(own.length, (f"{each}.{key}" for each in stages for key in stages[each]))
             number_of(name, own.length, stages.get(stage, {}).get(last), near)
 
+    def check_limits(self, name: str) -> None:
+        """Check that what has a limit is measured for a candidate that trains.
+
+        Raises:
+            ConfigError: it could not be shipped, whatever its answers are.
+        """
+        limits = self.config.limits.ranges
+        if not limits or not self.is_trained(name):
+            return
+        try:
+            retention = vars(self.experiment(name).stages["evaluate"])["retention"]
+        except ConfigError:  # `Decision.check_candidates` meets it again, and says it
+            return
+        for figure in limits:
+            if figure in FORGETTING and not retention:
+                is_missing, fix = "evaluate.retention is null", RETENTION_FIX
+            elif figure in TIMED and not self.config.num_timed:
+                is_missing, fix = "decide.num_timed is 0", "Set decide.num_timed=8"
+            else:
+                continue
+            why = f"it is not measured for {self.config.candidates[name].title}, as {is_missing}."
+            fix = f"{fix}, or leave out the limit."
+            raise ConfigError(Complaint(f"decide.limits.{figure}", why, fix))
+
     def full_length(self, name: str) -> float:
         """The value of a candidate's length key at its full length: an int if it is a whole number."""
         key = self.config.candidates[name].length
@@ -197,7 +227,8 @@ class Pilots:
         experiment, own = self.experiment(name), self.config.candidates[name].set
         made = {kind_of(stage) for stage in experiment.needed()} - {"evaluate"}
         common = [word for word in self.config.set if word.partition(".")[0] in made]
-        words = [*common, *self.arguments, *own, f"stage={self.asked(name).model}"]
+        given = [] if self.config_dir is None else ["--config-dir", str(self.config_dir)]
+        words = [*given, *common, *self.arguments, *own, f"stage={self.asked(name).model}"]
         return "python -m rlhf " + " ".join(map(shlex.quote, words))
 
     def run_name(self, trial: Trial) -> str:

@@ -52,6 +52,11 @@ class Told:
         """What judges, in words."""
         return JUDGES.get(self.kind, self.kind.replace("_", " "))
 
+    @property
+    def failed(self) -> list[Candidate]:
+        """The candidates that failed, in training or before the judge."""
+        return [each for each in self.candidates.values() if each.state is State.FAILED]
+
     def sentences(self) -> list[str]:
         """The result: the first line says what to do, the others why."""
         if self.judgement is None or self.untrained is None:
@@ -72,6 +77,7 @@ class Told:
             f"{self.candidates[name].title} is refused: {self.off_limits(name, limits)}."
             for name, limits in found.refused.items()
         ]
+        lines += [f"{each.title} could not be judged: {each.why.rstrip('.')}." for each in self.failed]
         untried = [
             each.title for each in self.candidates.values() if each.state is State.CUT and not each.chosen
         ]
@@ -94,6 +100,12 @@ class Told:
                 "without training."
             )
         if found.outcome is Outcome.UNTOLD and not found.finalists:
+            if self.failed:
+                titles = ", ".join(each.title for each in self.failed)
+                return (
+                    f"It cannot be told: {titles} could not be judged, and the {self.judge} is the same for "
+                    "all other answers."
+                )
             return (
                 f"It cannot be told: the {self.judge} is the same for every answer, "
                 "so it judges nothing. Give another judge."

@@ -25,6 +25,12 @@ def share(messages, responses):
         raise KeyboardInterrupt
     return [text.count("a") / 8 for text in responses]
 """
+QUOTA = """
+def share(messages, responses):
+    if any("aaaa" in text for text in responses):
+        raise RuntimeError("the quota is exceeded")
+    return [0.0 for text in responses]
+"""
 CANDIDATES = """
 # @package _global_
 decide:
@@ -194,3 +200,24 @@ def test_a_judge_that_is_the_reward_is_refused(tmp_path: Path) -> None:
     """Without a gold score or references nothing judges."""
     told = Decisions(tmp_path).decide("evaluate.gold=null", code=2)
     assert "there is no judge that no candidate learned from" in told.err
+
+
+def test_a_judge_that_raises_on_a_candidate_is_no_judge_of_one_score(tmp_path: Path) -> None:
+    """The others go on. Without others, it is no lack of budget."""
+    decisions = Decisions(tmp_path)
+    (tmp_path / "quota.py").write_text(QUOTA)
+    given = ("evaluate.gold=python:quota:share", "decide.shares=[1]")
+    decisions.decide("decide.only=[base,sft,wrong]", *given)
+    first, *others = decisions.result["sentences"]
+    assert state_of(decisions.result) == {"base": "compared", "sft": "failed", "wrong": "finalist"}
+    assert first == (
+        "It cannot be told: SFT, all parameters could not be judged, and the gold score is the same for all "
+        "other answers."
+    )
+    (failed,) = others
+    assert (
+        failed.startswith("SFT, all parameters could not be judged: ") and "the quota is exceeded" in failed
+    )
+    told = decisions.decide("decide.only=[base,sft]", *given, "run_name=other", code=2)
+    assert "SFT, all parameters: " in told.err and "the quota is exceeded" in told.err
+    assert "budget" not in told.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers.chains import run_main
 from helpers.experiments import compose as composed
 from rlhf.cli.api import compose
 from rlhf.cli.decide import Decision, pilot_arguments
+from rlhf.cli.messages import hydra_arguments
 from rlhf.cli.pilots import Pilots, share_of
 from rlhf.config import ConfigError, validated
 from rlhf.decide.candidate import Candidate, State
@@ -153,6 +155,25 @@ def test_the_command_makes_the_winner_at_full_length(pilots: Pilots) -> None:
     assert command.startswith("python -m rlhf sft.optim.schedule=constant ")
     assert command.endswith(" sft@best.init=sft sft@best.data=stage:generate@best stage=sft@best")
     assert " ppo.steps=9 " in command and "decide" not in command and "epochs" not in command
+
+
+@pytest.mark.parametrize("place", ["mine.yaml", "sub/my-own.yml", "{here}/mine.yaml"])
+def test_the_command_names_an_experiment_file_as_it_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """So it can be pasted. Mappings too: Hydra gets a null before them."""
+    monkeypatch.chdir(tmp_path)
+    place = place.format(here=tmp_path)
+    Path(place).parent.mkdir(exist_ok=True)
+    Path(place).write_text("# @package _global_\nsft:\n  epochs: 3\n")
+    gold = "evaluate.gold={source: verify:number}"
+    typed = [f"+experiment={place}", gold, "ppo.steps=9", "evaluate.reward=null"]
+    arguments = ["recipe=decide", "model=tiny", "decide.only=[base,sft]", *typed]
+    found = Decision(compose(*arguments), "demo", pilot_arguments(hydra_arguments(arguments)), tmp_path)
+    words = shlex.split(found.pilots.command("sft"))
+    assert [each for each in words if each in typed] == typed and "evaluate.gold=null" not in words
+    assert not [each for each in words if each.startswith("+experiment") and each not in typed]
+    assert words[3:5] == ["--config-dir", str(tmp_path)]
 
 
 def with_candidate(pilots: Pilots, **keys: Any) -> Pilots:
