@@ -41,7 +41,7 @@ dry_run=true only shows the trials and their times. The result is printed, and w
 RUNS_DIR/ceiling-RUN/. After Ctrl-C the same command continues.
 """
 MIN_PROMPTS = 8
-"""Fewest further prompts from which a policy can learn."""
+"""Fewest further prompts from which a policy can learn, and fewest held-out ones that tell whether it did."""
 
 
 class Replacement(NamedTuple):
@@ -57,6 +57,28 @@ class Replacement(NamedTuple):
     """The policy that is judged, if it is not the run's."""
     files: Mapping[Path, Sequence[PromptRow]] = {}
     """Files that the trial reads, with their prompts."""
+
+
+class Gain(NamedTuple):
+    """How much better the policy of a trial is than the run's."""
+
+    value: Sampled
+    why: str = ""
+    """Why it does not tell whether the part is better, whatever the interval."""
+
+    @property
+    def word(self) -> str:
+        """Whether the replacement is better than the run's own part."""
+        if self.why:
+            return "cannot tell"
+        if self.value.low > 0:
+            return "restores"
+        return "is worse" if self.value.high < 0 else "cannot tell"
+
+    @property
+    def words(self) -> str:
+        """The gain with its interval, and why it does not tell."""
+        return "; ".join(filter(None, [in_words(self.value), self.why]))
 
 
 def ceiling(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
@@ -219,7 +241,7 @@ def seconds_of(base: Judged, each: Replacement) -> float:
 
 def run_all(base: Judged, trials: Trials) -> int:
     """Run the trials, print and write the table."""
-    own, results = base.scores(), dict[str, Sampled | str]()
+    own, results = base.scores(), dict[str, Gain | str]()
     found = [*replacements(base, trials.directory)]
     pending = [each for each in found if each.config is not None]
     trials.budget = len(pending)
@@ -229,9 +251,8 @@ def run_all(base: Judged, trials: Trials) -> int:
         for path, rows in each.files.items():
             replace_text(path, "".join(json.dumps(as_row(row)) + "\n" for row in rows))
         try:
-            results[each.part] = difference(
-                [trials.run(each.config or {}, words, seconds, left, each.policy)], [own]
-            )
+            scores = trials.run(each.config or {}, words, seconds, left, each.policy)
+            results[each.part] = Gain(difference([scores], [own]), unlearned(base, trials))
         except NoScoresError as error:
             results[each.part] = str(error)
     heading = f"{base.words} minus that of {base.subject}"
@@ -242,25 +263,29 @@ def run_all(base: Judged, trials: Trials) -> int:
     return DONE
 
 
+def unlearned(base: Judged, trials: Trials) -> str:
+    """Why the newest trial's policy tells nothing of what it learned from: it is what it started from, for
+    lack of held-out prompts; empty if it does tell."""
+    name = base.subject
+    stage: Mapping[str, Any] = trials.newest.summary["stages"].get(name, {"metrics": {}})
+    rows = stage["metrics"].get(f"{name}/held_out_score_gain_rows")
+    if stage["metrics"].get(f"{name}/best_step") != 0 or rows is None or rows >= MIN_PROMPTS:
+        return ""
+    return f"the policy is what {name} started from: too few held-out prompts chose among its steps"
+
+
 def rows_of(
-    base: Judged, own: Scores, found: Sequence[Replacement], results: Mapping[str, Sampled | str]
+    base: Judged, own: Scores, found: Sequence[Replacement], results: Mapping[str, Gain | str]
 ) -> Iterator[list[str]]:
     """The table: the parts, the largest gain first; those that could not be replaced; the other policies."""
-    measured = [(each, gain) for each in found if isinstance(gain := results.get(each.part), Sampled)]
-    for each, gain in sorted(measured, key=lambda pair: -pair[1].value):
-        yield [each.part, each.by, in_a_word(gain), in_words(gain)]
+    measured = [(each, gain) for each in found if isinstance(gain := results.get(each.part), Gain)]
+    for each, gain in sorted(measured, key=lambda pair: -pair[1].value.value):
+        yield [each.part, each.by, gain.word, gain.words]
     for each in found:
         why = results.get(each.part, each.by)
         if isinstance(why, str):
             yield [each.part, each.by if each.config else "-", "no trial", why]
     for name in base.section.policies:
         if name != base.subject:
-            gain = difference([base.scores(name)], [own])
-            yield [f"(policy {name})", "-", in_a_word(gain), in_words(gain)]
-
-
-def in_a_word(gain: Sampled) -> str:
-    """Whether a replacement is better than the run's own part."""
-    if gain.low > 0:
-        return "restores"
-    return "is worse" if gain.high < 0 else "cannot tell"
+            gain = Gain(difference([base.scores(name)], [own]))
+            yield [f"(policy {name})", "-", gain.word, gain.words]

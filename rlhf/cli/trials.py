@@ -258,6 +258,11 @@ class Trials:
         self.directory = base.files.directory.parent / name
         self.store = Store(base.files.store_dir)
 
+    @property
+    def newest(self) -> RunFiles:
+        """The trial that was asked for last."""
+        return RunFiles(self.directory.with_name(f"{self.name}-{self.number:02d}"))
+
     def run(
         self, config: Mapping[str, Any], words: str, seconds: float, left: float, policy: str = ""
     ) -> Scores:
@@ -279,7 +284,7 @@ class Trials:
         if self.number == self.budget:
             raise NotTriedError(f"not tried: budget={self.budget} is spent")
         self.number += 1
-        name = f"{self.name}-{self.number:02d}"
+        name = self.newest.directory.name
         self.console.print(
             f"Trial {self.number} of at most {self.budget}: {words}. About {clock(seconds)}, and about "
             f"{clock(left)} for the rest. Its state: python -m rlhf status run_name={name}"

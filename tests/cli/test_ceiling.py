@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from helpers.chains import Chain, Outcome, run_main
+from rlhf.cli.ceiling import Gain
+from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import Run
 
 REWARD = """
@@ -223,6 +225,19 @@ def test_the_same_command_twice_at_once_names_no_key_that_it_lacks(chain: Chain)
         said = say(chain, "run1", code=2).err
     assert said.startswith("Error: ceiling-run1: this ceiling is already going on (pid ")
     assert "run_name" not in said and said.endswith("Wait for its end.\n")
+
+
+def test_a_policy_that_few_held_out_prompts_left_as_it_started_judges_no_part(later: Chain) -> None:
+    """Four held-out prompts, of which two choose: `grpo` is what it started from, and so in its trials."""
+    say(later, "later")
+    why = "; the policy is what grpo started from: too few held-out prompts chose among its steps"
+    parts = parts_of(later, "ceiling-later")
+    summary = json.loads((later.directory / "runs" / "ceiling-later-04" / "summary.json").read_text())
+    assert summary["stages"]["grpo"]["metrics"]["grpo/best_step"] == 0
+    assert parts["prompts"]["gain"].endswith(why) and parts["prompts"]["result"] == "cannot tell"
+    assert why not in parts["policy gradient"]["gain"], "best of n learns nothing"
+    lower = Sampled(-1.0, -1.5, -0.5, 24)
+    assert (Gain(lower).word, Gain(lower, why).word) == ("is worse", "cannot tell")
 
 
 def test_mistakes_are_named_in_the_users_words(chain: Chain) -> None:
