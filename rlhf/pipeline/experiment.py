@@ -69,6 +69,7 @@ class DemoConfig(Strict):
 
 
 RUN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+"""What a run may be called."""
 
 
 class Settings(Strict):
