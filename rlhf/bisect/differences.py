@@ -14,7 +14,7 @@ from rlhf.models.base import base_identity
 from rlhf.pipeline.defaults import references, value_text
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import Mark, Rows, marked_fields
-from rlhf.pipeline.graph import inputs, named_sources
+from rlhf.pipeline.graph import inputs, named_sources, own_roles
 from rlhf.pipeline.key import external_digests, knobs
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage
@@ -150,11 +150,11 @@ def readers_of(sides: Iterable[Side], names: Set[str]) -> dict[str, set[str]]:
     for chain in (side.experiment.stages for side in sides):
         sources = named_sources(chain)
         for name in (each for each in chain if each in names):
-            for role in chain[name].reads().roles:
-                own: str | None = chain[name].mount.own_role(role)
-                while own is not None:
-                    found.setdefault(sources.roles[own].key, set()).add(name)
-                    own = sources.lender(own)
+            for own in own_roles(chain[name]):
+                role: str | None = own
+                while role is not None:
+                    found.setdefault(sources.roles[role].key, set()).add(name)
+                    role = sources.lender(role)
     return found
 
 

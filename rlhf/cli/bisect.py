@@ -244,7 +244,8 @@ class Bisection:
     def show_plan(self) -> None:
         """Print the trials that may follow, and how long they take."""
         plans, prompts = self.remaining(), self.good.prompts
-        if (self.everything, prompts, 0) in self.scored:
+        is_judged = (self.everything, prompts, 0) in self.scored
+        if is_judged:
             gap = difference(*(self.pooled(each, Level(prompts, 1)) for each in (self.everything, NO_PART)))
             self.trials.console.print(self.in_short(gap))
             if gap.low > 0:
@@ -253,7 +254,7 @@ class Bisection:
                 self.trials.console.print(
                     "So both first get more prompts or seeds, until they can be told apart."
                 )
-        first = [] if (self.everything, prompts, 0) in self.scored else [self.everything]
+        first = [] if is_judged else [self.everything]
         parts = dict.fromkeys([*first, *(part for parts, _ in plans for part in parts)])
         rows = [[self.in_words(each), clock(self.seconds(each, prompts, 0, self.made))] for each in parts]
         if rows:

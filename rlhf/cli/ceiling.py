@@ -112,7 +112,7 @@ def check_unchanged(base: Judged, store: Store) -> None:
     chain, recipes, needed = base.experiment.stages, base.recipes(), {*base.experiment.needed()}
     sources = named_sources(chain)
     roles = {role for name in needed for role in own_roles(chain[name])} - {*sources.makers()}
-    for role in sorted(roles):
+    for role in sorted(roles):  # a file that is missing is an error of its own, which `gone` does not raise
         sources.content_digest(role)
     for name in {*recipes} - {"prepare"}:
         external_digests(chain[name], chain, store.directory_digest)
