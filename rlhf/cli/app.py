@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def run(arguments: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, instead of print and exit with 1
     register()
     refuse_to_pickle_secrets(arguments)
+    typed = list(arguments)
+
+    @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
+    def compose_and_run(node: DictConfig) -> Any:
+        """Run one job: the only one, or one trial of a sweep. The sweeper gets the returned outcome."""
+        with redacted_output():  # here too: a trial on a cluster does not go through main
+            return run_composed(node, typed)
+
     try:
         sys.argv[1:] = hydra_arguments(arguments)
         compose_and_run()
@@ -52,15 +61,12 @@ def run(arguments: list[str]) -> None:
         raise SystemExit(CRASH) from None
 
 
-@hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
-def compose_and_run(node: DictConfig) -> Any:
-    """Run one job: the only one, or one trial of a sweep. The sweeper gets the returned outcome."""
-    with redacted_output():  # here too: a trial on a cluster does not go through main
-        return run_composed(node)
+def run_composed(node: DictConfig, arguments: Sequence[str]) -> Any:
+    """Run a composed config.
 
-
-def run_composed(node: DictConfig) -> Any:
-    """Run a composed config."""
+    Args:
+        arguments: the command's, as the user typed them.
+    """
     from rlhf.cli.execute import end_rank, execute
     from rlhf.cli.sweep.trial import run_trial
 
@@ -88,7 +94,7 @@ def run_composed(node: DictConfig) -> Any:
             return outcome
         code = outcome.code  # other sweepers do not read exit codes
     elif config["budget"] is not None:
-        code = run_decision(config, name)
+        code = run_decision(config, name, arguments)
     else:
         code = execute(config, name)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -98,8 +104,8 @@ def run_composed(node: DictConfig) -> Any:
     return None
 
 
-def run_decision(config: dict[str, Any], name: str) -> int:
-    """Run `recipe=decide`. Its pilots are composed again, with the same arguments."""
+def run_decision(config: dict[str, Any], name: str, arguments: Sequence[str]) -> int:
+    """Run `recipe=decide`. Its pilots are composed again, with the same keys."""
     from rlhf.cli.execute import set_up_libraries
 
     set_up_libraries()
@@ -107,7 +113,9 @@ def run_decision(config: dict[str, Any], name: str) -> int:
 
     job = HydraConfig.get()
     given = [Path(each.path) for each in job.runtime.config_sources if each.provider == "command-line"]
-    return decide(config, name, list(job.overrides.task), next(iter(given), None))
+    overrides = {*job.overrides.task}
+    keys = [each for each in arguments if overrides.intersection(hydra_arguments([each]))]
+    return decide(config, name, keys, next(iter(given), None))
 
 
 def refuse_to_pickle_secrets(arguments: list[str]) -> None:

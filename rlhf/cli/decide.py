@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from rlhf.cli.messages import typed_arguments
 from rlhf.cli.pilots import Pilots
 from rlhf.cli.run_files import RunFiles
 from rlhf.cli.trials import CONTINUE
@@ -54,7 +53,7 @@ def decide(config: Mapping[str, Any], name: str, arguments: Sequence[str], confi
     Args:
         config: the composed config.
         name: of the run.
-        arguments: the command's `key=value`.
+        arguments: the command's `key=value`, as they were typed.
         config_dir: the user's directory with more YAML files.
     """
     try:
@@ -74,7 +73,7 @@ def decide(config: Mapping[str, Any], name: str, arguments: Sequence[str], confi
 def pilot_arguments(arguments: Sequence[str]) -> list[str]:
     """The arguments of the command that are also those of its pilots."""
     own = []
-    for argument in typed_arguments(arguments):
+    for argument in arguments:
         key = argument.lstrip("+~").partition("=")[0]
         if key not in OWN_KEYS and key.partition(".")[0].partition("@")[0] != "decide":
             own.append(argument)

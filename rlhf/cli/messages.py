@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 
 from rlhf.config import ConfigError, did_you_mean, nearest
-from rlhf.pipeline.recipe import as_typed, hydra_argument, kind_of
+from rlhf.pipeline.recipe import hydra_argument, kind_of
 
 ADDED_GROUPS = ("experiment", "remedy", "sweep")
 """Config groups that need a plus sign: `+experiment=NAME`."""
@@ -27,8 +27,6 @@ CHOICE_GROUPS = ("model", "tracker", "recipe")
 SUBMITIT_LAUNCHERS = ("submitit_local", "submitit_slurm")
 """Launchers that need submitit."""
 EXPERIMENT_PATH = re.compile(r"^\+{0,2}experiment=(.+\.ya?ml)$")
-TYPED_EXPERIMENTS: dict[str, str] = {}
-"""Argument with an experiment's name for Hydra -> the argument with its path, as the user typed it."""
 PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.M)
 KEYS_HINT = "`python -m rlhf keys` says what each means."
 
@@ -64,15 +62,6 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     return [each for argument in registered for each in (*_null_before_mapping(argument), argument)]
 
 
-def typed_arguments(arguments: Sequence[str]) -> list[str]:
-    """Keys as the user typed them: the inverse of `hydra_arguments`."""
-    return [
-        as_typed(TYPED_EXPERIMENTS.get(argument, argument))
-        for argument, following in zip_longest(arguments, arguments[1:], fillvalue="")
-        if argument not in _null_before_mapping(following)
-    ]
-
-
 def _null_before_mapping(argument: str) -> Iterator[str]:
     """`KEY=null` if the argument sets KEY to a mapping: so the mapping replaces an earlier one. Nothing if
     conf/ has a mapping there, as for `sft.optim`: then the new mapping changes only its own keys.
@@ -100,9 +89,7 @@ def _registered_experiment(argument: str) -> str:
             package=package[1] if package else "_global_", provider="path",
         )  # fmt: skip
         names.append(name)
-    named_ones = f"+experiment={','.join(names)}"
-    TYPED_EXPERIMENTS[named_ones] = argument
-    return named_ones
+    return f"+experiment={','.join(names)}"
 
 
 def read_experiment(path: Path, argument: str) -> str:

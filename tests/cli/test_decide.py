@@ -125,6 +125,7 @@ def test_its_command_makes_the_very_model_that_was_judged(
     monkeypatch.chdir(decisions.directory)
     result, before = decisions.result, decisions.made("sft")
     words = result["command"].removeprefix("python -m rlhf ").split()
+    assert {"+experiment=candidates.yaml", "sft.data=a.jsonl"} <= {*words}  # as they were typed
     finished = run_config(compose(*(word.strip("'") for word in words), "run_name=again"), quiet=True)
     assert finished.summary and decisions.made("sft") == before and len(before) == 3
     judged = (decisions.directory / result["artifact"]).resolve()

@@ -14,7 +14,6 @@ from helpers.chains import run_main
 from helpers.experiments import compose as composed
 from rlhf.cli.api import compose
 from rlhf.cli.decide import Decision, pilot_arguments
-from rlhf.cli.messages import hydra_arguments
 from rlhf.cli.pilots import Pilots, share_of
 from rlhf.config import ConfigError, validated
 from rlhf.decide.candidate import Candidate, State
@@ -54,7 +53,6 @@ def test_pilots_get_the_commands_keys_without_those_of_the_decision() -> None:
         "decide@decide.candidates.mine=sft", "+decide@decide.candidates.mine=sft", "decide=null",
     ]  # fmt: skip
     assert pilot_arguments([*own[:5], *kept, *own[5:]]) == kept
-    assert pilot_arguments(["++instances.sft-at-2.epochs=1"]) == ["sft@2.epochs=1"]  # as Hydra gives it
 
 
 def test_a_pilot_only_evaluates_one_candidate(pilots: Pilots) -> None:
@@ -169,7 +167,7 @@ def test_the_command_names_an_experiment_file_as_it_was_typed(
     gold = "evaluate.gold={source: verify:number}"
     typed = [f"+experiment={place}", gold, "ppo.steps=9", "evaluate.reward=null"]
     arguments = ["recipe=decide", "model=tiny", "decide.only=[base,sft]", *typed]
-    found = Decision(compose(*arguments), "demo", pilot_arguments(hydra_arguments(arguments)), tmp_path)
+    found = Decision(compose(*arguments), "demo", pilot_arguments(arguments), tmp_path)
     words = shlex.split(found.pilots.command("sft"))
     assert [each for each in words if each in typed] == typed and "evaluate.gold=null" not in words
     assert not [each for each in words if each.startswith("+experiment") and each not in typed]
