@@ -12,6 +12,7 @@ import json
 import math
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.evaluation.selection import ERROR, Outcome, best_untrained, judge, over_limits, rung
 from rlhf.evaluation.selection import Decision as Judged
 from rlhf.exit_codes import CONFIG_ERROR, DONE, INTERRUPTED, STOPPED
-from rlhf.pipeline.experiment import build_experiment
+from rlhf.pipeline.experiment import build_settings
+from rlhf.pipeline.recipe import with_instances
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.report.decision import decision_page
@@ -66,8 +68,18 @@ def decide(config: Mapping[str, Any], name: str, arguments: Sequence[str], confi
         return CONFIG_ERROR
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
-        print(f"\nInterrupted. {CONTINUE}", file=sys.stderr)
+        print(f"\nInterrupted. {continues(config['run_name'], name)}", file=sys.stderr)
         return INTERRUPTED if signum == signal.SIGINT else STOPPED
+
+
+def continues(typed: str | None, name: str) -> str:
+    """How to continue. The time is the name of a run that was given none.
+
+    Args:
+        typed: `run_name`.
+        name: of the run.
+    """
+    return CONTINUE if typed else f"With run_name={name}, t{CONTINUE[1:]}"
 
 
 def pilot_arguments(arguments: Sequence[str]) -> list[str]:
@@ -86,7 +98,7 @@ class Decision:
     def __init__(
         self, config: Mapping[str, Any], name: str, arguments: Sequence[str], config_dir: Path | None
     ) -> None:
-        settings = build_experiment({**config, "stage": ["prepare"]}).settings  # pilots say what they need
+        settings = build_settings(with_instances(config))  # the pilots' experiments check the stages
         self.config: DecideConfig = settings.decide
         self.directory = Path(settings.runs_dir) / name
         self.price = float(config["evaluate"]["price_per_hour"])
@@ -123,7 +135,8 @@ class Decision:
     @property
     def leaks_told(self) -> str:
         """What is told of `leaks`."""
-        return f"Training rows that ask what the evaluation asks were left out: {self.leaks} (prepare/leaks)."
+        counted = "prepare/leaks; a row of two roles counts twice"
+        return f"Training rows that ask what the evaluation asks were left out: {self.leaks} ({counted})."
 
     @property
     def asked(self) -> list[Candidate]:
@@ -135,6 +148,24 @@ class Decision:
         """The choosing questions."""
         results = [each.chosen for each in self.candidates.values() if each.chosen is not None]
         return results[0].prompts if results else ()
+
+    @property
+    def scores_of_questions(self) -> dict[str, list[float]]:
+        """Question -> all scores of its answers so far."""
+        found = defaultdict[str, list[float]](list)
+        for each in self.candidates.values():
+            for result in (each.chosen, *each.sealed):
+                for prompt, score in ({} if result is None else result.scores).items():
+                    found[prompt].append(score)
+        return found
+
+    @property
+    def score_range(self) -> float | None:
+        """Highest minus lowest possible score. If that is not known, the largest difference that was seen
+        between two answers to one question: without it, equal scores of a few questions would look certain.
+        """
+        seen = (max(scores) - min(scores) for scores in self.scores_of_questions.values())
+        return self.pilots.score_range or max(seen, default=0.0) or None
 
     def run(self) -> None:
         """Decide."""
@@ -216,7 +247,8 @@ class Decision:
             why = "no option without training could be asked within it."
             raise ConfigError(Complaint(f"budget={self.pilots.budget:g}s", why, "Raise it."))
         scores = {each.name: table([each.scores], self.prompts)[0] for each in self.asked}
-        costs = {each.name: each.ask_seconds for each in self.asked}
+        # each other option asks the base model more than the question alone; a tie is no place for noise
+        costs = {each.name: 0.0 if each.config.asks == "base" else each.ask_seconds for each in self.asked}
         self.untrained = each = self.candidates[best_untrained(scores, costs)]
         self.sealed_seconds = self.pilots.pace.seconds(
             self.pilots.predicted(Trial(each.name, 1.0, "sealed", 0))
@@ -280,7 +312,7 @@ class Decision:
         for most in range(len(running), 0, -1):
             found = rung(
                 score_CB, max_kept=most, cost_C=cost_C, slow_C=slow_C, is_last=is_last,
-                num_rungs=len(shares), score_range=self.pilots.score_range,
+                num_rungs=len(shares), score_range=self.score_range,
             )  # fmt: skip
             kept = [each for each, stays in zip(running, found.kept.tolist(), strict=True) if stays]
             if is_last or most == 1 or self.is_affordable(kept, number):
@@ -351,9 +383,12 @@ class Decision:
         elif expected is None:
             expected = self.pilots.pace.seconds(predicted)
         if predicted and self.pilots.spent + expected > until:
-            left = clock(max(0.0, until - self.pilots.spent))
+            left = f"{clock(max(0.0, until - self.pilots.spent))} are left"
+            kept = self.pilots.budget - until
+            left += f" besides {clock(kept)} for the sealed questions" if kept > 0 else ""
+            what = "to ask it the sealed questions" if trial.part == "sealed" else percent(trial.share)
             each.state = State.CUT
-            each.why = f"{percent(trial.share)} would take about {clock(expected)}, and {left} are left"
+            each.why = f"{what} would take about {clock(expected)}, and {left}"
             self.say(f"{each.title} is dropped: {each.why}.")
             return None
         try:
@@ -448,25 +483,18 @@ class Decision:
 
     def judge(self, judged: Sequence[Candidate], untrained: Candidate) -> None:
         """Judge the finalists by their answers to the sealed questions."""
-        prompts, score_range = untrained.sealed[0].prompts, self.pilots.score_range
+        prompts = untrained.sealed[0].prompts
         scores = {each.name: table([result.scores for result in each.sealed], prompts) for each in judged}
         untrained_SB = table([result.scores for result in untrained.sealed], prompts)
         refused = over_limits(figures_of(judged), self.config.limits.ranges)
         costs = {each.name: self.cost(each) for each in judged}
         looks = self.looks()
-        seen = {
-            score
-            for each in self.candidates.values()
-            for result in (each.chosen, *each.sealed)
-            if result is not None
-            for score in result.scores.values()
-        }
-        if len(seen) < 2:
+        if len({score for scores in self.scores_of_questions.values() for score in scores}) < 2:
             self.judgement = Judgement(Judged(Outcome.UNTOLD), looks, len(prompts))  # it judges nothing
             return
         found = judge(
             scores, untrained_SB, cost=costs, smallest_gain=self.config.smallest_gain, refused=refused,
-            score_range=score_range, error=ERROR / 2 ** (looks - 1),
+            score_range=self.score_range, error=ERROR / 2 ** (looks - 1),
         )  # fmt: skip
         for each in judged:
             if each.name in refused:
@@ -504,8 +532,8 @@ class Decision:
         base = [read_answers(file, "base", self.pilots.kind)[1] for file in files]
         prompts = each.sealed[0].prompts
         own_SB = table([result.scores for result in each.sealed], prompts)
-        found = estimated(own_SB - table(base, prompts), self.pilots.score_range)
-        most = self.pilots.score_range or math.inf
+        found = estimated(own_SB - table(base, prompts), self.score_range)
+        most = self.score_range or math.inf
         low, high = (min(most, max(-most, float(found.bound(ERROR / 2, side)))) for side in (-1, 1))
         return Sampled(float(found.value), low, high, int(found.rows))
 
@@ -538,7 +566,7 @@ class Decision:
                 "choosing": len(self.prompts) or None,
                 "sealed": None if self.judgement is None else self.judgement.questions,
             },
-            "budget": {"seconds": self.pilots.budget, "spent": self.pilots.spent},
+            "budget": {"seconds": self.pilots.budget, "spent": self.pilots.log.spent},
             "pilots": [
                 each.as_json() | ({} if self.has_page(each.run) else {"run": None})
                 for each in self.pilots.log.pilots

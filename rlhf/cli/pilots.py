@@ -21,7 +21,7 @@ from rich.console import Console
 from rlhf.cli.api import compose
 from rlhf.cli.api import run as run_config
 from rlhf.cli.run_files import RunFiles
-from rlhf.cli.trials import replaced
+from rlhf.cli.trials import Finished, replaced
 from rlhf.compare.candidate import CANDIDATES, is_stage, parse_candidate
 from rlhf.compare.candidate import Candidate as Asked
 from rlhf.config import Complaint, ConfigError, did_you_mean
@@ -34,6 +34,7 @@ from rlhf.evaluation.references import QUALITIES
 from rlhf.pipeline.experiment import Experiment, build_experiment, stage_class
 from rlhf.pipeline.recipe import AT_SUBSTITUTE, kind_of, with_instances
 from rlhf.pipeline.settings import DecideConfig
+from rlhf.report.judges import KINDS, faults
 from rlhf.rewards.kinds import parts_of, stage_of
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole
@@ -352,7 +353,8 @@ class Pilots:
             for key, value in metrics.items()
             if key.endswith(f"/{asks}") and value is not None
         }
-        return Result(*read_answers(artifact / "responses.jsonl", asks, self.kind), own, run)
+        prompts, scores = read_answers(artifact / "responses.jsonl", asks, self.kind)
+        return Result(prompts, scores, own, run, is_share=self.score_range == 1.0)
 
     def find_judge(self, artifact: Path) -> None:
         """Note what judges, as the first pilot found it.
@@ -362,9 +364,13 @@ class Pilots:
         """
         self.kind = json.loads((artifact / CANDIDATES).read_text(encoding="utf-8"))["quality"] or ""
         if self.kind in ("", "score"):
+            experiment = self.experiment(next(iter(self.config.tried)))
+            run = Finished(RunFiles(artifact.parents[1]), experiment).results
+            sources = {kind: getattr(run.chain["evaluate"], kind) for kind in KINDS}
+            whys = [f"evaluate.{kind}: {why}" for kind in KINDS for why in faults(run, kind, sources[kind])]
             raise ConfigError(
                 Complaint(
-                    "recipe=decide", "there is no judge that no candidate learned from.",
+                    "recipe=decide", " ".join(["there is no judge that no candidate learned from.", *whys]),
                     "Give evaluate.gold (a function, a verifier, a language model), evaluate.reference (a "
                     "column of the prompts with the right answers), or 1,000 pairs or more.",
                 )

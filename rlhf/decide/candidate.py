@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.evaluation.intervals import mean
+from rlhf.evaluation.intervals import mean, share
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.settings import CandidateConfig, LimitsConfig
 
@@ -54,6 +54,8 @@ class Result(NamedTuple):
     metrics: Mapping[str, float]
     """Summary metrics of this candidate's answers, without its name."""
     run: str
+    is_share: bool = False
+    """Whether scores lie between 0 and 1."""
 
 
 @dataclass(eq=False)
@@ -113,7 +115,10 @@ class Candidate:
     @property
     def quality(self) -> Sampled | None:
         """Mean score on the choosing questions, with its interval."""
-        return mean(torch.tensor([*self.scores.values()], dtype=torch.float64)) if self.scores else None
+        if self.chosen is None or not self.scores:
+            return None
+        score_B = torch.tensor([*self.scores.values()], dtype=torch.float64)
+        return share(score_B) if self.chosen.is_share else mean(score_B)
 
     @property
     def figures(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rlhf.costs.price import break_even, cost_of
 from rlhf.decide.candidate import Candidate, State
 from rlhf.evaluation.sampled import Sampled
-from rlhf.evaluation.selection import Decision, Outcome
+from rlhf.evaluation.selection import Decision, Outcome, over_limits
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.tracking.progress import clock
 
@@ -77,6 +77,15 @@ class Told:
             f"{self.candidates[name].title} is refused: {self.off_limits(name, limits)}."
             for name, limits in found.refused.items()
         ]
+        lines += [] if self.winner is not None else self.outside(self.untrained)
+        sealed = self.judgement.questions
+        lines += [
+            f"{sealed - gain.rows} of the {sealed} sealed questions do not count for "
+            f"{self.candidates[name].title}: its answer or that of {untrained} has no score. If it is bad "
+            "answers that have none, the gain is wrong."
+            for name, gain in gains.items()
+            if gain.rows < sealed
+        ]
         lines += [f"{each.title} could not be judged: {each.why.rstrip('.')}." for each in self.failed]
         untried = [
             each.title for each in self.candidates.values() if each.state is State.CUT and not each.chosen
@@ -141,6 +150,14 @@ class Told:
     def off_limits(self, name: str, figures: Iterable[str]) -> str:
         """Why these figures of a candidate are outside their limits."""
         return off_limits(self.candidates[name].figures, figures, self.config.limits.ranges)
+
+    def outside(self, each: Candidate) -> Iterator[str]:
+        """That an option without training is itself outside limits. What has no value for it is no reason."""
+        limits = self.config.limits.ranges
+        values = {figure: each.figures[figure] for figure in limits if is_measured(each.figures.get(figure))}
+        over = over_limits({each.name: values}, {figure: limits[figure] for figure in values})
+        if figures := over.get(each.name):
+            yield f"{each.title} is itself outside: {self.off_limits(each.name, figures)}."
 
     def about(self, each: Candidate) -> Iterator[str]:
         """What else a user wants to know of the winner."""

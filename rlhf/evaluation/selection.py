@@ -340,17 +340,20 @@ def judge(
     elif at_most <= smallest_gain:
         outcome = Outcome.NO_TRAINING
     else:
-        outcome, more = Outcome.UNTOLD, more_questions(found, smallest_gain, error)
+        outcome, more = Outcome.UNTOLD, more_questions(found, smallest_gain, error, untrained_SB.shape[-1])
     return Decision(
         outcome, winner, judged, refused, min(limit, at_most), more, is_method=score_KSB.shape[-2] > 1
     )
 
 
-def more_questions(found: Claims, smallest_gain: float, error: float) -> int | None:
+def more_questions(found: Claims, smallest_gain: float, error: float, sealed: int) -> int | None:
     """How many more questions would tell, a third of them sealed; None if `MOST_QUESTIONS` would not.
 
     If the leader's measured gain is large enough, they would show that it is above 0. Else they would show
     that no finalist reaches `smallest_gain`.
+
+    Args:
+        sealed: number of sealed questions. As many of the further ones will have no score.
     """
     leader, num_finalists = int(found.leader), len(found.p)
     value = float(found.gain.value[leader])
@@ -367,7 +370,8 @@ def more_questions(found: Claims, smallest_gain: float, error: float) -> int | N
     known = [each for each in needed if each is not None]
     if len(known) < len(needed):
         return None
-    more = math.ceil(max(1, max(known) - int(found.gain.rows[leader])) / SEALED)
+    rows = int(found.gain.rows[leader])
+    more = math.ceil(max(1, max(known) - rows) / SEALED * sealed / max(1, rows))
     return more if more <= MOST_QUESTIONS else None
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat
+from pydantic import BeforeValidator, Field, NonNegativeInt
 from pydantic.errors import PydanticUserError
 
 from rlhf.config import ConfigError, Strict, did_you_mean, validated
@@ -113,7 +113,7 @@ class Settings(Strict):
     only says so."""
     sweep: SweepConfig
     recipe: RecipeConfig
-    budget: str | PositiveFloat | None
+    budget: str | float | None
     """What `recipe=decide` may use; null: an ordinary run. A time (`90s`, `30m`, `2h`), GPU hours (`16gpuh`),
     or an amount of money in the currency of evaluate.price_per_hour (`20`)."""
     decide: DecideConfig
@@ -178,6 +178,19 @@ def check_normalization(stage: Stage, chain: Mapping[str, Stage]) -> None:
             )
 
 
+def build_settings(resolved: Mapping[str, Any]) -> Settings:
+    """Check the keys outside the stages' sections.
+
+    Args:
+        resolved: the config, with a section for every named instance.
+
+    Raises:
+        ConfigError: their complaints.
+    """
+    check_sections(resolved)
+    return validated(Settings, {key: each for key, each in resolved.items() if not _is_stage(each)}, "")
+
+
 def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     """Check the whole config.
 
@@ -187,10 +200,8 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     composed = resolved
     judged, judge_notes = with_judge(resolved)
     resolved = with_instances(judged)
-    names = [name for name, value in resolved.items() if _is_stage(value)]
-    check_sections(resolved)
-    settings = validated(Settings, {k: v for k, v in resolved.items() if k not in names}, "")
-    sections = {name: resolved[name] for name in names}
+    settings = build_settings(resolved)
+    sections = {name: each for name, each in resolved.items() if _is_stage(each)}
     if not settings.stage:
         raise ConfigError(f"stage=[]: nothing to do. Use all, or some of {', '.join(sections)}.")
     for key, names, extra in (

@@ -120,7 +120,7 @@ def columns_of(decision: Decision) -> dict[str, Callable[[Candidate], Cell]]:
     places = decimals(decision["smallest_gain"])
     made: dict[str, Callable[[Candidate], Cell]] = {
         "trained": lambda each: Cell(share_words(each["share"])),
-        "quality": lambda each: interval_cell(each["quality"], f"z.{places}f"),
+        "quality": lambda each: _quality(decision, each, f"z.{places}f"),
         "gain": lambda each: interval_cell(each["gain"], f"+z.{places}f"),
         "forgets": _forgotten,
         "latency": _latency,
@@ -132,6 +132,14 @@ def columns_of(decision: Decision) -> dict[str, Callable[[Candidate], Cell]]:
         for heading, make in made.items()
         if any(make(each).text for each in decision["candidates"])
     }
+
+
+def _quality(decision: Decision, candidate: Candidate, form: str) -> Cell:
+    cell, questions = interval_cell(candidate["quality"], form), decision["questions"]["choosing"]
+    rows = known(candidate["quality"]["rows"]) if candidate["quality"] else None
+    if rows is None or not questions or rows >= questions:
+        return cell
+    return cell._replace(more=f"{cell.more}, {rows:g} of {questions} questions".removeprefix(", "))
 
 
 def _dashed(make: Callable[[Candidate], Cell], candidate: Candidate) -> Cell:

@@ -138,7 +138,7 @@ def test_the_same_command_again_trains_nothing(decided: tuple[Decisions, Outcome
     told = decisions.decide()
     after = decisions.result
     assert decisions.made("sft") == made and after["pilots"] == before["pilots"]
-    assert after["sentences"] == before["sentences"]
+    assert after["sentences"] == before["sentences"] and after["budget"] == before["budget"]
     assert "all of it is in the store" in told.out
 
 
@@ -178,7 +178,8 @@ def test_training_rows_that_ask_the_questions_are_told(tmp_path: Path) -> None:
     hidden = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is 7?"}]
     Chain(tmp_path).write("a.jsonl", [*rows, {"prompt": hidden, "completion": "a"}])
     told = decisions.decide("decide.only=[base,sft]")
-    line = "Training rows that ask what the evaluation asks were left out: 2 (prepare/leaks)."
+    counted = "prepare/leaks; a row of two roles counts twice"
+    line = f"Training rows that ask what the evaluation asks were left out: 2 ({counted})."
     assert told.out.count(line) == 2 and decisions.result["sentences"][-1] == line
 
 
@@ -201,6 +202,33 @@ def test_a_judge_that_is_the_reward_is_refused(tmp_path: Path) -> None:
     """Without a gold score or references nothing judges."""
     told = Decisions(tmp_path).decide("evaluate.gold=null", code=2)
     assert "there is no judge that no candidate learned from" in told.err
+
+
+def test_a_second_reward_model_that_ranks_by_chance_is_no_judge(tmp_path: Path) -> None:
+    """And the reason is told: pairs there are enough of."""
+    decisions, words = Decisions(tmp_path), ("red", "blue", "green")
+    rows = [
+        {
+            "prompt": f"Name {n}",
+            "chosen": f"{words[n % 3]} {n}",
+            "rejected": f"{words[n // 3 % 3]} {n + 1}",
+        }
+        for n in range(1200)
+    ]
+    Chain(tmp_path).write("pairs.jsonl", rows)
+    given = ("evaluate.gold=null", "reward.pairs=pairs.jsonl", "reward.epochs=1", "decide.only=[base]")
+    told = decisions.decide(*given, code=2)
+    assert "evaluate.judge: reward@judge is not shown to rank better than a rule" in told.err
+
+
+def test_an_instance_that_all_candidates_read_can_be_given_keys(tmp_path: Path) -> None:
+    decisions = Decisions(tmp_path)
+    Chain(tmp_path).write(
+        "pairs.jsonl", [{"prompt": f"N {n}", "chosen": "a a a", "rejected": "b"} for n in range(64)]
+    )
+    judge = ("evaluate.gold=learned@2", "reward@2.epochs=1", "reward.pairs=pairs.jsonl")
+    told = decisions.decide(*judge, "decide.only=[base]", "run_name=choice")
+    assert "base model is the best" in told.out
 
 
 def test_a_judge_that_raises_on_a_candidate_is_no_judge_of_one_score(tmp_path: Path) -> None:

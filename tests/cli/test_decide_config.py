@@ -13,12 +13,12 @@ import pytest
 from helpers.chains import run_main
 from helpers.experiments import compose as composed
 from rlhf.cli.api import compose
-from rlhf.cli.decide import Decision, pilot_arguments
+from rlhf.cli.decide import Decision, continues, pilot_arguments
 from rlhf.cli.pilots import Pilots, share_of
 from rlhf.config import ConfigError, validated
-from rlhf.decide.candidate import Candidate, State
+from rlhf.decide.candidate import Candidate, Result, State
 from rlhf.decide.pilots import PilotLog, Trial
-from rlhf.pipeline.experiment import build_experiment
+from rlhf.pipeline.experiment import build_experiment, build_settings
 from rlhf.pipeline.settings import CandidateConfig, DecideConfig
 from rlhf.rewards.kinds import parts_of
 
@@ -253,6 +253,7 @@ def test_only_known_candidates_are_tried(pilots: Pilots) -> None:
     ("budget", "recipe", "complaint"),
     [
         ("soon", "decide", "budget=soon: give a time such as 90s"),
+        ("0", "decide", "budget=0: give a time such as 90s"),
         ("30m", "rlhf", "budget=30m: only recipe=decide has a budget"),
     ],
 )
@@ -260,6 +261,30 @@ def test_budget_and_recipe_belong_together(budget: str, recipe: str, complaint: 
     config = composed(f"recipe={recipe}", "model=tiny") | {"budget": budget}
     with pytest.raises(ConfigError, match=f"^{complaint}"):
         Decision(config, "demo", [], None)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5"])
+def test_a_budget_that_is_a_number_is_an_amount(value: str) -> None:
+    """What is wrong with it says `recipe=decide`, in its own words."""
+    assert build_settings(compose("recipe=decide", "model=tiny", f"budget={value}")).budget == float(value)
+
+
+def test_a_decision_without_a_name_is_continued_by_the_one_that_it_got() -> None:
+    assert continues("mine", "mine").startswith("The same command continues")
+    assert continues(None, "20261202-1").startswith("With run_name=20261202-1, the same command continues")
+
+
+def test_the_range_of_unknown_scores_is_the_largest_difference_on_one_question(tmp_path: Path) -> None:
+    """Else three equal differences would look certain. Seeds count like candidates."""
+    decision = decision_in(tmp_path, "decide.only=[base,sft]", "evaluate.gold=vader")
+    assert decision.score_range is None
+    base, sft = decision.candidates.values()
+    base.chosen = Result("ab", {"a": 0.5, "b": 9.0}, {}, "run")
+    sft.chosen = Result("ab", {"a": 2.0}, {}, "run")
+    assert decision.score_range == 1.5
+    base.sealed = [Result("xyz", dict.fromkeys("xyz", 0.0), {}, "run")]
+    sft.sealed = [Result("xyz", dict.fromkeys("xyz", score), {}, "run") for score in (2.0, 3.0)]
+    assert decision.score_range == 3.0
 
 
 def test_a_decision_is_not_swept(tmp_path: Path) -> None:

@@ -94,6 +94,12 @@ def test_quality_is_the_mean_over_the_choosing_questions() -> None:
     assert candidate().quality is None and candidate().mean == -math.inf
 
 
+def test_a_quality_of_shares_is_not_certain_if_all_answers_are_right() -> None:
+    """And its interval ends within 0 and 1."""
+    quality = candidate(chosen=Result("abc", dict.fromkeys("abc", 1.0), {}, "run", is_share=True)).quality
+    assert quality is not None and quality.value == quality.high == 1.0 and 0 < quality.low < 0.6
+
+
 def test_its_entry_has_only_numbers_that_json_knows() -> None:
     entry = candidate(
         chosen=Result("a", {"a": 1.0}, {}, "run"), sealed=[sealed(seconds_p50=math.inf)]

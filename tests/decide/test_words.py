@@ -248,6 +248,25 @@ def test_what_cannot_be_told(config: DecideConfig, gain: float, advice: str) -> 
     assert page_of(told)
 
 
+def test_an_option_without_training_that_is_itself_outside_a_limit_is_told(config: DecideConfig) -> None:
+    """What is not measured for it is no reason: it forgets nothing."""
+    made = Made(config, {"sft": scores(0.9)}).measured("sft", retention_perplexity_ratio=1.2, stop_rate=1.0)
+    told = made.measured("few_shot", stop_rate=0.5).told()
+    assert told.sentences()[-1] == "few-shot is itself outside: stop_rate is 0.5, at least 0.9."
+    assert "itself" not in " ".join(made.measured("few_shot", stop_rate=0.95).told().sentences())
+
+
+def test_questions_without_a_score_are_told(config: DecideConfig) -> None:
+    partly = alternating(0.75, 0.2)
+    partly[:, :30] = math.nan
+    told = sure(Made(config, {"sft": partly}), "sft").told()
+    assert told.sentences()[-1] == (
+        "30 of the 40 sealed questions do not count for SFT: its answer or that of few-shot has no score. If "
+        "it is bad answers that have none, the gain is wrong."
+    )
+    assert "do not count" not in " ".join(sure(Made(config, {"sft": scores(0.75)}), "sft").told().sentences())
+
+
 def test_a_further_look_is_told(config: DecideConfig) -> None:
     made = sure(Made(config, {"sft": scores(0.75)}), "sft")
     assert "have judged" not in "\n".join(made.told().sentences())

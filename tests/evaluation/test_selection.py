@@ -297,6 +297,10 @@ def test_how_many_more_questions_would_tell_by_hand() -> None:
     two = decide(finalists(full=0.125, lora=0.0), smallest_gain=0.05)
     assert two.more_questions is not None and found.more_questions is not None
     assert two.more_questions > found.more_questions
+    unscored = torch.cat([UNTRAINED, torch.full_like(UNTRAINED, math.nan)], -1)
+    doubled = {name: torch.cat([each, each], -1) for name, each in scores.items()}
+    half = judge(doubled, unscored, cost={"full": 2.0}, smallest_gain=0.05).more_questions
+    assert half == pytest.approx(2 * found.more_questions, abs=1)  # as many of the new ones have no score
 
 
 def test_the_advised_questions_tell_in_80_of_100_cases() -> None:

@@ -85,6 +85,12 @@ def test_figures_have_the_digits_that_matter() -> None:
     assert "12,346 requests" in page_of(decided()).said
 
 
+def test_a_quality_from_few_of_the_questions_says_so() -> None:
+    few = decided()
+    next(each for each in few["candidates"] if each["name"] == "grpo")["quality"]["rows"] = 7
+    assert table(few)["GRPO"]["quality"] == "0.55 (0.45 to 0.65, 7 of 64 questions)"
+
+
 def test_columns_without_a_value_are_left_out() -> None:
     assert decision_cells(begun()).headings == ["candidate", "state", "trained", "quality", "training"]
     headings = [each for each in page_of(begun()).of("th") if each.get("role") == "columnheader"]
