@@ -50,10 +50,9 @@ class Difference(NamedTuple):
         """Both values."""
         if not self.values:
             return "other content, same name"
-        good, bad = (
-            "-" if each is MISSING else value_text(self.name, each)
-            for each in next(iter(self.values.values()))
-        )
+        place, pair = next(iter(self.values.items()))
+        missing = f"that of {kind_of(place[1])}" if place[0] == "instances" else "-"
+        good, bad = (missing if each is MISSING else value_text(self.name, each) for each in pair)
         return f"{good} -> {bad}"
 
 
@@ -243,7 +242,8 @@ def with_lost(
                 raise ConfigError(
                     Complaint(
                         key, f"its content is no longer that of {used_by}.",
-                        "Put the earlier content back, or run the commands of both runs again.",
+                        "Put the earlier content back (relative paths begin in this directory), or run the "
+                        "commands of both runs again.",
                     )
                 )  # fmt: skip
             touched = {stage, key.partition(".")[0], *readers_of([side], needed - fixed).get(key, ())}

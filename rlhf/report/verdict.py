@@ -149,12 +149,13 @@ def against(worked: Worked) -> Iterator[str]:
 
 
 def next_command(run: Run, worked: Worked | None) -> Iterator[str]:
-    """The command that finds the cause by experiment, if a score can judge its trials."""
+    """The command that finds the cause by experiment, if a score can judge its trials. `ceiling` has no part
+    to replace where nothing learned from scores or preferences."""
     if judge_of(run) is None or silent_gold(run):
         return
     runs_dir, name = run.directory.parent, run.directory.name
     elsewhere = "" if str(runs_dir) == "runs" else f" runs_dir={runs_dir}"
     if worked is not None:
         yield f"To find the cause: python -m rlhf bisect good={worked.name} bad={name}{elsewhere}"
-    else:
+    elif any(learners(run)):
         yield f"To find the part that limits it: python -m rlhf ceiling {name}{elsewhere}"

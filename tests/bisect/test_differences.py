@@ -105,6 +105,7 @@ def test_keys_of_a_named_instance_are_put_into_its_own_keys(tmp_path: Path) -> N
     each = {one.name: one for one in differences(good, bad, Store(tmp_path), "evaluate", ())}
     assert {*each} == {"dpo@2.beta", "dpo.optim.lr"}
     assert each["dpo@2.beta"].values == {("instances", "dpo@2", "beta"): (MISSING, 0.7)}
+    assert each["dpo@2.beta"].words == "that of dpo -> 0.7"
     changed = build_experiment(with_differences(good.experiment.resolved, [each["dpo@2.beta"]]))
     assert [dict(changed.stages[name])["beta"] for name in ("dpo", "dpo@2")] == [0.1, 0.7]
 

@@ -63,6 +63,15 @@ def test_without_an_independent_judge_no_command_can_find_anything(tmp_path: Pat
     )
 
 
+def test_a_run_that_only_learned_answers_has_no_part_to_replace(tmp_path: Path) -> None:
+    run = run_of(tmp_path, chain_of(), sft=GOOD["sft"])
+    run.stages["evaluate"] = {"metrics": {}}
+    own = Sampled(*DOWN, 30).metrics("gold_gain/sft") | {"gold_mean/sft": 0.1}
+    run.stages["evaluate"]["metrics"] |= {f"evaluate/{key}": value for key, value in own.items()}
+    assert "Did not improve: the gold score of the SFT model" in verdict(run)
+    assert "ceiling" not in verdict(run)
+
+
 def test_the_first_failed_gate_of_the_chain_is_told_with_its_advice(
     tmp_path: Path, chain: dict[str, Stage]
 ) -> None:
