@@ -14,7 +14,7 @@ from rlhf.models.base import base_identity
 from rlhf.pipeline.defaults import references, value_text
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.fields import Mark, Rows, marked_fields
-from rlhf.pipeline.graph import inputs, named_sources, own_roles
+from rlhf.pipeline.graph import inputs, named_sources, own_roles, roles_of
 from rlhf.pipeline.key import external_digests, knobs
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage
@@ -97,8 +97,8 @@ def differences(
     """
     needed = {*good.experiment.needed(), *bad.experiment.needed()}
     fixed = {evaluation, kind_of(evaluation), *judges}
-    found = joined(of_keys(good, bad, needed, fixed))
-    return with_lost(found, (good, bad), store, needed, fixed)
+    found = with_lost(joined(of_keys(good, bad, needed, fixed)), (good, bad), store, needed, fixed)
+    return [each for each in found if each.lost or not same_rows(good, bad, each.name)]
 
 
 def of_keys(good: Side, bad: Side, needed: Set[str], fixed: Set[str]) -> Iterator[Difference]:
@@ -140,6 +140,15 @@ def of_keys(good: Side, bad: Side, needed: Set[str], fixed: Set[str]) -> Iterato
         pair = _at(configs[0], place), _at(configs[1], place)
         if pair[0] != pair[1]:
             yield Difference(name, section, {place: pair}, frozenset({"prepare", *stages_of_role}))
+
+
+def same_rows(good: Side, bad: Side, name: str) -> bool:
+    """Whether a key named the same rows in both runs, perhaps in another file."""
+    digests = [side.recipes.get("prepare", Recipe()).get("external", {}) for side in (good, bad)]
+    entries = {role: each for side in (good, bad) for role, each in roles_of(side.experiment.stages).items()}
+    roles = [role for role, each in entries.items() if each.key == name]
+    read = [[own.get(role) for role in roles] for own in digests]
+    return bool(roles) and None not in read[0] and read[0] == read[1]
 
 
 def readers_of(sides: Iterable[Side], names: Set[str]) -> dict[str, set[str]]:

@@ -167,6 +167,16 @@ def test_other_rows_under_the_same_name_are_a_difference_of_which_one_side_is_go
     assert "sft" in each.touches and not each.values
 
 
+def test_the_same_rows_in_another_file_are_no_difference(files: Files) -> None:
+    files.write("a")
+    good, copy = files.run("good"), files.directory / "copy.jsonl"
+    shutil.copy(files.path, copy)
+    bad = files.run("bad", f"sft.data={copy}", "sft.epochs=3")
+    assert [each.name for each in files.between(good, bad)] == ["sft.epochs"]
+    limited = files.run("bad", f"sft.data={{path: {copy}, limit: 9}}")
+    assert [each.name for each in files.between(good, limited)] == ["sft.data"]
+
+
 def test_an_earlier_file_that_is_gone_marks_its_key(files: Files) -> None:
     files.write("a")
     bad = files.run("bad")
