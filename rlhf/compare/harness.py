@@ -89,8 +89,9 @@ class Comparison:
     def ask(self) -> dict[str, Answers]:
         """The answers of every candidate. One model is in memory at a time."""
         stage, answers = self.stage, dict[str, Answers]()
+        # first the endpoints: one that does not answer costs no other model's time
         # the start is the last model: the KL of the others is measured with it
-        for model in sorted(stage.models, key=lambda model: model == stage.start):
+        for model in sorted(stage.models, key=lambda model: (not is_endpoint(model), model == stage.start)):
             candidates = [each for each in stage.candidates if each.model == model]
             if is_endpoint(model):
                 answers |= {each.name: self.ask_endpoint(each) for each in candidates}

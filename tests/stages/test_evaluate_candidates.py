@@ -10,6 +10,7 @@ from helpers.endpoint import served_endpoint
 from helpers.evaluated import PROMPTS, jsonl, make_stage, run_stage
 from helpers.experiments import build
 from helpers.jobs import SmallJob
+from rlhf.compare.harness import Comparison
 from rlhf.config import ConfigError
 from rlhf.evaluation.references import rouge_l
 from rlhf.pipeline.checks import check
@@ -136,8 +137,9 @@ def test_an_endpoint_is_asked_like_any_other_candidate(
 
 
 def test_an_endpoint_that_answers_something_else_is_an_error(
-    published: dict[str, Path], tmp_path: Path
+    published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before any model is loaded."""
     with served_endpoint() as server:
         server.finish_reason = "length"
         stage = make_stage(policies=["base", f"{server.url}#m"], subject="base", num_prompts=2)
@@ -145,6 +147,10 @@ def test_an_endpoint_that_answers_something_else_is_an_error(
         stage = make_stage(policies=["base", f"{server.url}x#m"], subject="base", num_prompts=2)
         with pytest.raises(RewardError, match=r"127\.0\.0\.1"):
             run_stage(stage, published, tmp_path / "gone")
+        later = make_stage(policies=["sft", "base", f"{server.url}x#m"], subject="base", num_prompts=2)
+        monkeypatch.setattr(Comparison, "load", lambda *_: pytest.fail("a model was asked before"))
+        with pytest.raises(RewardError, match=r"127\.0\.0\.1"):
+            run_stage(later, published, tmp_path / "later")
 
 
 @pytest.mark.parametrize(
