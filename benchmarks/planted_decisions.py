@@ -101,7 +101,7 @@ GROUPS = (
 
 EMBEDDED_COMMON = (
     "recipe=decide", "device=cpu", "ppo.init=base", "dpo.init=base", "ppo.max_new_tokens=32",
-    "decide.requests=100",
+    "evaluate.prompts=asked.jsonl", "decide.requests=100",
 )  # fmt: skip
 
 
