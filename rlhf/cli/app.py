@@ -35,13 +35,12 @@ def run(arguments: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise, instead of print and exit with 1
     register()
     refuse_to_pickle_secrets(arguments)
-    typed = list(arguments)
 
     @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
     def compose_and_run(node: DictConfig) -> Any:
         """Run one job: the only one, or one trial of a sweep. The sweeper gets the returned outcome."""
         with redacted_output():  # here too: a trial on a cluster does not go through main
-            return run_composed(node, typed)
+            return run_composed(node, arguments)
 
     try:
         sys.argv[1:] = hydra_arguments(arguments)

@@ -47,6 +47,8 @@ OWN_KEYS = ("recipe", "budget", "run_name", "stage")
 """Keys of the command that its pilots do not get. `decide` and `decide.*` are others."""
 LATE = 0.1
 """Share of the budget by which the judgement may exceed it. Then further finalists are left out."""
+JUDGING = 1 / 3
+"""Largest share of the budget that is reserved for the judgement, if that is enough for one finalist."""
 
 
 def decide(config: Mapping[str, Any], name: str, arguments: Sequence[str], config_dir: Path | None) -> int:
@@ -247,7 +249,7 @@ class Decision:
             why = "no option without training could be asked within it."
             raise ConfigError(Complaint(f"budget={self.pilots.budget:g}s", why, "Raise it."))
         scores = {each.name: table([each.scores], self.prompts)[0] for each in self.asked}
-        # each other option asks the base model more than the question alone; a tie is no place for noise
+        # of equal options base wins, whatever noise the seconds have: the others add to what it is asked
         costs = {each.name: 0.0 if each.config.asks == "base" else each.ask_seconds for each in self.asked}
         self.untrained = each = self.candidates[best_untrained(scores, costs)]
         self.sealed_seconds = self.pilots.pace.seconds(
@@ -258,11 +260,14 @@ class Decision:
 
     def reserve_for(self, running: Sequence[Candidate]) -> None:
         """Reserve the time of the judgement: base is asked beside each finalist, and with several seeds the
-        finalists train again."""
+        finalists train again. If that is a large part of the budget, it is reserved for fewer finalists."""
         config = self.config
-        asking = self.sealed_seconds * (1 + 2 * config.finalists) * config.seeds
         longest = max((each.full_seconds for each in running), default=0.0)
-        self.pilots.reserve = asking + longest * config.finalists * (config.seeds - 1)
+        one, each_more = (
+            self.sealed_seconds * asked * config.seeds + longest * (config.seeds - 1) for asked in (3, 2)
+        )
+        most = max(0.0, JUDGING * self.pilots.budget - one)
+        self.pilots.reserve = one + min(each_more * (config.finalists - 1), most)
 
     def climb(self) -> None:
         """The rungs: train the candidates that are left to a larger share, and drop the worse ones."""

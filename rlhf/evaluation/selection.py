@@ -353,7 +353,7 @@ def more_questions(found: Claims, smallest_gain: float, error: float, sealed: in
     that no finalist reaches `smallest_gain`.
 
     Args:
-        sealed: number of sealed questions. As many of the further ones will have no score.
+        sealed: number of sealed questions. The same share of further ones is taken to have no score.
     """
     leader, num_finalists = int(found.leader), len(found.p)
     value = float(found.gain.value[leader])

@@ -326,6 +326,21 @@ def test_only_a_single_verifiers_scores_lie_between_0_and_1(
     assert pilots.score_range == score_range
 
 
+@pytest.mark.parametrize(
+    ("budget", "reserve"),
+    [
+        ("2h", 350.0),  # 50 s for the best option without training, and twice as much for each of 3 finalists
+        ("900s", 300.0),  # a third of the budget
+        ("60s", 150.0),  # one finalist
+    ],
+)
+def test_the_judgement_leaves_time_for_pilots(tmp_path: Path, budget: str, reserve: float) -> None:
+    decision = decision_in(tmp_path, "decide.only=[base,sft]", f"budget={budget}")
+    decision.sealed_seconds = 50.0
+    decision.reserve_for([])
+    assert decision.pilots.reserve == pytest.approx(reserve)
+
+
 def test_best_of_n_by_the_right_answers_is_no_option(tmp_path: Path) -> None:
     decision = decision_in(
         tmp_path, "decide.only=[base,best_of_n]", "ppo.reward=verify:exact", "ppo.score.normalize=none"
