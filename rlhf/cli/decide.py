@@ -45,8 +45,9 @@ from rlhf.tracking.progress import clock
 
 OWN_KEYS = ("recipe", "budget", "run_name", "stage")
 """Keys of the command that its pilots do not get. `decide` and `decide.*` are others."""
-LATE = 0.1
-"""Share of the budget by which the judgement may exceed it. Then further finalists are left out."""
+LATE = 0.05
+"""Share of the budget by which the judgement may exceed it. Then further finalists are left out. One that
+takes longer than expected is stopped after another `pilots.OVERSHOOT`."""
 JUDGING = 1 / 3
 """Largest share of the budget that is reserved for the judgement, if that is enough for one finalist."""
 
