@@ -250,8 +250,7 @@ class Decision:
             why = "no option without training could be asked within it."
             raise ConfigError(Complaint(f"budget={self.pilots.budget:g}s", why, "Raise it."))
         scores = {each.name: table([each.scores], self.prompts)[0] for each in self.asked}
-        # of equal options base wins, whatever noise the seconds have: the others add to what it is asked
-        costs = {each.name: 0.0 if each.config.asks == "base" else each.ask_seconds for each in self.asked}
+        costs = {each.name: each.asking_cost for each in self.asked}
         self.untrained = each = self.candidates[best_untrained(scores, costs)]
         self.sealed_seconds = self.pilots.pace.seconds(
             self.pilots.predicted(Trial(each.name, 1.0, "sealed", 0))

@@ -98,6 +98,12 @@ class Candidate:
         return self.state in (State.WAITING, State.RUNNING, State.LATE, State.CUT) and self.chosen is not None
 
     @property
+    def asking_cost(self) -> float:
+        """What decides between equal options without training: seconds; 0 for the base model, because the
+        others add to what it is asked, and seconds are noisy."""
+        return 0.0 if self.config.asks == "base" else self.ask_seconds
+
+    @property
     def full_seconds(self) -> float:
         """Seconds in which its models would be trained to their full length."""
         return self.train_seconds + self.step_seconds * (1 - (self.share or 0.0))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlhf.decide.candidate import FIGURES, Candidate, Result, State, finite, read_answers, table
+from rlhf.evaluation.selection import best_untrained
 from rlhf.pipeline.settings import CandidateConfig
 
 NAN = math.nan
@@ -98,6 +99,19 @@ def test_a_quality_of_shares_is_not_certain_if_all_answers_are_right() -> None:
     """And its interval ends within 0 and 1."""
     quality = candidate(chosen=Result("abc", dict.fromkeys("abc", 1.0), {}, "run", is_share=True)).quality
     assert quality is not None and quality.value == quality.high == 1.0 and 0 < quality.low < 0.6
+
+
+def test_of_equal_options_without_training_base_wins() -> None:
+    """Even if it happened to take longer."""
+    configs = {"retrieval": "base+retrieval", "base": "base"}
+    options = {
+        name: Candidate(name, CandidateConfig(title=name, asks=asks), False, ask_seconds=seconds)
+        for (name, asks), seconds in zip(configs.items(), (5.0, 6.0), strict=True)
+    }
+    same = dict.fromkeys(options, torch.zeros(4))
+    assert best_untrained(same, {name: each.asking_cost for name, each in options.items()}) == "base"
+    better = same | {"retrieval": torch.ones(4)}
+    assert best_untrained(better, {name: each.asking_cost for name, each in options.items()}) == "retrieval"
 
 
 def test_its_entry_has_only_numbers_that_json_knows() -> None:
