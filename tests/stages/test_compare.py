@@ -14,6 +14,7 @@ import pytest
 
 from helpers.chains import Chain, Outcome
 from helpers.experiments import build
+from helpers.html import Page
 from helpers.jobs import SmallJob
 from helpers.stages import ANIMALS, answers_of, asked, compare_stage, publish_tiny, run_compare
 from rlhf.evaluation.references import answer_found, rouge_l
@@ -199,6 +200,10 @@ def test_the_run_shows_it(finished_chain: tuple[Chain, Outcome]) -> None:
     report = (outcome.directory / "report.md").read_text()
     assert "## Prompting, retrieval, tuning" in report
     assert "| 2 questions | base | base, few-shot | base, retrieval | sft | ppo |" in report
+    page = Page((outcome.directory / "report.html").read_text(encoding="utf-8"))
+    assert "comparison" in page.ids and "policies" not in page.ids
+    assert "base, few-shot base, retrieval sft ppo" in page.said and "pays off: base, retrieval" in page.said
+    assert page.data["answers"]["policies"] == ["base", "base+few_shot", "base+retrieval", "sft", "ppo"]
     assert (outcome.directory / "artifacts" / "compare" / "comparison.png").is_file()
     assert "pays off: base, retrieval" in outcome.out
     manifests = {

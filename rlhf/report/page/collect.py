@@ -15,6 +15,7 @@ from rlhf.evaluation.sampled import INTERVAL_SUFFIXES, Sampled, add_suffix, rewa
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.recipe import kind_of
 from rlhf.printable import printable
+from rlhf.report.compare import comparison_cells
 from rlhf.report.page.curves import (
     Bounds,
     Chart,
@@ -138,9 +139,9 @@ class RunFacts:
 
     @property
     def evaluation(self) -> StageFacts | None:
-        """The last stage that compared policies."""
-        stages = (each for each in reversed(self.stages) if kind_of(each.name) == "evaluate" and each.metrics)
-        return next(stages, None)
+        """The last stage that compared policies: an `evaluate`, or else `compare`."""
+        by_kind = {kind_of(each.name): each for each in self.stages if each.metrics}
+        return by_kind.get("evaluate") or by_kind.get("compare")
 
     def within(self, limits: Limits) -> RunFacts:
         """A copy with as many answers, gates and changed keys as fit on the page."""
@@ -477,9 +478,17 @@ COMPARED_METRICS = (
 )
 
 
+def comparison_table(run: RunFacts) -> Table | None:
+    """The table of `compare`, as on the terminal; None if it was not part of the run."""
+    stage = run.stage("compare")
+    metrics = {} if stage is None else stage.metrics
+    cells = comparison_cells({name: value for name, value in metrics.items() if value is not None})
+    return Table(list(cells.headings), cells.rows) if cells.rows else None
+
+
 def policy_table(run: RunFacts, which: tuple[tuple[str, str], ...]) -> Table | None:
     """Metrics of `evaluate` that end in /POLICY, with intervals: a row per metric, a column per policy."""
-    if run.evaluation is None:
+    if run.evaluation is None or kind_of(run.evaluation.name) != "evaluate":
         return None
     metrics = run.evaluation.metrics
     policies = policies_of(run)
