@@ -294,6 +294,7 @@ class Pilots:
             f"{each.title}{length}{sealed}: {takes}. {clock(start)} of {clock(self.budget)} spent. State: "
             f"status run_name={run}"
         )
+        self.log.write(Pilot(trial, run, start, 0.0, expected, "running"))
         left = until + OVERSHOOT * self.budget - start
         patience = max(PATIENCE * expected, expected + OVERSHOOT * self.budget)
         is_patience = others_wait and patience < left
@@ -321,6 +322,8 @@ class Pilots:
             self.log.add(pilot)
             if ended == "done":
                 self.pace.add(predicted, taken, seconds)
+        else:
+            self.log.write()
         if ended != "done":
             stopped = State.LATE if is_patience else State.CUT
             each.state, each.why = stopped if ended == "stopped" else State.FAILED, why

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf.disk import replace_text
+from rlhf.tracking.position import FILE_NAME
 
 Part = Literal["choosing", "sealed"]
-Ended = Literal["done", "stopped", "failed"]
+Ended = Literal["done", "stopped", "failed", "running"]
 
 
 class Trial(NamedTuple):
@@ -39,7 +40,7 @@ class Pilot:
     """Seconds that it was expected to take."""
     ended: Ended
     why: str = ""
-    """Why it failed."""
+    """Why it did not end by itself."""
     planned: Mapping[str, float] = field(default_factory=dict)
     """Stage -> seconds that the planner predicted."""
     stages: Mapping[str, float] = field(default_factory=dict)
@@ -60,11 +61,29 @@ class PilotLog:
                 values = json.loads(line)
                 trial = Trial(**{key: values.pop(key) for key in Trial._fields})
                 self.pilots.append(Pilot(trial, **values))
+        if self.pilots and self.pilots[-1].ended == "running":
+            self.pilots[-1] = self._broken_off(self.pilots[-1])
 
     def add(self, pilot: Pilot) -> None:
-        """Append a pilot."""
+        """Append a pilot that ended."""
         self.pilots.append(pilot)
-        replace_text(self.path, "".join(json.dumps(each.as_json()) + "\n" for each in self.pilots))
+        self.write()
+
+    def write(self, running: Pilot | None = None) -> None:
+        """Write the file.
+
+        Args:
+            running: a pilot that begins. If its process is killed, the next process counts the time.
+        """
+        pilots = self.pilots if running is None else [*self.pilots, running]
+        replace_text(self.path, "".join(json.dumps(each.as_json()) + "\n" for each in pilots))
+
+    def _broken_off(self, pilot: Pilot) -> Pilot:
+        """A pilot whose process ended without a word, about when its run last wrote its position."""
+        position, seconds = self.path.parent.parent / pilot.run / FILE_NAME, 0.0
+        if position.exists():
+            seconds = max(0.0, position.stat().st_mtime - self.path.stat().st_mtime)
+        return replace(pilot, seconds=seconds, ended="stopped", why="its process ended")
 
     def done(self, trial: Trial) -> Pilot | None:
         """The pilot that ran this trial to its end."""

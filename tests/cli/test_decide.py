@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,18 @@ from rlhf.cli.api import compose
 from rlhf.cli.api import run as run_config
 
 JUDGE = """
-import pathlib, threading
+import os, pathlib, signal, threading
 
 def share(messages, responses):
-    '''The share of a's. Stops the run once, or waits for a stop, if a file asks for it.'''
+    '''The share of a's. Stops or kills the run once, or waits for a stop, if a file asks for it.'''
     if pathlib.Path("slow").exists() and sum(text.count("b") for text in responses) > len(responses):
         pathlib.Path("slow").unlink()
         threading.Event().wait(60)
-    if pathlib.Path("interrupt").exists() and any("aaaa" in text for text in responses):
+    taught = any("aaaa" in text for text in responses)
+    if pathlib.Path("kill").exists() and taught:
+        pathlib.Path("kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if pathlib.Path("interrupt").exists() and taught:
         pathlib.Path("interrupt").unlink()
         raise KeyboardInterrupt
     return [text.count("a") / 8 for text in responses]
@@ -144,13 +151,20 @@ def test_the_same_command_again_trains_nothing(decided: tuple[Decisions, Outcome
 
 def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_path: Path) -> None:
     decisions = Decisions(tmp_path)
+    (tmp_path / "kill").touch()
+    command = [sys.executable, "-m", "rlhf", *SETTINGS, *DECIDE]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == -signal.SIGKILL
     (tmp_path / "interrupt").touch()
     stopped = decisions.decide(code=130)
     assert "Interrupted. The same command continues" in stopped.err
     decisions.decide()
     assert decisions.result["sentences"][0] == decided[0].result["sentences"][0]
-    ended = [each["ended"] for each in decisions.result["pilots"]]
-    assert sorted(ended) == [*["done"] * 7, "stopped"]
+    pilots = decisions.result["pilots"]
+    assert sorted(each["ended"] for each in pilots) == [*["done"] * 7, "stopped", "stopped"]
+    killed, interrupted = (place for place, each in enumerate(pilots) if each["ended"] == "stopped")
+    assert [pilots[place]["why"] for place in (killed, interrupted)] == ["its process ended", "interrupted"]
+    assert pilots[killed]["seconds"] > 0
+    assert pilots[interrupted]["start"] > pilots[killed]["start"] + pilots[killed]["seconds"]
 
 
 def test_a_pilot_that_is_slower_than_expected_lets_the_others_go_first(
