@@ -405,9 +405,11 @@ class Bisection:
     def told(self, found: Found) -> Iterator[str]:
         """What was found, in sentences."""
         if self.has_not_ended(found):
-            unsure = self.unsure(self.everything)
-            yield "Not found: no smaller cause than all differences was shown. To blame may be each of these:"
-            yield from (f"{name}. Without it: {why}." for name, why in unsure.items())
+            yield "Not found: no smaller cause than all differences was shown."
+            for name in sorted(self.everything - {*self.unsure(self.everything)}):
+                shows = self.answers[self.everything - {name}].words
+                yield f"It takes {name}: without it {self.bad.name} is good: {shows}."
+            yield from self.about_unsure(self.everything)
             yield from self.about_budget()
             return
         for cause in found.causes:
@@ -437,6 +439,10 @@ class Bisection:
         words = " and ".join(f"{name} ({self.differences[name].words})" for name in sorted(cause))
         alone = self.answers[cause].words if cause in self.answers else f"that is {self.bad.name}"
         yield f"Cause: {words}. Put in alone, it breaks the good run: {alone}."
+        yield from self.about_unsure(cause)
+
+    def about_unsure(self, cause: Part) -> Iterator[str]:
+        """The members of a cause that may not be needed."""
         for name, why in self.unsure(cause).items():
             yield f"Whether it takes {name} for that cannot be told. Without it: {why}."
 

@@ -111,11 +111,10 @@ def test_all_differences_together_are_no_cause_while_some_may_not_be_needed(runs
     Chain(runs.directory).write("fewer.jsonl", rows)
     runs.run("weak", "sft.data=fewer.jsonl", "sft.optim.lr=1e-7")
     told = runs.say("bisect", "good=good", "bad=weak", "budget=1", code=3)
-    assert (
-        "Not found: no smaller cause than all differences was shown. To blame may be each of these:"
-        in told.out
-    )
-    assert "sft.data. Without it: not tried: budget=1 is spent." in told.out
+    assert "Not found: no smaller cause than all differences was shown." in told.out
+    assert "It takes sft.optim.lr: without it weak is good: " in told.out
+    line = "Whether it takes sft.data for that cannot be told. Without it: not tried: budget=1 is spent."
+    assert line in told.out
     assert "Put in alone" not in told.out and "Taken out" not in told.out
     assert not runs.result("bisect-good-weak")["found"]
     told = runs.say("bisect", "good=good", "bad=weak")
