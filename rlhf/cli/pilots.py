@@ -190,6 +190,13 @@ class Pilots:
             stage, _, last = own.length.rpartition(".")
             near = did_you_mean(own.length, (f"{each}.{key}" for each in stages for key in stages[each]))
             number_of(name, own.length, stages.get(stage, {}).get(last), near)
+            try:
+                needed = self.experiment(name).needed()
+            except ConfigError:  # `Decision.check_candidates` meets it again, and says it
+                return
+            if stage not in needed:
+                why, fix = f"asks={own.asks} runs no {stage}.", f"Its stages: {', '.join(needed)}."
+                raise ConfigError(Complaint(f"decide.candidates.{name}.length={own.length}", why, fix))
 
     def check_limits(self, name: str) -> None:
         """Check that what has a limit is measured for a candidate that trains.

@@ -377,6 +377,7 @@ def test_each_seed_has_the_judge_of_the_first_one(tmp_path: Path, gold: str, sou
         ("length", "sft.peft", "there is no such key, or it is no number."),
         ("length", "sftt.epochs", "there is no such key, or it is no number. Did you mean sft.epochs?"),
         ("length", "sft@2.epochs", "there is no such key, or it is no number."),
+        ("length", "ppo.steps", "asks=sft runs no ppo."),
         ("asks", "sftt", "no stage of that name makes a model that answers. Did you mean sft?"),
         ("asks", "reward", "no stage of that name makes a model that answers."),
         ("asks", "sftt+retrieval", "no stage of that name makes a model that answers. Did you mean sft?"),
