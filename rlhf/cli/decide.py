@@ -40,7 +40,6 @@ from rlhf.pipeline.recipe import with_instances
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.report.decision import decision_page
-from rlhf.rewards.kinds import RIGHT_ANSWERS, columns_needed, is_verifier, keyed_parts
 from rlhf.tracking.progress import clock
 
 OWN_KEYS = ("recipe", "budget", "run_name", "stage")
@@ -193,7 +192,7 @@ class Decision:
         errors = {}
         for name, each in self.candidates.items():
             try:
-                self.check_needs(each)
+                self.pilots.check_needs(name)
                 self.plan_first(each)
             except ConfigError as error:
                 errors[name] = error
@@ -218,26 +217,6 @@ class Decision:
             except ConfigError:
                 if each.first_share == 1.0:
                     raise
-
-    def check_needs(self, each: Candidate) -> None:
-        """Check what only some candidates need.
-
-        Raises:
-            ConfigError: the reward of the candidate's policy is no verifier, and it needs one; or the reward
-                that chooses an answer reads the right one.
-        """
-        model, method = self.pilots.asked(each.name).model, self.pilots.asked(each.name).method
-        if method == "best_of_n":
-            reward = vars(self.pilots.experiment(each.name).stages["evaluate"])["reward"]
-            if columns_needed(reward) & RIGHT_ANSWERS:
-                why = "it reads the right answers, which nobody has when the model is used."
-                raise ConfigError(Complaint("evaluate.reward", why, "Give one that reads only the answer."))
-        if "verifier" in each.config.needs:
-            rewards = keyed_parts(self.pilots.experiment(each.name).stages[model].reads().rewards)
-            for key, part in rewards:
-                if not is_verifier(part):
-                    why = f"{part.source} is no verifier, which checks answers against right ones."
-                    raise ConfigError(Complaint(key, why, "Give one, such as ppo.reward=verify:number."))
 
     def ask_untrained(self) -> None:
         """Ask the options that need no training, and choose the best one."""
@@ -276,12 +255,13 @@ class Decision:
             each for each in self.candidates.values() if each.is_trained and each.state is State.WAITING
         ]
         for number, share in enumerate(shares):
-            if not running:
-                break
-            self.say(f"\nRung {number + 1} of {len(shares)}: {percent(share)} of the length.")
+            if running:
+                self.say(f"\nRung {number + 1} of {len(shares)}: {percent(share)} of the length.")
             later = [each for each in running if self.pilots.share_at(each.name, share) < each.first_share]
             self.run_pilots([each for each in running if each not in later], share)
             running = [each for each in running if each.state is State.RUNNING]
+            if number + 1 == len(shares):
+                running += self.made_for_others()
             self.reserve_for(running)
             ahead = [each for each in running if each.share == 1.0 and share < 1.0]
             rest = [each for each in running if each not in ahead]
@@ -304,6 +284,19 @@ class Decision:
             self.try_candidate(each, own[each], others_wait=bool(waiting))
             if each.state is State.LATE:
                 late.append(each)
+
+    def made_for_others(self) -> list[Candidate]:
+        """The dropped candidates whose model of the full length is in the store, because others start from
+        it. Their short pilots were compared with candidates on top of that model. Now it is asked itself."""
+        dropped = [each for each in self.candidates.values() if each.state in (State.WORSE, State.CUT)]
+        found = list[Candidate]()
+        for each in dropped:
+            full = Trial(each.name, 1.0, "choosing", 0)
+            if each.chosen is not None and self.pilots.predicted(full).keys() <= {"evaluate"}:
+                self.say(f"{each.title} is back: its model of the full length is in the store.")
+                self.try_candidate(each, 1.0)
+                found += [each] if each.state is State.RUNNING else []
+        return found
 
     def keep(self, running: list[Candidate], number: int) -> list[Candidate]:
         """The candidates that go on after a rung, the best first: of those that are not worse, as many as
@@ -435,6 +428,8 @@ class Decision:
         assert self.untrained is not None
         budget = self.pilots.budget
         found = [each for each in self.candidates.values() if each.is_trained and each.chosen is not None]
+        if self.config.seeds == 1:
+            self.drop_twins(found)
         open_ones = [each for each in found if each.is_open]
         ranked = sorted(open_ones or found, key=lambda each: -each.mean)
         most = self.config.finalists if open_ones else 1
@@ -476,6 +471,18 @@ class Decision:
         if not judged:
             raise ConfigError(f"No finalist could be judged. {ranked[0].title}: {ranked[0].why}")
         self.judge(judged, self.untrained)
+
+    def drop_twins(self, found: Sequence[Candidate]) -> None:
+        """Leave out who gave the same answers to the choosing questions as one whose training took less, such
+        as a policy whose best step is the model that it started from."""
+        by_answers = dict[tuple[str, ...], Candidate]()
+        for each in sorted(found, key=lambda each: each.train_seconds):
+            if each.is_open and each.chosen is not None:
+                twin = by_answers.setdefault(tuple(each.chosen.answers), each)
+                if twin is not each:
+                    each.state = State.BEHIND
+                    each.why = f"it answers as {twin.title} does, whose training took less"
+                    self.say(f"{each.title} is dropped: {each.why}.")
 
     def ask_sealed(self, each: Candidate, until: float) -> bool:
         """Ask a candidate the sealed questions, for each seed. Whether all could be asked."""

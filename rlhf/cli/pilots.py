@@ -35,7 +35,14 @@ from rlhf.pipeline.experiment import Experiment, build_experiment, stage_class
 from rlhf.pipeline.recipe import AT_SUBSTITUTE, kind_of, with_instances
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.report.judges import KINDS, faults
-from rlhf.rewards.kinds import parts_of, stage_of
+from rlhf.rewards.kinds import (
+    RIGHT_ANSWERS,
+    columns_needed,
+    is_verifier,
+    keyed_parts,
+    parts_of,
+    stage_of,
+)
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole
 
@@ -197,6 +204,26 @@ class Pilots:
             if stage not in needed:
                 why, fix = f"asks={own.asks} runs no {stage}.", f"Its stages: {', '.join(needed)}."
                 raise ConfigError(Complaint(f"decide.candidates.{name}.length={own.length}", why, fix))
+
+    def check_needs(self, name: str) -> None:
+        """Check what only some candidates need, and only a decision asks for.
+
+        Raises:
+            ConfigError: the reward of the candidate's policy is no verifier, and it needs one; or the reward
+                that chooses an answer reads the right one.
+        """
+        model, method = self.asked(name).model, self.asked(name).method
+        if method == "best_of_n":
+            reward = vars(self.experiment(name).stages["evaluate"])["reward"]
+            if columns_needed(reward) & RIGHT_ANSWERS:
+                why = "it reads the right answers, which nobody has when the model is used."
+                raise ConfigError(Complaint("evaluate.reward", why, "Give one that reads only the answer."))
+        if "verifier" in self.config.candidates[name].needs:
+            rewards = keyed_parts(self.experiment(name).stages[model].reads().rewards)
+            for key, part in rewards:
+                if not is_verifier(part):
+                    why = f"{part.source} is no verifier, which checks answers against right ones."
+                    raise ConfigError(Complaint(key, why, "Give one, such as ppo.reward=verify:number."))
 
     def check_limits(self, name: str) -> None:
         """Check that what has a limit is measured for a candidate that trains.
@@ -363,8 +390,8 @@ class Pilots:
             for key, value in metrics.items()
             if key.endswith(f"/{asks}") and value is not None
         }
-        prompts, scores = read_answers(artifact / "responses.jsonl", asks, self.kind)
-        return Result(prompts, scores, own, run, is_share=self.score_range == 1.0)
+        prompts, scores, answers = read_answers(artifact / "responses.jsonl", asks, self.kind)
+        return Result(prompts, scores, own, run, answers, is_share=self.score_range == 1.0)
 
     def find_judge(self, artifact: Path) -> None:
         """Note what judges, as the first pilot found it.

@@ -54,6 +54,7 @@ class Result(NamedTuple):
     metrics: Mapping[str, float]
     """Summary metrics of this candidate's answers, without its name."""
     run: str
+    answers: Sequence[str]
     is_share: bool = False
     """Whether scores lie between 0 and 1."""
 
@@ -171,21 +172,22 @@ def _sampled(found: Sampled | None) -> dict[str, float | None] | None:
     return {key: finite(each) for key, each in found._asdict().items()}
 
 
-def read_answers(responses: Path, policy: str, kind: str) -> tuple[list[str], dict[str, float]]:
-    """The questions in the responses.jsonl of `evaluate`, and a policy's scores.
+def read_answers(responses: Path, policy: str, kind: str) -> tuple[list[str], dict[str, float], list[str]]:
+    """The questions in the responses.jsonl of `evaluate`, and a policy's scores and answers.
 
     Args:
         kind: the score that judges.
     """
-    prompts, scores = list[str](), dict[str, float]()
+    prompts, scores, answers = list[str](), dict[str, float](), list[str]()
     with responses.open(encoding="utf-8") as file:
         for row in map(json.loads, file):
             if row["policy"] == policy:
                 prompt = json.dumps(row["prompt"], sort_keys=True)
                 prompts.append(prompt)
+                answers.append(row["response"])
                 if row.get(kind) is not None:
                     scores[prompt] = row[kind]
-    return prompts, scores
+    return prompts, scores, answers
 
 
 def table(scores: Sequence[Scores], prompts: Sequence[str]) -> Tensor:

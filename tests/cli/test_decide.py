@@ -264,3 +264,35 @@ def test_a_judge_that_raises_on_a_candidate_is_no_judge_of_one_score(tmp_path: P
     told = decisions.decide("decide.only=[base,sft]", *given, "run_name=other", code=2)
     assert "SFT, all parameters: " in told.err and "the quota is exceeded" in told.err
     assert "budget" not in told.err
+
+
+ON_TOP = """
+# @package _global_
+decide:
+  candidates:
+    same:
+      title: SFT, twice
+      asks: sft@same
+      set: [sft@same.init=sft, sft@same.data=a.jsonl, sft@same.epochs=2, sft@same.optim.lr=1e-12]
+      length: sft@same.epochs
+"""
+
+
+def test_a_model_that_others_start_from_is_compared_at_its_full_length(tmp_path: Path) -> None:
+    """The pilot of `same` trains the full SFT first. Half of SFT would be clearly worse than that. In the end
+    both give the same answers, and only the one that took less training is judged. Nothing changes the next
+    time."""
+    decisions = Decisions(tmp_path)
+    (tmp_path / "candidates.yaml").write_text(ON_TOP)
+    told = decisions.decide("decide.only=[base,sft,same]", "sft.epochs=2")
+    ran = [(each["candidate"], each["share"], each["part"]) for each in decisions.result["pilots"]]
+    choosing = [("sft", 0.5), ("same", 0.5), ("same", 1.0), ("sft", 1.0)]
+    assert ran[1:5] == [(*each, "choosing") for each in choosing]
+    assert "SFT, all parameters is dropped: clearly worse than the best at 50%" in told.out
+    assert "SFT, all parameters is back: its model of the full length is in the store" in told.out
+    assert state_of(decisions.result) == {"base": "compared", "sft": "winner", "same": "no finalist"}
+    same = next(each for each in decisions.result["candidates"] if each["name"] == "same")
+    assert same["why"] == "it answers as SFT, all parameters does, whose training took less"
+    before, told = decisions.result, decisions.decide("decide.only=[base,sft,same]", "sft.epochs=2")
+    assert decisions.result["pilots"] == before["pilots"]
+    assert decisions.result["sentences"] == before["sentences"]

@@ -279,11 +279,11 @@ def test_the_range_of_unknown_scores_is_the_largest_difference_on_one_question(t
     decision = decision_in(tmp_path, "decide.only=[base,sft]", "evaluate.gold=vader")
     assert decision.score_range is None
     base, sft = decision.candidates.values()
-    base.chosen = Result("ab", {"a": 0.5, "b": 9.0}, {}, "run")
-    sft.chosen = Result("ab", {"a": 2.0}, {}, "run")
+    base.chosen = Result("ab", {"a": 0.5, "b": 9.0}, {}, "run", ())
+    sft.chosen = Result("ab", {"a": 2.0}, {}, "run", ())
     assert decision.score_range == 1.5
-    base.sealed = [Result("xyz", dict.fromkeys("xyz", 0.0), {}, "run")]
-    sft.sealed = [Result("xyz", dict.fromkeys("xyz", score), {}, "run") for score in (2.0, 3.0)]
+    base.sealed = [Result("xyz", dict.fromkeys("xyz", 0.0), {}, "run", ())]
+    sft.sealed = [Result("xyz", dict.fromkeys("xyz", score), {}, "run", ()) for score in (2.0, 3.0)]
     assert decision.score_range == 3.0
 
 
@@ -346,8 +346,8 @@ def test_best_of_n_by_the_right_answers_is_no_option(tmp_path: Path) -> None:
         tmp_path, "decide.only=[base,best_of_n]", "ppo.reward=verify:exact", "ppo.score.normalize=none"
     )
     with pytest.raises(ConfigError, match=r"evaluate\.reward: it reads the right answers"):
-        decision.check_needs(decision.candidates["best_of_n"])
-    decision.check_needs(decision.candidates["base"])
+        decision.pilots.check_needs("best_of_n")
+    decision.pilots.check_needs("base")
 
 
 @pytest.mark.parametrize(

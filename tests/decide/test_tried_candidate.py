@@ -22,7 +22,7 @@ def candidate(**known: object) -> Candidate:
 
 
 def sealed(**metrics: float) -> Result:
-    return Result((), {}, metrics, "run")
+    return Result((), {}, metrics, "run", ())
 
 
 def test_figures_are_means_over_the_seeds_that_have_them() -> None:
@@ -52,17 +52,18 @@ def test_the_time_of_the_full_length_by_hand() -> None:
 
 def test_a_question_without_a_score_is_still_a_question(tmp_path: Path) -> None:
     rows = [
-        {"policy": "sft", "prompt": "a", "gold": 0.5},
-        {"policy": "base", "prompt": "a", "gold": 9.0},
-        {"policy": "sft", "prompt": "b", "gold": None},
-        {"policy": "sft", "prompt": "c", "score": 9.0},
-        {"policy": "sft", "prompt": "d", "gold": 0.0},
+        {"policy": "sft", "prompt": "a", "response": "yes", "gold": 0.5},
+        {"policy": "base", "prompt": "a", "response": "other", "gold": 9.0},
+        {"policy": "sft", "prompt": "b", "response": "no", "gold": None},
+        {"policy": "sft", "prompt": "c", "response": "c", "score": 9.0},
+        {"policy": "sft", "prompt": "d", "response": "d", "gold": 0.0},
     ]
     path = tmp_path / "responses.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts, scores = read_answers(path, "sft", "gold")
+    prompts, scores, answers = read_answers(path, "sft", "gold")
     assert [json.loads(each) for each in prompts] == ["a", "b", "c", "d"]
     assert scores == {'"a"': 0.5, '"d"': 0.0}
+    assert answers == ["yes", "no", "c", "d"]
 
 
 def test_a_prompt_without_a_score_is_nan() -> None:
@@ -84,12 +85,12 @@ def test_a_prompt_without_a_score_is_nan() -> None:
     ],
 )
 def test_who_may_still_be_a_finalist(state: State, is_asked: bool, is_open: bool) -> None:
-    chosen = Result("a", {"a": 1.0}, {}, "run") if is_asked else None
+    chosen = Result("a", {"a": 1.0}, {}, "run", ()) if is_asked else None
     assert candidate(state=state, chosen=chosen).is_open is is_open
 
 
 def test_quality_is_the_mean_over_the_choosing_questions() -> None:
-    each = candidate(chosen=Result("abcd", {"a": 1.0, "b": 0.0, "c": 0.5}, {}, "run"))
+    each = candidate(chosen=Result("abcd", {"a": 1.0, "b": 0.0, "c": 0.5}, {}, "run", ()))
     assert each.quality is not None and each.quality.low < 0.5 < each.quality.high
     assert each.mean == pytest.approx(0.5) and each.quality.rows == 3
     assert candidate().quality is None and candidate().mean == -math.inf
@@ -97,7 +98,7 @@ def test_quality_is_the_mean_over_the_choosing_questions() -> None:
 
 def test_a_quality_of_shares_is_not_certain_if_all_answers_are_right() -> None:
     """And its interval ends within 0 and 1."""
-    quality = candidate(chosen=Result("abc", dict.fromkeys("abc", 1.0), {}, "run", is_share=True)).quality
+    quality = candidate(chosen=Result("abc", dict.fromkeys("abc", 1.0), {}, "run", (), is_share=True)).quality
     assert quality is not None and quality.value == quality.high == 1.0 and 0 < quality.low < 0.6
 
 
@@ -116,7 +117,7 @@ def test_of_equal_options_without_training_base_wins() -> None:
 
 def test_its_entry_has_only_numbers_that_json_knows() -> None:
     entry = candidate(
-        chosen=Result("a", {"a": 1.0}, {}, "run"), sealed=[sealed(seconds_p50=math.inf)]
+        chosen=Result("a", {"a": 1.0}, {}, "run", ()), sealed=[sealed(seconds_p50=math.inf)]
     ).as_json()
     assert json.loads(json.dumps(entry, allow_nan=False)) == entry
     assert entry["quality"]["value"] == 1.0 and entry["quality"]["rows"] == 1

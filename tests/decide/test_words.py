@@ -64,7 +64,7 @@ class Made:
                 name in TRAINED,
                 State.RUNNING if name in TRAINED else State.COMPARED,
                 share=1.0,
-                chosen=Result("ab", {"a": 0.5, "b": 0.25}, {}, f"demo-{name}"),
+                chosen=Result("ab", {"a": 0.5, "b": 0.25}, {}, f"demo-{name}", ()),
                 train_seconds=360.0 if name in TRAINED else 0.0,
             )
             for name, title in titles.items()
@@ -73,7 +73,7 @@ class Made:
         self.model: Path | None = Path("runs/demo-sft-100-sealed/artifacts/sft")
 
     def measured(self, name: str, **metrics: float) -> Made:
-        self.candidates[name].sealed = [Result((), {}, metrics, f"demo-{name}-sealed")]
+        self.candidates[name].sealed = [Result((), {}, metrics, f"demo-{name}-sealed", ())]
         return self
 
     def told(self, looks: int = 1, **options: Any) -> Told:
