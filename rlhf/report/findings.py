@@ -20,8 +20,8 @@ OWN_SCORE_WORDS = {OWN_SCORE: "reward's score"}
 """The metric of `evaluate` by the reward that policies learned from, with its words."""
 GAIN_WORDS = OWN_SCORE_WORDS | {f"{kind}_gain": words for kind, words in KINDS.items()} | {VOTES: VOTES_WORDS}
 """All metrics of how much a policy gained, with their words."""
-UNTRAINED_LOSS_SHARE = 0.9
-"""A base model is untrained if its loss is above this share of the loss of guessing among all tokens."""
+UNTRAINED_LOSS_SHARES = (0.9, 1.1)
+"""A random model's loss lies between these shares of the loss of guessing among all tokens."""
 MEAN_TOLERANCE = 1e-6
 """Largest difference of equal means, as a share of the deviation."""
 MIN_DISTINCT_GOLD_SCORES = 10
@@ -164,16 +164,19 @@ def all_differ(given: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence
 
 
 def is_untrained(run: Run) -> bool:
-    """Whether the base model knows no more of the task's answers than one that guesses among all tokens, and
-    the data are not at fault themselves. Where no answers are known, whether it is `model=tiny`, no stage
-    trained it on texts, and no gate failed."""
+    """Whether the base model is not the embedded one and guesses the task's answers among all tokens, and the
+    data are not at fault themselves. Where no answers are known, whether it is `model=tiny`, no stage trained
+    it on texts, and no gate failed."""
     failed = [kind_of(gate.stage) for gate in run.gates if gate.outcome == "failed"]
-    if "prepare" in failed:
+    kinds = (change["value"] for change in run.changed if change["key"] == "model.kind")
+    if (kind := next(kinds, "embedded")) == "embedded" or "prepare" in failed:
         return False
     _, metrics = last_evaluation(run.stages)
     before = metrics.get("task_loss/base", run.metrics_of("sft").get("held_out_loss_before"))
     tokens = run.metrics_of("prepare").get("vocabulary_size")
     if before is None:
-        is_tiny = any(change["key"] == "model.kind" and change["value"] == "tiny" for change in run.changed)
-        return is_tiny and not failed and not any(kind_of(name) == "sft" for name in run.stages)
-    return tokens is not None and before > UNTRAINED_LOSS_SHARE * math.log(tokens)
+        return kind == "tiny" and not failed and not any(kind_of(name) == "sft" for name in run.stages)
+    if tokens is None:
+        return False
+    least, most = UNTRAINED_LOSS_SHARES
+    return least < before / math.log(tokens) < most

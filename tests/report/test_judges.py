@@ -243,12 +243,25 @@ def test_a_tiny_model_without_texts_says_nothing_about_quality(tmp_path: Path) -
 def test_a_base_model_that_guesses_says_nothing_about_quality(tmp_path: Path) -> None:
     for loss, is_untrained in ((5.55, True), (4.0, False)):
         run = run_of(tmp_path, stages_of(), **GOOD | {"gold": DOWN})
+        run.changed = [{"key": "model.kind", "default": "embedded", "value": "tiny"}]
         run.stages["prepare"]["metrics"]["prepare/vocabulary_size"] = 259.0
         run.stages["sft"]["metrics"]["sft/held_out_loss_before"] = loss
         assert (verdict(run) == UNTRAINED_VERDICT) is is_untrained
         assert outcome(run) == ("cannot be told" if is_untrained else "did not work")
         run.stages["evaluate"]["metrics"]["evaluate/task_loss/base"] = 4.0  # where SFT starts elsewhere
         assert verdict(run) != UNTRAINED_VERDICT
+
+
+def test_a_trained_model_that_does_not_expect_short_answers_is_not_called_random(tmp_path: Path) -> None:
+    """Guessing among 49,152 tokens has a loss of 10.8. A model that is sure of other answers can have it too."""
+    for kind, loss, is_untrained in (
+        ("embedded", 10.8, False), ("hub", 12.5, False), ("hub", 10.85, True), ("tiny", 10.8, True)
+    ):  # fmt: skip
+        run = run_of(tmp_path, stages_of(), **GOOD)
+        run.changed = [{"key": "model.kind", "default": "embedded", "value": kind}]
+        run.stages["prepare"]["metrics"]["prepare/vocabulary_size"] = 49152.0
+        run.stages["sft"]["metrics"]["sft/held_out_loss_before"] = loss
+        assert (verdict(run) == UNTRAINED_VERDICT) is is_untrained, kind
 
 
 PEOPLE = (
