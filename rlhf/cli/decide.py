@@ -27,7 +27,7 @@ from rlhf.costs.price import cost_of
 from rlhf.decide.candidate import Candidate, Result, State, read_answers, table
 from rlhf.decide.pace import budget_seconds
 from rlhf.decide.pilots import Trial
-from rlhf.decide.words import Judgement, Told, off_limits, percent
+from rlhf.decide.words import Judgement, Told, cannot_run, off_limits, percent
 from rlhf.disk import replace_text
 from rlhf.distributed.device import has_gpu
 from rlhf.evaluation.crossed import estimate as estimated
@@ -197,10 +197,10 @@ class Decision:
             except ConfigError as error:
                 errors[name] = error
                 each.state, each.why = State.IMPOSSIBLE, " ".join(str(error).split())
-                self.say(f"{each.title} cannot run: {each.why.partition('. ')[0]}")
         if all(each.is_trained or each.state is State.IMPOSSIBLE for each in self.candidates.values()):
             untrained = [error for name, error in errors.items() if not self.candidates[name].is_trained]
             raise next(iter(untrained), ConfigError("decide.candidates: none is without training. Add base."))
+        self.say("\n".join(cannot_run(self.candidates.values()) or ["All of them can run."]))
         self.write()
 
     def plan_first(self, each: Candidate) -> None:

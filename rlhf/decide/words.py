@@ -64,6 +64,10 @@ class Told:
         found, untrained = self.judgement.found, self.untrained.title
         gains = {name: each.gain for name, each in found.finalists.items()}
         lines = [self.headline(self.judgement, untrained)]
+        if not any(
+            each.is_trained and each.state is not State.IMPOSSIBLE for each in self.candidates.values()
+        ):
+            lines += cannot_run(self.candidates.values())
         if self.winner is not None:
             lines += self.about(self.winner)
         elif self.untrained.gain_over_base is not None:
@@ -87,11 +91,11 @@ class Told:
             if gain.rows < sealed
         ]
         lines += [f"{each.title} could not be judged: {each.why.rstrip('.')}." for each in self.failed]
-        untried = [
-            each.title for each in self.candidates.values() if each.state is State.CUT and not each.chosen
-        ]
-        if untried:
+        cut = [each for each in self.candidates.values() if each.state is State.CUT]
+        if untried := [each.title for each in cut if each.chosen is None]:
             lines.append(f"Not tried at all, for lack of budget: {', '.join(untried)}. They may be better.")
+        if unjudged := [f"{each.title} ({each.why})" for each in cut if each.chosen is not None]:
+            lines.append(f"Not judged, for lack of budget: {', '.join(unjudged)}. They may be better.")
         if self.judgement.looks > 1:
             lines.append(
                 f"These sealed questions have judged {self.judgement.looks} times. Each time the intervals "
@@ -120,10 +124,9 @@ class Told:
                 "so it judges nothing. Give another judge."
             )
         if found.outcome is Outcome.NO_TRAINING and not found.finalists and not found.refused:
-            return (
-                f"Do not train: no candidate that trains can run with this data. {untrained} is the best of "
-                "the others on the choosing questions."
-            )
+            trains = any(each.is_trained for each in self.candidates.values())
+            why = "no candidate that trains can run" if trains else "no candidate of this decision trains"
+            return f"Nothing was trained: {why}. {untrained} is the best one on the choosing questions."
         if found.outcome is Outcome.NO_TRAINING and not found.finalists:
             measured = (
                 any(is_measured(self.candidates[name].figures.get(figure)) for figure in limits)
@@ -134,8 +137,9 @@ class Told:
                 why = "no finalist is known to be within its limits"
             return f"Do not train: {why}. Use {untrained}."
         if found.outcome is Outcome.NO_TRAINING:
+            than = "better" if found.at_most < 0 else "as good"
             return (
-                f"Do not train: {untrained} is as good. No finalist gains more than {found.at_most:+.3g} in "
+                f"Do not train: {untrained} is {than}. No finalist gains more than {found.at_most:+.3g} in "
                 f"{self.judge}, and decide.smallest_gain={self.config.smallest_gain:g}."
             )
         more = (
@@ -143,9 +147,10 @@ class Told:
             if found.more_questions is not None
             else "no number of questions that anybody writes would tell"
         )
-        return (
-            f"It cannot be told whether training gains over {untrained}: {more}. Until then, use {untrained}."
-        )
+        what = f"training gains over {untrained}"
+        if any(each.claimed for each in found.finalists.values()):
+            what = f"the gain over {untrained} reaches decide.smallest_gain={self.config.smallest_gain:g}"
+        return f"It cannot be told whether {what}: {more}. Until then, use {untrained}."
 
     def off_limits(self, name: str, figures: Iterable[str]) -> str:
         """Why these figures of a candidate are outside their limits."""
@@ -250,6 +255,15 @@ class Told:
             ],
             "more": self.more(),
         }
+
+
+def cannot_run(candidates: Iterable[Candidate]) -> list[str]:
+    """Which candidates cannot run, and the first sentence of each reason, once."""
+    by_reason = dict[str, list[str]]()
+    for each in candidates:
+        if each.state is State.IMPOSSIBLE:
+            by_reason.setdefault(each.why.partition(". ")[0].rstrip("."), []).append(each.title)
+    return [f"{'; '.join(titles)} cannot run: {reason}." for reason, titles in by_reason.items()]
 
 
 def in_words(gain: Sampled) -> str:

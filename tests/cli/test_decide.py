@@ -208,7 +208,8 @@ def test_what_cannot_run_is_listed_with_its_reason(tmp_path: Path) -> None:
     told = decisions.decide("decide.only=[base,grpo,dpo]", "budget=1s")
     assert "GRPO cannot run: " in told.out and "DPO cannot run: No data for reward.pairs" in told.out
     states = {each["name"]: (each["state"], each["why"]) for each in decisions.result["candidates"]}
-    assert "Do not train: no candidate that trains can run with this data. base model is the best" in told.out
+    assert "Nothing was trained: no candidate that trains can run. base model is the best one" in told.out
+    assert "DPO cannot run: No data for reward.pairs (for dpo)." in decisions.result["sentences"]
     assert states["dpo"][0] == states["grpo"][0] == "cannot run" and "reward.pairs" in states["dpo"][1]
 
 

@@ -188,6 +188,42 @@ def test_without_a_gain_worth_having_nothing_is_trained(config: DecideConfig) ->
     assert "Do not train" in page_of(told)
 
 
+def test_an_option_without_training_that_is_better_is_not_called_as_good(config: DecideConfig) -> None:
+    told = sure(Made(config, {"sft": scores(0.25)}), "sft").told()
+    assert told.sentences()[0].startswith(
+        "Do not train: few-shot is better. No finalist gains more than -0.25"
+    )
+
+
+def test_a_gain_that_is_shown_is_not_put_in_doubt(config: DecideConfig) -> None:
+    """What cannot be told is whether it is large enough."""
+    made = Made(config, {"sft": alternating(0.55, 0.02)})
+    made.config = config.model_copy(update={"smallest_gain": 0.06})
+    told = sure(made, "sft").told()
+    first, second = told.sentences()
+    assert second.startswith("SFT: +0.050 (+0.0")
+    assert first.startswith(
+        "It cannot be told whether the gain over few-shot reaches decide.smallest_gain=0.06: "
+    )
+
+
+def test_where_nothing_trains_the_headline_does_not_judge_training(config: DecideConfig) -> None:
+    made = Made(config, {})
+    for name in made.candidates:
+        if made.candidates[name].is_trained:
+            made.candidates[name].state, made.candidates[name].why = (
+                State.IMPOSSIBLE,
+                "a=x: no number. See b.",
+            )
+    first, *others = made.told().sentences()
+    best = "few-shot is the best one on the choosing questions."
+    assert first == f"Nothing was trained: no candidate that trains can run. {best}"
+    assert others == ["SFT; DPO; PPO cannot run: a=x: no number."]
+    made.candidates = {name: each for name, each in made.candidates.items() if not each.is_trained}
+    none = f"Nothing was trained: no candidate of this decision trains. {best}"
+    assert made.told().sentences() == [none]
+
+
 def test_when_all_are_refused_nothing_is_trained(config: DecideConfig) -> None:
     made = Made(config, {"sft": scores(0.9), "dpo": scores(0.9)})
     made.measured("sft", retention_perplexity_ratio=1.2, stop_rate=1.0)
@@ -318,8 +354,11 @@ def test_who_had_no_pilot_is_told(config: DecideConfig) -> None:
     for name in ("dpo", "ppo"):
         made.candidates[name].state = State.CUT
     made.candidates["ppo"].chosen = None  # DPO had one
-    told = "Not tried at all, for lack of budget: PPO. They may be better."
-    assert told in sure(made, "sft").told().sentences()
+    made.candidates["dpo"].why = "stopped after 0:40, for lack of budget"
+    assert sure(made, "sft").told().sentences()[-2:] == [
+        "Not tried at all, for lack of budget: PPO. They may be better.",
+        "Not judged, for lack of budget: DPO (stopped after 0:40, for lack of budget). They may be better.",
+    ]
 
 
 def test_nothing_is_told_before_the_judgement(config: DecideConfig) -> None:

@@ -253,7 +253,7 @@ def test_a_base_model_that_guesses_says_nothing_about_quality(tmp_path: Path) ->
 
 
 def test_a_trained_model_that_does_not_expect_short_answers_is_not_called_random(tmp_path: Path) -> None:
-    """Guessing among 49,152 tokens has a loss of 10.8. A model that is sure of other answers can have it too."""
+    """Guessing among 49,152 tokens has a loss of 10.8. A model that expects other answers can have it too."""
     for kind, loss, is_untrained in (
         ("embedded", 10.8, False), ("hub", 12.5, False), ("hub", 10.85, True), ("tiny", 10.8, True)
     ):  # fmt: skip
