@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from rlhf.cli.pilots import Pilots
+from rlhf.cli.pilots import Pilots, pilot_arguments
 from rlhf.cli.run_files import RunFiles
 from rlhf.cli.trials import CONTINUE
 from rlhf.config import Complaint, ConfigError
 from rlhf.costs.price import cost_of
-from rlhf.decide.candidate import Candidate, Result, State, read_answers, table
+from rlhf.decide.candidate import Candidate, Result, State, figures_of, read_answers, table
 from rlhf.decide.pace import budget_seconds
-from rlhf.decide.pilots import Trial
+from rlhf.decide.pilots import Trial, count_looks
 from rlhf.decide.words import Judgement, Told, cannot_run, off_limits, percent
 from rlhf.disk import replace_text
 from rlhf.distributed.device import has_gpu
@@ -42,8 +42,6 @@ from rlhf.pipeline.settings import DecideConfig
 from rlhf.report.decision import decision_page
 from rlhf.tracking.progress import clock
 
-OWN_KEYS = ("recipe", "budget", "run_name", "stage")
-"""Keys of the command that its pilots do not get. `decide` and `decide.*` are others."""
 LATE = 0.05
 """Share of the budget by which the judgement may exceed it. Then further finalists are left out. One that
 takes longer than expected is stopped after another `pilots.OVERSHOOT`."""
@@ -84,16 +82,6 @@ def continues(typed: str | None, name: str) -> str:
     return CONTINUE if typed else f"With run_name={name}, t{CONTINUE[1:]}"
 
 
-def pilot_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments of the command that are also those of its pilots."""
-    own = []
-    for argument in arguments:
-        key = argument.lstrip("+~").partition("=")[0]
-        if key not in OWN_KEYS and key.partition(".")[0].partition("@")[0] != "decide":
-            own.append(argument)
-    return own
-
-
 class Decision:
     """A decision in progress."""
 
@@ -126,6 +114,12 @@ class Decision:
         self.judgement: Judgement | None = None
         self.leaks = 0
         """The highest `prepare/leaks` of a candidate. A row of two roles counts in each."""
+        self.ended = ""
+        """Why it ended early."""
+        path = self.directory / "decision.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.was_decided = before.get("outcome") is not None
+        """Whether its directory shows a result. That stays until there is another one."""
         self.sealed_seconds = 0.0
         """What it takes to ask the best option without training the sealed questions."""
 
@@ -170,7 +164,18 @@ class Decision:
         return self.pilots.score_range or max(seen, default=0.0) or None
 
     def run(self) -> None:
-        """Decide."""
+        """Decide. If that ends early, the page says why."""
+        try:
+            self.decide()
+        except BaseException as error:
+            why = f"It ended with an error: {error if isinstance(error, ConfigError) else repr(error)}"
+            again = f"It was interrupted. With run_name={self.directory.name}, t{CONTINUE[1:]}"
+            self.ended = again if isinstance(error, KeyboardInterrupt) else why
+            self.write()
+            raise
+
+    def decide(self) -> None:
+        """Run all steps."""
         budget, spent = clock(self.pilots.budget), self.pilots.spent
         continued = f", of which {clock(spent)} are spent" if self.pilots.log.pilots else ""
         self.say(f"Decides between {len(self.candidates)} candidates within {budget}{continued}.")
@@ -442,9 +447,14 @@ class Decision:
             whys = [f"{each.title}: {each.why}" for each in possible]
             raise ConfigError("\n".join(["No candidate could be trained and judged.", *whys]))
         if possible and not ranked:
+            first = min(possible, key=lambda each: self.pilots.pace.seconds(each.planned))
+            takes = clock(self.pilots.pace.seconds(first.planned))
+            spent, judging = clock(self.pilots.spent), clock(self.pilots.reserve)
             raise ConfigError(
-                f"budget={clock(budget)}: no candidate could be trained in it. Raise it, or leave out "
-                "what takes long, such as '~decide.candidates.NAME'."
+                f"budget={clock(budget)}: no candidate could be trained in it. {spent} are spent, "
+                f"{percent(first.first_share)} of {first.title} takes about {takes}, and the sealed questions "
+                f"about {judging}. Raise it above their sum, or leave out what takes long, such as "
+                "'~decide.candidates.NAME'."
             )
         asked = "; ".join(each.title for each in [*ranked[:most], self.untrained])
         self.say(f"\nThe sealed questions judge: {asked}.")
@@ -520,15 +530,9 @@ class Decision:
 
     def looks(self) -> int:
         """How often the sealed questions have judged: other answers are a further look."""
-        path = self.directory / "looks.json"
-        seen = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         runs = [result.run for each in self.candidates.values() for result in each.sealed]
         answers = (self.pilots.run_directory(run) / "artifacts" / "evaluate" for run in runs)
-        now = sorted(path.resolve().name for path in answers)
-        if now not in seen:
-            replace_text(path, json.dumps([*seen, now]))
-            seen = [*seen, now]
-        return seen.index(now) + 1
+        return count_looks(self.directory / "looks.json", [path.resolve().name for path in answers])
 
     def cost(self, each: Candidate) -> float:
         """Price of training a candidate and of `decide.requests` answers."""
@@ -574,6 +578,7 @@ class Decision:
             own["sentences"].append(self.leaks_told)
         content = own | {
             "name": self.directory.name,
+            "ended": self.ended,
             "questions": {
                 "choosing": len(self.prompts) or None,
                 "sealed": None if self.judgement is None else self.judgement.questions,
@@ -584,11 +589,8 @@ class Decision:
                 for each in self.pilots.log.pilots
             ],
         }
+        if self.was_decided and self.judgement is None:
+            return told
         replace_text(self.directory / "decision.json", json.dumps(content, indent=2, allow_nan=False))
         replace_text(self.directory / "report.html", decision_page(content))
         return told
-
-
-def figures_of(candidates: Sequence[Candidate]) -> dict[str, dict[str, float]]:
-    """Candidate -> the figures of its final evaluation."""
-    return {each.name: each.figures for each in candidates}

@@ -46,6 +46,8 @@ from rlhf.rewards.kinds import (
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole
 
+OWN_KEYS = ("recipe", "budget", "run_name", "stage")
+"""Keys of the command that its pilots do not get. `decide` and `decide.*` are others."""
 OVERSHOOT = 0.05
 """Share of the budget by which a pilot may exceed it before it is stopped."""
 PATIENCE = 2.0
@@ -448,6 +450,16 @@ class StopTimer:
             if not self._is_over:
                 self.has_fired = True
                 os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def pilot_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments of the command that are also those of its pilots."""
+    own = []
+    for argument in arguments:
+        key = argument.lstrip("+~").partition("=")[0]
+        if key not in OWN_KEYS and key.partition(".")[0].partition("@")[0] != "decide":
+            own.append(argument)
+    return own
 
 
 def number_of(name: str, key: str, value: Any, near: str = "") -> float:

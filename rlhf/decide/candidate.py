@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -159,6 +159,11 @@ class Candidate:
             "train_seconds": finite(self.train_seconds) if self.is_trained else None,
             **{figure: finite(figures.get(figure)) for figure in FIGURES},
         }
+
+
+def figures_of(candidates: Iterable[Candidate]) -> dict[str, dict[str, float]]:
+    """Candidate -> the figures of its final evaluation."""
+    return {each.name: each.figures for each in candidates}
 
 
 def finite(value: float | None) -> float | None:

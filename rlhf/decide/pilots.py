@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -94,3 +94,18 @@ class PilotLog:
     def spent(self) -> float:
         """Seconds of the decision up to the end of the last pilot."""
         return max((each.start + each.seconds for each in self.pilots), default=0.0)
+
+
+def count_looks(path: Path, answers: Sequence[str]) -> int:
+    """How often the sealed questions have judged, with this look. The same answers are the same look.
+
+    Args:
+        path: of the file that keeps the looks.
+        answers: artifacts of the answers.
+    """
+    seen = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    now = sorted(answers)
+    if now not in seen:
+        seen.append(now)
+        replace_text(path, json.dumps(seen))
+    return int(seen.index(now)) + 1

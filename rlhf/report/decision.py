@@ -120,6 +120,7 @@ def _page(decision: Decision, title: str, limits: Limits) -> str:
         "mood": MOODS.get(decision["outcome"] or "", ""),
         "spent": spent_percent(decision),
         "budget": budget_words(decision),
+        "ended": decision["ended"],
         "facts": facts_of(decision),
         "counts": counts_of(whole),
         "headings": list(columns_of(decision)),

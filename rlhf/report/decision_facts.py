@@ -67,7 +67,8 @@ def estimate_of(given: Mapping[str, Any] | None) -> Estimate | None:
 def sentences(decision: Decision) -> list[str]:
     """The result in words."""
     given = [each for each in decision["sentences"] if each]
-    return given or [HEADLINES.get(decision["outcome"] or "", "Not decided yet.")]
+    not_yet = "Not decided." if decision["ended"] else "Not decided yet."
+    return given or [HEADLINES.get(decision["outcome"] or "", not_yet)]
 
 
 def budget_words(decision: Decision) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,19 @@ def test_the_same_command_again_trains_nothing(decided: tuple[Decisions, Outcome
     assert "all of it is in the store" in told.out
 
 
+def test_a_result_stays_until_there_is_another_one(tmp_path: Path) -> None:
+    decisions = Decisions(tmp_path)
+    decisions.decide("decide.only=[base]")
+    before, page = decisions.result, tmp_path / "runs" / "choice" / "report.html"
+    shown = page.read_text()
+    decisions.decide("decide.only=[base,sft]", "evaluate.prompts=missing.jsonl", code=2)
+    (tmp_path / "interrupt").touch()
+    decisions.decide("decide.only=[base,sft]", code=130)
+    assert decisions.result == before and page.read_text() == shown
+    decisions.decide("decide.only=[base,sft]")
+    assert decisions.result["winner"] == "sft" and page.read_text() != shown
+
+
 def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_path: Path) -> None:
     decisions = Decisions(tmp_path)
     (tmp_path / "kill").touch()
@@ -157,6 +171,8 @@ def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_pat
     (tmp_path / "interrupt").touch()
     stopped = decisions.decide(code=130)
     assert "Interrupted. The same command continues" in stopped.err
+    page = (tmp_path / "runs" / "choice" / "report.html").read_text()
+    assert "It was interrupted. With run_name=choice, the same command continues" in page
     decisions.decide()
     assert decisions.result["sentences"][0] == decided[0].result["sentences"][0]
     pilots = decisions.result["pilots"]
@@ -199,8 +215,15 @@ def test_training_rows_that_ask_the_questions_are_told(tmp_path: Path) -> None:
 
 def test_without_time_nothing_is_decided(tmp_path: Path) -> None:
     told = Decisions(tmp_path).decide("budget=1s", code=2)
-    assert "no candidate could be trained in it" in told.err
+    assert re.search(
+        r"no candidate could be trained in it\. 0:\d\d are spent, "
+        r"50% of (SFT, all parameters|SFT on wrong rows) takes about 0:\d\d, and the sealed questions about 0:\d\d\. Raise it above their sum",
+        told.err,
+    )
     assert "SFT, all parameters is dropped: 50% would take about" in told.out
+    page = (Path(told.directory) / "report.html").read_text()
+    assert "Not decided." in page and "It ended with an error: budget=0:01: no candidate" in page
+    assert "Load this page again" not in page
 
 
 def test_what_cannot_run_is_listed_with_its_reason(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from helpers.chains import run_main
 from helpers.experiments import compose as composed
 from rlhf.cli.api import compose
-from rlhf.cli.decide import Decision, continues, pilot_arguments
-from rlhf.cli.pilots import Pilots, share_of
+from rlhf.cli.decide import Decision, continues
+from rlhf.cli.pilots import Pilots, pilot_arguments, share_of
 from rlhf.config import ConfigError, validated
 from rlhf.decide.candidate import Candidate, Result, State
 from rlhf.decide.pilots import PilotLog, Trial

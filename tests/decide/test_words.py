@@ -108,7 +108,7 @@ def page_of(told: Told) -> str:
     """The page of its decision.json, which is valid JSON."""
     rest = {
         "name": "demo", "questions": {"choosing": 80, "sealed": 40}, "pilots": [],
-        "budget": {"seconds": 1800.0, "spent": 1500.0},
+        "budget": {"seconds": 1800.0, "spent": 1500.0}, "ended": "",
     }  # fmt: skip
     content = json.loads(json.dumps(told.as_json() | rest, allow_nan=False))
     return decision_page(content)

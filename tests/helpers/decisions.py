@@ -83,7 +83,8 @@ def decided() -> dict[str, Any]:
         "command": "python -m rlhf recipe=sft peft=lora sft.data=mine.jsonl sft.epochs=3 run_name=shipped",
         "artifact": "runs/decision-sft_lora-100/artifacts/sft", "judge": "gold score",
         "questions": {"choosing": 64, "sealed": 32}, "smallest_gain": 0.1, "seeds": 1,
-        "budget": {"seconds": 1800.0, "spent": 1700.0}, "untrained": "few_shot", "winner": "sft_lora",
+        "budget": {"seconds": 1800.0, "spent": 1700.0}, "ended": "",
+        "untrained": "few_shot", "winner": "sft_lora",
         "candidates": [base, few, full, lora, dpo, grpo, ppo], "pilots": pilots,
         "more": ["GRPO was cut at 25% of its length: 12 more minutes would train it to the end."],
     }  # fmt: skip
