@@ -452,8 +452,8 @@ class Decision:
             spent, judging = clock(self.pilots.spent), clock(self.pilots.reserve)
             raise ConfigError(
                 f"budget={clock(budget)}: no candidate could be trained in it. {spent} are spent, "
-                f"{percent(first.first_share)} of {first.title} takes about {takes}, and the sealed questions "
-                f"about {judging}. Raise it above their sum, or leave out what takes long, such as "
+                f"{percent(first.first_share)} of {first.title} takes about {takes}, and the sealed "
+                f"questions about {judging}. Raise it above their sum, or leave out what takes long, such as "
                 "'~decide.candidates.NAME'."
             )
         asked = "; ".join(each.title for each in [*ranked[:most], self.untrained])

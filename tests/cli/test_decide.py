@@ -217,7 +217,8 @@ def test_without_time_nothing_is_decided(tmp_path: Path) -> None:
     told = Decisions(tmp_path).decide("budget=1s", code=2)
     assert re.search(
         r"no candidate could be trained in it\. 0:\d\d are spent, "
-        r"50% of (SFT, all parameters|SFT on wrong rows) takes about 0:\d\d, and the sealed questions about 0:\d\d\. Raise it above their sum",
+        r"50% of (SFT, all parameters|SFT on wrong rows) takes about "
+        r"0:\d\d, and the sealed questions about 0:\d\d\. Raise it above their sum",
         told.err,
     )
     assert "SFT, all parameters is dropped: 50% would take about" in told.out
