@@ -6,6 +6,7 @@ The recipes of their artifacts are compared, so only what can change a result: k
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -28,6 +29,8 @@ MAX_RUNS_READ = 200
 """Number of the newest runs that are read."""
 REQUIRED_ENTRIES = {"knobs", "external", "version"}
 """Entries that every recipe has. One that lacks them was written by another version."""
+TRIAL = re.compile(r"(bisect|ceiling)-.+-\d{2,}")
+"""Name of a run that `bisect` or `ceiling` made."""
 SHARED_ENTRIES = {"seed": "seed", "dtype": "precision"}
 """Entries of a recipe that all stages share -> their names in the verdict."""
 
@@ -86,12 +89,13 @@ def _is_of_judge(key: str) -> bool:
 
 
 def _newest(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Runs and their summaries, the newest first. Unreadable ones are skipped: another run's files must not
+    """Runs and their summaries, the newest first, without trials of searches. Unreadable ones are skipped: another run's files must not
     end a finished run."""
     found: list[tuple[float, Path]] = []
     for path in runs.glob("*/summary.json"):
         with suppress(OSError):  # it was removed just now
-            found.append((path.stat().st_mtime, path))
+            if TRIAL.fullmatch(path.parent.name) is None:
+                found.append((path.stat().st_mtime, path))
     for _, path in sorted(found, reverse=True):
         with suppress(OSError, ValueError):
             summary = json.loads(path.read_bytes())

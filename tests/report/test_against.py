@@ -281,6 +281,14 @@ def test_a_run_with_another_judge_does_not_count(tmp_path: Path, chain: dict[str
     assert worked_before(write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")) is None
 
 
+@pytest.mark.parametrize("name", ["bisect-good-bad-03", "ceiling-good-01"])
+def test_a_trial_of_a_search_is_not_proposed(tmp_path: Path, chain: dict[str, Stage], name: str) -> None:
+    """It differs in few keys by its nature, and the user did not run it."""
+    write(tmp_path / name, chain, fault(recipes_of(chain), "sft/knobs/epochs", 9.0), UP, "worked")
+    bad = write(tmp_path / "bad", chain, recipes_of(chain), UNKNOWN, "cannot be told")
+    assert worked_before(bad) is None
+
+
 def test_a_run_that_judged_itself_did_not_work(tmp_path: Path, chain: dict[str, Stage]) -> None:
     """As all runs did before `judged_by` was written down."""
     other = write(tmp_path / "other", chain, fault(recipes_of(chain), "sft/knobs/epochs", 9.0), UP, "worked")
