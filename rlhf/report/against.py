@@ -89,8 +89,8 @@ def _is_of_judge(key: str) -> bool:
 
 
 def _newest(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Runs and their summaries, the newest first, without trials of searches. Unreadable ones are skipped: another run's files must not
-    end a finished run."""
+    """Runs and their summaries, the newest first, without trials of searches. Unreadable ones are skipped:
+    another run's files must not end a finished run."""
     found: list[tuple[float, Path]] = []
     for path in runs.glob("*/summary.json"):
         with suppress(OSError):  # it was removed just now
