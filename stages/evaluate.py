@@ -282,6 +282,15 @@ class EvaluateStage(ComparisonStage):
                     f"{self.name}.reference=null."
                 )
             questions.append(Question(f"prompt {number}", row, None if reference is None else str(reference)))
+        empty = [
+            each.where for each in questions if each.reference is not None and not each.reference.strip()
+        ]
+        if empty:
+            raise ConfigError(
+                f"{self.name}.reference={self.reference} is empty in {len(empty)} of {len(rows)} prompts, first "
+                f"in {empty[0]} of evaluate.prompts. Every answer to these would score 0. Fill it in, or leave "
+                "these rows out."
+            )
         return questions, {}
 
     def asked(self, rows: Sequence[Row]) -> Sequence[Row]:

@@ -9,9 +9,11 @@ import pytest
 from helpers.endpoint import served_endpoint
 from helpers.evaluated import PROMPTS, jsonl, make_stage, run_stage
 from helpers.experiments import build
-from helpers.jobs import SmallJob
+from helpers.jobs import SmallJob, user
 from rlhf.compare.harness import Comparison
 from rlhf.config import ConfigError
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import PromptRow
 from rlhf.evaluation.references import rouge_l
 from rlhf.pipeline.checks import check
 from rlhf.pipeline.key import knobs
@@ -219,3 +221,14 @@ def test_what_no_candidate_uses_is_not_in_the_key() -> None:
 def test_a_prompt_without_its_reference_is_told(published: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.reference=wanted: prompt 1 .* It has length, answer"):
         run_stage(make_stage(reference="wanted"), published, tmp_path / "run")
+
+
+def test_an_empty_reference_is_an_error(tmp_path: Path) -> None:
+    """Any answer would score 0."""
+    data = PreparedData(tmp_path)
+    rows = [PromptRow(user(f"{n}?"), columns={"answer": text}) for n, text in enumerate(["4", "", " ", "5"])]
+    data.write("evaluate", "evaluation", rows)
+    with pytest.raises(
+        ConfigError, match=r"\.reference=answer is empty in 2 of 4 prompts, first in prompt 2 "
+    ):
+        make_stage(reference="answer").questions_of(data)
