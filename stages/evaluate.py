@@ -287,9 +287,9 @@ class EvaluateStage(ComparisonStage):
         ]
         if empty:
             raise ConfigError(
-                f"{self.name}.reference={self.reference} is empty in {len(empty)} of {len(rows)} prompts, first "
-                f"in {empty[0]} of evaluate.prompts. Every answer to these would score 0. Fill it in, or leave "
-                "these rows out."
+                f"{self.name}.reference={self.reference} is empty in {len(empty)} of {len(rows)} prompts, "
+                f"first in {empty[0]} of evaluate.prompts. Every answer to these would score 0. Fill it in, "
+                "or leave these rows out."
             )
         return questions, {}
 
