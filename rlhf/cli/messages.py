@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from itertools import zip_longest
@@ -261,7 +261,20 @@ def unknown_key_message(key: str, arguments: Sequence[str]) -> str:
         text = (resources.files("rlhf.conf") / group / f"{choice}.yaml").read_text(encoding="utf-8")
         if name in yaml.safe_load(text):
             return f"{key}: this key belongs to {group}={choice}, which this run does not have."
-    return f"{key}: there is no such key.{did_you_mean(key, full_keys(packaged_keys()))} {KEYS_HINT}"
+    return f"{key}: there is no such key.{_similar(key, [*full_keys(packaged_keys())])} {KEYS_HINT}"
+
+
+def _similar(key: str, known: Collection[str]) -> str:
+    """Similar keys; those of its subsection, if none of these is similar."""
+    parts = key.split(".")
+    for depth in range(len(parts) - 1, 1, -1):
+        section = ".".join(parts[:depth]) + "."
+        own = {each[len(section) :].partition(".")[0]: None for each in known if each.startswith(section)}
+        if own and not nearest(parts[depth], own):
+            return f" {section[:-1]} has {', '.join(own)}."
+        if own:
+            break
+    return did_you_mean(key, known)
 
 
 def _unknown_choice_message(error: MissingConfigException) -> str:

@@ -19,6 +19,10 @@ JUDGES = {"gold": "gold score", "judge": "judge's score", "rouge_l": "ROUGE-L"}
 """Score -> its words. Others are their own."""
 
 
+FEW_SEALED = 20
+"""A third of the 60 questions that docs/decide.md asks for."""
+
+
 class Judgement(NamedTuple):
     """What the sealed questions say."""
 
@@ -83,6 +87,8 @@ class Told:
         ]
         lines += [] if self.winner is not None else self.outside(self.untrained)
         sealed = self.judgement.questions
+        if sealed < FEW_SEALED:
+            lines.append(f"Only {sealed} sealed questions judged: few to stand for all others.")
         lines += [
             f"{sealed - gain.rows} of the {sealed} sealed questions do not count for "
             f"{self.candidates[name].title}: its answer or that of {untrained} has no score. If it is bad "

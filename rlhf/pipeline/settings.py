@@ -177,6 +177,8 @@ class DecideConfig(Strict):
 
     @model_validator(mode="after")
     def _only_known_ones(self) -> Self:
+        if self.only == []:
+            raise ValueError("decide.only=[]: name at least one candidate, or null to try all of them")
         for name in self.only or []:
             if name not in self.candidates:
                 near = did_you_mean(name, self.candidates)

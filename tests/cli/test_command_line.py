@@ -29,6 +29,10 @@ def composed(directory: Path, *arguments: str) -> Outcome:
     ("arguments", "words"),
     [
         (["ppo.kl.cof=1"], ["ppo.kl.cof: there is no such key", "Did you mean ppo.kl.coef"]),
+        (
+            ["decide.limits.latency.max=1"],
+            ["such key. decide.limits has seconds_p50, "],
+        ),
         (["ppo.kl,coef=1"], ["ppo.kl,coef: there is no such key", "Did you mean ppo.kl.coef"]),
         (["modle=tiny"], ["Did you mean model"]),
         (["ppo.frozen=sharded"], ["Did you mean ppo.frozen_placement?"]),

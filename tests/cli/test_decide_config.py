@@ -247,6 +247,10 @@ def test_only_known_candidates_are_tried(pilots: Pilots) -> None:
     assert changed(pilots, only=None).tried == pilots.config.candidates
     with pytest.raises(ConfigError, match=r"decide\.only: there is no candidate ppp\. Did you mean ppo\?"):
         changed(pilots, only=["base", "ppp"])
+    with pytest.raises(
+        ConfigError, match=r"decide\.only=\[\]: name at least one candidate, or null to try all"
+    ):
+        changed(pilots, only=[])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,14 @@ def test_questions_without_a_score_are_told(config: DecideConfig) -> None:
         "it is bad answers that have none, the gain is wrong."
     )
     assert "do not count" not in " ".join(sure(Made(config, {"sft": scores(0.75)}), "sft").told().sentences())
+
+
+def test_few_sealed_questions_are_told(config: DecideConfig) -> None:
+    told = sure(Made(config, {"sft": scores(0.75)}), "sft").told()
+    assert told.judgement is not None
+    few = replace(told, judgement=told.judgement._replace(questions=6))
+    said = "Only 6 sealed questions judged: few to stand for all others."
+    assert said in few.sentences() and "Only" not in " ".join(told.sentences())
 
 
 def test_a_further_look_is_told(config: DecideConfig) -> None:
