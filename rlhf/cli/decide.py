@@ -178,7 +178,7 @@ class Decision:
         """Run all steps."""
         budget, spent = clock(self.pilots.budget), self.pilots.spent
         continued = f", of which {clock(spent)} are spent" if self.pilots.log.pilots else ""
-        self.say(f"Decides between {len(self.candidates)} candidates within {budget}{continued}.")
+        self.say(f"Candidates: {', '.join(self.candidates)}. Budget: {budget}{continued}.")
         self.check_candidates()
         self.ask_untrained()
         self.climb()

@@ -299,9 +299,10 @@ class Trials:
 
     def write(self, title: str, lines: Sequence[str], table: Cells, content: Mapping[str, Any]) -> None:
         """Print the result, and write it as Markdown and as JSON."""
-        self.console.print(shown(table))
+        if table.rows:
+            self.console.print(shown(table))
         self.console.print("\n".join(lines))
-        texts = filter(None, [f"# {title}", *lines, table.markdown()])
+        texts = [f"# {title}", *filter(None, lines), *([table.markdown()] if table.rows else [])]
         replace_text(self.directory / f"{self.command}.md", "\n\n".join(texts) + "\n")
         replace_text(self.directory / f"{self.command}.json", json.dumps(content, indent=2))
         self.console.print(f"Written to {self.directory / self.command}.md and .json.")
