@@ -293,11 +293,14 @@ class Decision:
     def made_for_others(self) -> list[Candidate]:
         """The dropped candidates whose model of the full length is in the store, because others start from
         it. Their short pilots were compared with candidates on top of that model. Now it is asked itself."""
-        dropped = [each for each in self.candidates.values() if each.state in (State.WORSE, State.CUT)]
         found = list[Candidate]()
-        for each in dropped:
-            full = Trial(each.name, 1.0, "choosing", 0)
-            if each.chosen is not None and self.pilots.predicted(full).keys() <= {"evaluate"}:
+        dropped = [each for each in self.candidates.values() if each.state in (State.WORSE, State.CUT)]
+        for each in (each for each in dropped if each.chosen is not None):
+            try:
+                missing = self.pilots.predicted(Trial(each.name, 1.0, "choosing", 0))
+            except ConfigError:  # it cannot run at its full length, and is dropped already
+                continue
+            if missing.keys() <= {"evaluate"}:
                 self.say(f"{each.title} is back: its model of the full length is in the store.")
                 self.try_candidate(each, 1.0)
                 found += [each] if each.state is State.RUNNING else []
