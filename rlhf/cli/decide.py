@@ -14,6 +14,7 @@ import signal
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.report.decision import decision_page
 from rlhf.tracking.progress import clock
+from rlhf.tracking.redaction import redacted_text
 
 LATE = 0.05
 """Share of the budget by which the judgement may exceed it. Then further finalists are left out. One that
@@ -166,16 +168,17 @@ class Decision:
     def run(self) -> None:
         """Decide. If that ends early, the page says why."""
         try:
-            self.decide()
-        except BaseException as error:
-            why = f"It ended with an error: {error if isinstance(error, ConfigError) else repr(error)}"
+            self.take_steps()
+        except BaseException as error:  # raised again: also a signal or a crash ends it, and the page says so
             again = f"It was interrupted. With run_name={self.directory.name}, t{CONTINUE[1:]}"
-            self.ended = again if isinstance(error, KeyboardInterrupt) else why
-            self.write()
+            why = f"It ended with an error: {error if isinstance(error, ConfigError) else repr(error)}"
+            self.ended = again if isinstance(error, KeyboardInterrupt) else redacted_text(why)
+            with suppress(OSError):  # the disk may be full, and the error says it
+                self.write()
             raise
 
-    def decide(self) -> None:
-        """Run all steps."""
+    def take_steps(self) -> None:
+        """From the checks to the judgement."""
         budget, spent = clock(self.pilots.budget), self.pilots.spent
         continued = f", of which {clock(spent)} are spent" if self.pilots.log.pilots else ""
         self.say(f"Candidates: {', '.join(self.candidates)}. Budget: {budget}{continued}.")
@@ -293,7 +296,6 @@ class Decision:
     def made_for_others(self) -> list[Candidate]:
         """The dropped candidates whose model of the full length is in the store, because others start from
         it. Their short pilots were compared with candidates on top of that model. Now it is asked itself."""
-        found = list[Candidate]()
         dropped = [each for each in self.candidates.values() if each.state in (State.WORSE, State.CUT)]
         for each in (each for each in dropped if each.chosen is not None):
             try:
@@ -303,8 +305,7 @@ class Decision:
             if missing.keys() <= {"evaluate"}:
                 self.say(f"{each.title} is back: its model of the full length is in the store.")
                 self.try_candidate(each, 1.0)
-                found += [each] if each.state is State.RUNNING else []
-        return found
+        return [each for each in dropped if each.state is State.RUNNING]
 
     def keep(self, running: list[Candidate], number: int) -> list[Candidate]:
         """The candidates that go on after a rung, the best first: of those that are not worse, as many as
@@ -576,6 +577,8 @@ class Decision:
             self.price, command=None if winner is None else self.pilots.command(winner.name),
             model=None if winner is None else self.model(winner),
         )  # fmt: skip
+        if self.was_decided and self.judgement is None:
+            return told
         own = told.as_json()
         if self.leaks and own["sentences"]:
             own["sentences"].append(self.leaks_told)
@@ -592,8 +595,6 @@ class Decision:
                 for each in self.pilots.log.pilots
             ],
         }
-        if self.was_decided and self.judgement is None:
-            return told
         replace_text(self.directory / "decision.json", json.dumps(content, indent=2, allow_nan=False))
         replace_text(self.directory / "report.html", decision_page(content))
         return told

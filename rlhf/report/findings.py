@@ -178,5 +178,5 @@ def is_untrained(run: Run) -> bool:
         return kind == "tiny" and not failed and not any(kind_of(name) == "sft" for name in run.stages)
     if tokens is None:
         return False
-    least, most = UNTRAINED_LOSS_SHARES
-    return least < before / math.log(tokens) < most
+    least, most = (share * math.log(tokens) for share in UNTRAINED_LOSS_SHARES)
+    return least < before < most

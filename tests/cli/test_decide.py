@@ -227,6 +227,14 @@ def test_without_time_nothing_is_decided(tmp_path: Path) -> None:
     assert "Load this page again" not in page
 
 
+def test_an_error_is_told_also_if_the_page_cannot_be_written(tmp_path: Path) -> None:
+    """As on a full disk."""
+    decisions = Decisions(tmp_path)
+    (tmp_path / "runs" / "choice" / "decision.json").mkdir(parents=True)
+    told = decisions.decide("decide.only=[sft]", code=2)
+    assert told.err.startswith("Error: decide.candidates: none is without training. Add base.")
+
+
 def test_what_cannot_run_is_listed_with_its_reason(tmp_path: Path) -> None:
     decisions = Decisions(tmp_path)
     told = decisions.decide("decide.only=[base,grpo,dpo]", "budget=1s")
