@@ -514,7 +514,7 @@ class Decision:
         untrained_SB = table([result.scores for result in untrained.sealed], prompts)
         refused = over_limits(figures_of(judged), self.config.limits.ranges)
         costs = {each.name: self.cost(each) for each in judged}
-        looks = self.looks()
+        looks, is_base = self.looks(), untrained.config.asks == "base"
         if len({score for scores in self.scores_of_questions.values() for score in scores}) < 2:
             self.judgement = Judgement(Judged(Outcome.UNTOLD), looks, len(prompts))  # it judges nothing
             return
@@ -529,7 +529,7 @@ class Decision:
             elif each.name == found.winner:
                 each.state = State.WINNER
             each.gain = found.finalists[each.name].gain if each.name in found.finalists else None
-            each.gain_over_base = self.over_base(each)
+            each.gain_over_base = (each.gain if is_base else None) or self.over_base(each)
         self.judgement = Judgement(found, looks, len(prompts))
 
     def looks(self) -> int:
@@ -549,7 +549,7 @@ class Decision:
             self.pilots.run_directory(result.run) / "artifacts" / "evaluate" / "responses.jsonl"
             for result in each.sealed
         ]
-        base = [read_answers(file, "base", self.pilots.kind)[1] for file in files]
+        base = [read_answers(file, "base", self.pilots.kind).scores for file in files]
         prompts = each.sealed[0].prompts
         own_SB = table([result.scores for result in each.sealed], prompts)
         found = estimated(own_SB - table(base, prompts), self.score_range)

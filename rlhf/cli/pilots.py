@@ -392,8 +392,10 @@ class Pilots:
             for key, value in metrics.items()
             if key.endswith(f"/{asks}") and value is not None
         }
-        prompts, scores, answers = read_answers(artifact / "responses.jsonl", asks, self.kind)
-        return Result(prompts, scores, own, run, answers, is_share=self.score_range == 1.0)
+        found = read_answers(artifact / "responses.jsonl", asks, self.kind)
+        return Result(
+            found.prompts, found.scores, own, run, found.answers, found.costs, self.score_range == 1.0
+        )
 
     def find_judge(self, artifact: Path) -> None:
         """Note what judges, as the first pilot found it.

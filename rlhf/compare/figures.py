@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlhf.costs.price import break_even
+from rlhf.costs.price import break_even_interval
 from rlhf.evaluation.answers import Answers
 from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled
@@ -49,5 +49,4 @@ def break_even_metrics(name: str, own: Answers, other: Answers) -> dict[str, flo
     if setup is None or other_setup is None or not rows:
         return {}
     saving = mean(other.cost_B[:rows] - own.cost_B[:rows])
-    value, high, low = (break_even(setup, other_setup, each) for each in saving[:3])
-    return Sampled(value, low, high, rows).metrics(name)
+    return Sampled(*break_even_interval(setup, other_setup, saving[:3]), rows).metrics(name)

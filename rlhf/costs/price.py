@@ -25,3 +25,15 @@ def break_even(setup: float, other_setup: float, saving: float) -> float:
     if dearer <= 0 and saving >= 0:
         return 0.0
     return dearer / saving if dearer > 0 and saving > 0 else math.inf
+
+
+def break_even_interval(
+    setup: float, other_setup: float, saving: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """`break_even` with its interval: value, low, high.
+
+    Args:
+        saving: by how much a request is cheaper, as value, low and high. The most it may save pays off first.
+    """
+    value, low, high = (break_even(setup, other_setup, each) for each in saving)
+    return value, high, low

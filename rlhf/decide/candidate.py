@@ -55,8 +55,19 @@ class Result(NamedTuple):
     """Summary metrics of this candidate's answers, without its name."""
     run: str
     answers: Sequence[str]
+    costs: Mapping[str, float] = {}
+    """Question -> money that its answer costs; only for those that were timed."""
     is_share: bool = False
     """Whether scores lie between 0 and 1."""
+
+
+class Answered(NamedTuple):
+    """A policy's answers to the questions of `evaluate`."""
+
+    prompts: list[str]
+    scores: dict[str, float]
+    answers: list[str]
+    costs: dict[str, float]
 
 
 @dataclass(eq=False)
@@ -128,6 +139,13 @@ class Candidate:
         return share(score_B) if self.chosen.is_share else mean(score_B)
 
     @property
+    def costs(self) -> dict[str, float]:
+        """Sealed question -> money that its answer costs: with several seeds, the mean."""
+        asked = [each.costs for each in self.sealed]
+        both = [prompt for prompt in asked[0] if all(prompt in each for each in asked)] if asked else []
+        return {prompt: sum(each[prompt] for each in asked) / len(asked) for prompt in both}
+
+    @property
     def figures(self) -> dict[str, float]:
         """The figures of the final evaluation: with several seeds, their mean."""
         found = {
@@ -177,22 +195,24 @@ def _sampled(found: Sampled | None) -> dict[str, float | None] | None:
     return {key: finite(each) for key, each in found._asdict().items()}
 
 
-def read_answers(responses: Path, policy: str, kind: str) -> tuple[list[str], dict[str, float], list[str]]:
-    """The questions in the responses.jsonl of `evaluate`, and a policy's scores and answers.
+def read_answers(responses: Path, policy: str, kind: str) -> Answered:
+    """A policy's answers in the responses.jsonl of `evaluate`.
 
     Args:
         kind: the score that judges.
     """
-    prompts, scores, answers = list[str](), dict[str, float](), list[str]()
+    found = Answered([], {}, [], {})
     with responses.open(encoding="utf-8") as file:
         for row in map(json.loads, file):
             if row["policy"] == policy:
                 prompt = json.dumps(row["prompt"], sort_keys=True)
-                prompts.append(prompt)
-                answers.append(row["response"])
+                found.prompts.append(prompt)
+                found.answers.append(row["response"])
                 if row.get(kind) is not None:
-                    scores[prompt] = row[kind]
-    return prompts, scores, answers
+                    found.scores[prompt] = row[kind]
+                if "cost" in row:
+                    found.costs[prompt] = row["cost"]
+    return found
 
 
 def table(scores: Sequence[Scores], prompts: Sequence[str]) -> Tensor:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.costs.price import break_even, cost_of
+import torch
+
+from rlhf.costs.price import break_even_interval, cost_of
 from rlhf.decide.candidate import Candidate, State
+from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled
 from rlhf.evaluation.selection import Decision, Outcome, over_limits
 from rlhf.pipeline.settings import DecideConfig
@@ -184,15 +187,16 @@ class Told:
         if "seconds_p50" in figures:
             yield f"An answer takes {figures['seconds_p50']:.2g} s (p95: {figures['seconds_p95']:.2g} s)."
         if (requests := self.pays_off(each)) is not None:
-            is_never = math.isinf(requests)
+            value, low, high = ("never" if n == math.inf else f"{math.ceil(n):,}" for n in requests[:3])
+            other = self.untrained.title
+            told = f"it pays off after {value} answers ({low} to {high})"
+            if value == "never":
+                told = f"they are no cheaper than those of {other}, so it only pays in quality"
+                if low != "never":
+                    told = f"whether they are cheaper than those of {other} cannot be told"
             yield (
                 f"Training took {clock(each.train_seconds)}, 1,000 answers cost "
-                f"{figures['cost_per_thousand']:.3g} at evaluate.price_per_hour={self.price:g}: "
-                + (
-                    f"they are no cheaper than those of {self.untrained.title}, so it only pays in quality."
-                    if is_never
-                    else f"it pays off after {requests:,.0f} answers."
-                )
+                f"{figures['cost_per_thousand']:.3g} at evaluate.price_per_hour={self.price:g}: {told}."
             )
         if self.model is None:
             yield f"The method was judged over {self.config.seeds} seeds, and not one model."
@@ -209,14 +213,19 @@ class Told:
         if self.command is not None:
             yield f"Made by: {self.command}"
 
-    def pays_off(self, each: Candidate) -> float | None:
+    def pays_off(self, each: Candidate) -> Sampled | None:
         """Number of answers after which training has paid off, against the best option without it: infinite
-        if it never does, None if a cost is not known."""
-        other = None if self.untrained is None else self.untrained.figures.get("cost_per_thousand")
-        own = each.figures.get("cost_per_thousand")
-        if own is None or other is None or not each.is_trained:
+        if it never does, None if a cost is not known. Its interval follows from what the answers to each of
+        the sealed questions that were timed cost."""
+        if self.untrained is None or not each.is_trained:
             return None
-        return break_even(cost_of(each.train_seconds, self.price), 0.0, (other - own) / 1000)
+        own, other = each.costs, self.untrained.costs
+        timed = [prompt for prompt in own if prompt in other]
+        if not timed:
+            return None
+        saving = mean(torch.tensor([other[prompt] - own[prompt] for prompt in timed], dtype=torch.float64))
+        setup = cost_of(each.train_seconds, self.price)
+        return Sampled(*break_even_interval(setup, 0.0, saving[:3]), len(timed))
 
     def more(self) -> list[str]:
         """What five times the budget could still change."""
@@ -241,11 +250,6 @@ class Told:
     def as_json(self) -> dict[str, Any]:
         """Its entries in decision.json."""
         found = None if self.judgement is None else self.judgement.found
-        requests = {
-            name: "never" if requests == math.inf else requests  # JSON knows no infinity
-            for name, each in self.candidates.items()
-            if each.sealed and (requests := self.pays_off(each)) is not None
-        }
         return {
             "outcome": None if found is None else found.outcome.value,
             "sentences": self.sentences(),
@@ -257,10 +261,18 @@ class Told:
             "untrained": None if self.untrained is None else self.untrained.name,
             "winner": None if self.winner is None else self.winner.name,
             "candidates": [
-                each.as_json() | {"break_even": requests.get(name)} for name, each in self.candidates.items()
+                each.as_json() | {"break_even": _requests(self.pays_off(each))}
+                for each in self.candidates.values()
             ],
             "more": self.more(),
         }
+
+
+def _requests(found: Sampled | None) -> dict[str, float | str] | None:
+    """A number of answers with its interval; "never", because JSON knows no infinity."""
+    if found is None:
+        return None
+    return {key: "never" if value == math.inf else value for key, value in found._asdict().items()}
 
 
 def cannot_run(candidates: Iterable[Candidate]) -> list[str]:

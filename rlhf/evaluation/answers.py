@@ -69,6 +69,7 @@ class Answers:
             "tokens": len(self.rollout.response_ids[index]),
             **({"cut": self.num_cut[index]} if self.num_cut else {}),
             **({"seconds": round(float(self.seconds_B[index]), 4)} if index < len(self.seconds_B) else {}),
+            **({"cost": float(f"{self.cost_B[index]:.6g}")} if index < len(self.cost_B) else {}),
             **{name: rounded(float(score_B[index])) for name, score_B in self.scores.items()},
         }
 

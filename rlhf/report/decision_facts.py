@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf.printable import duration
 from rlhf.report.page.collect import Table, cleaned
@@ -152,22 +152,26 @@ def details_of(decision: Decision) -> Table | None:
     """The figures that the first table leaves out; None if there are none."""
     places = decimals(decision["smallest_gain"])
 
-    def pays_off(value: float | Literal["never"] | None) -> str:
-        if value is None or value == "never":
-            return value or ""
-        return f"{math.ceil(value):,} requests"
-
     made: dict[str, Callable[[Candidate], str]] = {
         "gain over base": lambda each: str(interval_cell(each["gain_over_base"], f"+z.{places}f")),
         "answer length": lambda each: _text(each["length_ratio"], lambda ratio: f"{ratio:.2f} of base"),
         "ends by itself": lambda each: share_words(each["stop_rate"]),
         "peak memory": lambda each: _text(each["memory_bytes"], lambda size: f"{size / 1e6:,.0f} MB"),
-        "pays off after": lambda each: pays_off(each["break_even"]),
+        "pays off after (answers)": lambda each: _pays_off(each["break_even"]),
     }
     ranked = ranking(decision)
     kept = {heading: make for heading, make in made.items() if any(make(each) for each in ranked)}
     rows = [[each["title"], *(make(each) or "-" for make in kept.values())] for each in ranked]
     return Table(["candidate", *kept], rows) if kept else None
+
+
+def _pays_off(given: Mapping[str, Any] | None) -> str:
+    """After how many answers training has paid off, with the interval. Each end may be "never"."""
+    if given is None:
+        return ""
+    ends = (given[key] for key in ("value", "low", "high"))
+    value, low, high = (end if isinstance(end, str) else f"{math.ceil(end):,}" for end in ends)
+    return value if value == low == high else f"{value} ({low} to {high})"
 
 
 def decision_cells(decision: Decision) -> Cells:

@@ -291,6 +291,26 @@ def test_the_range_of_unknown_scores_is_the_largest_difference_on_one_question(t
     assert decision.score_range == 3.0
 
 
+def test_where_base_is_the_best_option_there_is_one_gain_with_one_interval(tmp_path: Path) -> None:
+    """Two finalists are corrected for each other, a gain over base alone was not."""
+    decision = decision_in(tmp_path, "decide.only=[base,sft,sft_lora]", "evaluate.gold=vader")
+    prompts = [str(number) for number in range(40)]
+    base, *finalists = decision.candidates.values()
+    for place, each in enumerate([base, *finalists]):
+        each.train_seconds = 1.0
+        scores = {prompt: 0.3 * place + 0.01 * (number % 7) for number, prompt in enumerate(prompts)}
+        each.sealed = [Result(prompts, scores, {}, f"run-{place}", [])]
+        rows = [{"policy": "base", "prompt": prompt, "response": "", "gold": 0.0} for prompt in range(40)]
+        artifact = decision.pilots.run_directory(f"run-{place}") / "artifacts" / "evaluate"
+        artifact.mkdir(parents=True)
+        (artifact / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    decision.pilots.kind = "gold"
+    decision.directory.mkdir()
+    decision.judge(finalists, base)
+    for each in finalists:
+        assert each.gain is not None and each.gain_over_base == each.gain
+
+
 def test_a_decision_is_not_swept(tmp_path: Path) -> None:
     outcome = run_main(tmp_path, ["-m", "recipe=decide", "model=tiny", "seed=0,1"], tmp_path)
     assert outcome.code == 2 and not [*tmp_path.glob("runs/*/*/summary.json")]

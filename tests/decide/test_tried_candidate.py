@@ -52,18 +52,19 @@ def test_the_time_of_the_full_length_by_hand() -> None:
 
 def test_a_question_without_a_score_is_still_a_question(tmp_path: Path) -> None:
     rows = [
-        {"policy": "sft", "prompt": "a", "response": "yes", "gold": 0.5},
-        {"policy": "base", "prompt": "a", "response": "other", "gold": 9.0},
+        {"policy": "sft", "prompt": "a", "response": "yes", "gold": 0.5, "cost": 0.25},
+        {"policy": "base", "prompt": "a", "response": "other", "gold": 9.0, "cost": 1.0},
         {"policy": "sft", "prompt": "b", "response": "no", "gold": None},
         {"policy": "sft", "prompt": "c", "response": "c", "score": 9.0},
         {"policy": "sft", "prompt": "d", "response": "d", "gold": 0.0},
     ]
     path = tmp_path / "responses.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts, scores, answers = read_answers(path, "sft", "gold")
+    prompts, scores, answers, costs = read_answers(path, "sft", "gold")
     assert [json.loads(each) for each in prompts] == ["a", "b", "c", "d"]
     assert scores == {'"a"': 0.5, '"d"': 0.0}
     assert answers == ["yes", "no", "c", "d"]
+    assert costs == {'"a"': 0.25}  # the others were not timed
 
 
 def test_a_prompt_without_a_score_is_nan() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf.config import validated
 from rlhf.decide.candidate import Candidate, Result, State
 from rlhf.decide.words import Judgement, Told, off_limit
+from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled
 from rlhf.evaluation.selection import Outcome, judge, over_limits
 from rlhf.pipeline.settings import CandidateConfig, DecideConfig
@@ -74,7 +75,10 @@ class Made:
         self.model: Path | None = Path("runs/demo-sft-100-sealed/artifacts/sft")
 
     def measured(self, name: str, **metrics: float) -> Made:
-        self.candidates[name].sealed = [Result((), {}, metrics, f"demo-{name}-sealed", ())]
+        """Each of 8 timed answers costs the same, 1,000 of them `cost_per_thousand`."""
+        cost = metrics.get("cost_per_thousand")
+        costs = {} if cost is None else dict.fromkeys("abcdefgh", cost / 1000)
+        self.candidates[name].sealed = [Result((), {}, metrics, f"demo-{name}-sealed", (), costs)]
         return self
 
     def told(self, looks: int = 1, **options: Any) -> Told:
@@ -139,7 +143,7 @@ def test_a_winner_is_shipped_and_the_others_are_compared(config: DecideConfig) -
         "An answer takes 0.82 s (p95: 1.3 s).",
         # 360 s at 2 per hour cost 0.2; an answer saves (0.07 - 0.05) / 1000
         "Training took 6:00, 1,000 answers cost 0.05 at evaluate.price_per_hour=2: it pays off after 10,000 "
-        "answers.",
+        "answers (10,000 to 10,000).",
     ]
     assert lines[6].startswith("DPO: +0.200 (+0.1") and lines[6].endswith("sealed questions) over few-shot.")
     assert lines[7:] == [
@@ -155,13 +159,57 @@ def test_a_winner_is_shipped_and_the_others_are_compared(config: DecideConfig) -
 def test_training_that_saves_nothing_never_pays_off(config: DecideConfig) -> None:
     made = Made(config, {"sft": scores(0.75)}).measured("few_shot", cost_per_thousand=0.05)
     told = made.measured("sft", **FINE, **COSTS).told()
-    assert told.pays_off(told.candidates["sft"]) == math.inf
+    found = told.pays_off(told.candidates["sft"])
+    assert found is not None and found[:3] == (math.inf, math.inf, math.inf)
     assert "they are no cheaper than those of few-shot, so it only pays in quality." in "\n".join(
         told.sentences()
     )
     (entry,) = [each for each in told.as_json()["candidates"] if each["name"] == "sft"]
-    assert entry["break_even"] == "never"
+    assert entry["break_even"] == {"value": "never", "low": "never", "high": "never", "rows": 8}
     assert ">never<" in page_of(told)
+
+
+def costing(made: Made, name: str, *costs: float) -> None:
+    """Money that each answer costs, for one seed."""
+    (before,) = made.candidates[name].sealed
+    made.candidates[name].sealed = [before._replace(costs=dict(zip("abcdefgh", costs, strict=False)))]
+
+
+def test_a_break_even_has_the_interval_of_the_saving_per_answer(config: DecideConfig) -> None:
+    """0.2 of training, question by question; a question that only one was timed with does not count."""
+    made = sure(Made(config, {"sft": scores(0.75)}).measured("few_shot"), "sft")
+    costing(made, "few_shot", 5e-4, 3e-4, 4e-4, 9.0)
+    costing(made, "sft", 3e-4, 0.5e-4, 2e-4)
+    told = made.told()
+    found = told.pays_off(told.candidates["sft"])
+    saving = mean(torch.tensor([2e-4, 2.5e-4, 2e-4], dtype=torch.float64))
+    assert found is not None and found.value == pytest.approx(0.2 / saving.value)
+    assert (found.low, found.high) == pytest.approx((0.2 / saving.high, 0.2 / saving.low))
+    assert found.rows == 3
+
+
+def test_a_saving_that_is_not_sure_may_never_pay_off(config: DecideConfig) -> None:
+    made = Made(config, {"sft": scores(0.75)}).measured("few_shot", cost_per_thousand=0.3)
+    made.measured("sft", **FINE, **COSTS)
+    costing(made, "sft", 1e-4, 2e-4, 4e-4)
+    told = made.told()
+    (line,) = [each for each in told.sentences() if each.startswith("Training took")]
+    assert line.endswith(" to never).")
+    assert re.search(r">[0-9,]+ \([0-9,]+ to never\)<", page_of(told))
+    costing(made, "sft", 2e-4, 3e-4, 5e-4)  # dearer as measured
+    assert "whether they are cheaper than those of few-shot cannot be told" in "\n".join(told.sentences())
+
+
+def test_with_several_seeds_an_answer_costs_their_mean(config: DecideConfig) -> None:
+    made = sure(Made(config, {"sft": scores(0.75)}).measured("few_shot"), "sft")
+    costing(made, "few_shot", 5e-4, 5e-4)
+    costing(made, "sft", 3e-4, 3e-4)
+    made.candidates["sft"].sealed = [
+        *made.candidates["sft"].sealed, made.candidates["sft"].sealed[0]._replace(costs={"a": 1e-4})
+    ]  # fmt: skip
+    told = made.told()
+    found = told.pays_off(told.candidates["sft"])
+    assert found is not None and found.value == pytest.approx(0.2 / 3e-4) and found.rows == 1
 
 
 def test_costs_that_are_not_known_are_not_told(config: DecideConfig) -> None:

@@ -37,7 +37,7 @@ def decided() -> dict[str, Any]:
         gain=estimated(0.24, 0.12, 32), gain_over_base=estimated(0.4, 0.11, 32), train_seconds=301.0,
         seconds_p50=0.82, seconds_p95=1.31, cost_per_thousand=0.013, memory_bytes=2.1e9,
         retention_perplexity_ratio=1.012, question_accuracy_change=-0.004, length_ratio=1.13,
-        stop_rate=0.98, break_even=12_345.2,
+        stop_rate=0.98, break_even={"value": 12_345.2, "low": 9_000.0, "high": "never", "rows": 16},
     )  # fmt: skip
     full = candidate(
         "sft", "finalist", title="SFT, all weights", share=1.0, quality=estimated(0.68, 0.1),

@@ -82,7 +82,7 @@ def test_figures_have_the_digits_that_matter() -> None:
     }  # fmt: skip
     assert set(rows["PPO"].values()) == {"PPO", rows["PPO"]["state"], "-"}
     assert table({**decided(), "smallest_gain": 0.01})["GRPO"]["quality"] == "0.550 (0.450 to 0.650)"
-    assert "12,346 requests" in page_of(decided()).said
+    assert "12,346 (9,000 to never)" in page_of(decided()).said
 
 
 def test_a_quality_from_few_of_the_questions_says_so() -> None:
@@ -159,7 +159,7 @@ def test_far_costs_are_drawn_on_a_logarithmic_axis() -> None:
 
 def test_training_that_never_pays_off() -> None:
     decision = decided()
-    decision["candidates"][3]["break_even"] = "never"
+    decision["candidates"][3]["break_even"] = dict.fromkeys(("value", "low", "high"), "never")
     assert " never " in page_of(decision).said
 
 
