@@ -11,7 +11,15 @@ import pytest
 
 from helpers.html import Page
 from helpers.pages import make_run
-from rlhf.report.page.collect import COMPARED_METRICS, cleaned, over_kl, policy_table, read_run, stage_charts
+from rlhf.report.page.collect import (
+    COMPARED_METRICS,
+    cleaned,
+    compared_table,
+    over_kl,
+    policy_table,
+    read_run,
+    stage_charts,
+)
 from rlhf.report.page.curves import Curve
 from rlhf.report.page.size import embedded
 from rlhf.report.page.write import DOCS, NAME, linked, run_page, write_page
@@ -92,6 +100,29 @@ def test_each_of_several_rewards_has_a_row(tmp_path: Path) -> None:
     rows = {row[0]: row[1:] for row in table.rows}
     assert "learned score, all together" in rows and "learned score" not in rows
     assert rows["learned alone"][-1] == "1.28" and rows["length alone"][-1] == "-25"
+
+
+def test_the_page_shows_what_evaluate_shares_with_compare(tmp_path: Path) -> None:
+    """As the terminal does: scores by a reference, several answers per question, time and cost, and the gain
+    over the best option without training."""
+    run = make_run(tmp_path)
+    path = run / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    told = {
+        "rouge_l": 0.25, "pass_at_4": 0.5, "pass_at_4_low": 0.375, "pass_at_4_high": 0.625,
+        "seconds_p50": 0.75, "cost_per_thousand": 0.0625, "gain": 0.125, "gain_low": 0.0625,
+        "gain_high": 0.1875, "break_even": 1234.5,
+    }  # fmt: skip
+    summary["stages"]["evaluate"]["metrics"] |= {f"evaluate/{name}/ppo": each for name, each in told.items()}
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    table = compared_table(read_run(run))
+    assert table is not None
+    shown = {row[0]: row[-1] for row in table.rows}
+    assert shown["ROUGE-L"] == "0.250" and shown["pass@4"] == "0.500" and shown["latency p50, s"] == "0.75"
+    assert shown["gain over the best untrained"] == "+0.125" and shown["cost of 1000"] == "0.0625"
+    assert shown["pays off: best untrained"] == "1,235"
+    words = [row[0] for row in table.rows]
+    assert len(words) - words.count("  95% interval") == len({*words} - {"  95% interval"})  # none twice
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rlhf.evaluation.sampled import INTERVAL_SUFFIXES, Sampled, add_suffix, rewa
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.recipe import kind_of
 from rlhf.printable import printable
-from rlhf.report.compare import comparison_cells
+from rlhf.report.compare import comparison_cells, comparison_rows
 from rlhf.report.page.curves import (
     Bounds,
     Chart,
@@ -507,3 +507,14 @@ def policy_table(run: RunFacts, which: tuple[tuple[str, str], ...]) -> Table | N
         if any(cell != "-" for cell in cells):
             rows.append([words, *cells])
     return Table(["", *(run.titles.get(policy, policy) for policy in policies)], rows) if rows else None
+
+
+def compared_table(run: RunFacts) -> Table | None:
+    """What `evaluate` measured on each policy's answers: its own metrics, then those that it shares with
+    `compare`, as on the terminal. Forgetting has a table of its own."""
+    table = policy_table(run, COMPARED_METRICS)
+    if table is None or run.evaluation is None:
+        return None
+    metrics = {name: value for name, value in run.evaluation.metrics.items() if value is not None}
+    shown = {metric for metric, _ in (*COMPARED_METRICS, *FORGETTING_METRICS)}
+    return Table(table.headings, [*table.rows, *comparison_rows(metrics, policies_of(run), shown)])

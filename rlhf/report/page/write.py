@@ -24,13 +24,13 @@ from markupsafe import Markup
 from rlhf.disk import naming, replace_text
 from rlhf.pipeline.run import NO_VERDICT, OUTCOMES
 from rlhf.report.page.collect import (
-    COMPARED_METRICS,
     FORGETTING_METRICS,
     NUM_OPEN_CURVES,
     RunFacts,
     StageFacts,
     Table,
     calibrations,
+    compared_table,
     comparison_table,
     over_kl,
     over_length,
@@ -240,7 +240,7 @@ def _run_page(run: RunFacts, live: Live | None, limits: Limits) -> str:
         "over_kl": charts.placed(kl),
         "over_length": length and lengths and (lengths, length[1]),
         "calibrations": [(name, placed) for name, chart in calibrated if (placed := charts.placed(chart))],
-        "policies": _within(policy_table(run, COMPARED_METRICS), limits),
+        "policies": _within(compared_table(run), limits),
         "comparison": _within(comparison_table(run), limits),
         "forgetting": _within(policy_table(run, FORGETTING_METRICS), limits),
         "cost": _within(cost_of(run), limits),
