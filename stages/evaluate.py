@@ -126,8 +126,11 @@ class EvaluateStage(ComparisonStage):
         other = f"another KEY.subject than {self.start}" if self.subject == self.start else ""
         base = "base in KEY.policies" if "base" not in self.policies else ""
         reward = "" if self.reward else "a reward"
+        score = (
+            "" if self.gold or self.judge or self.reference else reward and "a reward, gold or a reference"
+        )
         needs = {
-            "win_rate": (start, other, "" if self.gold or self.judge else reward and "a reward or gold"),
+            "win_rate": (start, other, score),
             "win_rate_learned": (start, other, reward),
             "score_gain": (start, other, reward),
             "gold_gain": (start, other, "" if self.gold else "gold"),

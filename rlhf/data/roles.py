@@ -49,7 +49,8 @@ ROLES: Roles = {
         ("prompt", "chosen", "rejected"),
         metrics=("reward_pairs",),
         lends_prompts=True,
-        advice="Another ppo.reward than learned (function, server, model:DIRECTORY) needs no reward.pairs.",
+        advice="Another ppo.reward than learned (function, server, model:DIRECTORY) needs no reward.pairs. "
+        "SFT alone needs none: recipe=sft.",
     ),
     "ppo": Role(
         "ppo.prompts", (PromptRow,), prompt_row, ("prompt",), metrics=("ppo_prompts",), lends_prompts=True

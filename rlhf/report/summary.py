@@ -219,7 +219,8 @@ def policy_cells(run: Run) -> Cells:
             )
     for metric, (words, spec) in GAINS_OVER_START.items():
         sampled = [Sampled.found(f"{metric}/{name}", metrics) for name in names]
-        if any(sampled):
+        is_twice = start == "base" and metric.endswith("_over_base")  # the gain over the start
+        if any(sampled) and not is_twice:
             cells = ["-" if each is None else format(each.value, spec) for each in sampled]
             rows.append([words.format(start), *cells])
             cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in sampled]

@@ -37,6 +37,9 @@ def test_a_recipe_says_what_all_means_and_what_is_compared() -> None:
     assert dict(dpo.stages["compare"])["artifacts"] == ["sft", "dpo"]
     assert build("recipe=dpo").needed() == ["prepare", "sft", "reward", "dpo", "evaluate"]
     assert "ppo" not in build("recipe=grpo").needed()
+    sft = build("recipe=sft")
+    assert sft.needed() == ["prepare", "sft", "evaluate"]
+    assert (sft.stages["evaluate"].start, dict(sft.stages["evaluate"])["subject"]) == ("base", "sft")
     assert build().needed() == ["prepare", "sft", "reward", "generate", "ppo", "evaluate"]
 
 

@@ -430,7 +430,7 @@ def test_a_score_must_be_a_number(published: dict[str, Path], tmp_path: Path) ->
         ({"policies": ["base", "ppo"]}, r"^evaluate\.gates\.win_rate needs sft in evaluate.policies"),
         ({"subject": "sft"}, "win_rate needs another evaluate.subject than sft"),
         ({"policies": ["base", "sft"]}, r"^evaluate\.subject=ppo is not in evaluate\.policies=\[base,sft\]"),
-        ({"gold": None}, "win_rate needs a reward or gold"),
+        ({"gold": None}, "win_rate needs a reward, gold or a reference"),
         ({"policies": ["sft", "sft", "ppo"]}, r"^evaluate\.policies: two candidates are called sft, or"),
         ({"policies": []}, "it must name at least one"),
     ],
@@ -451,8 +451,9 @@ def test_all_gates_that_nothing_can_measure_are_told_at_once() -> None:
     changes: dict[str, Any] = {"policies": ["sft", "ppo"], "gold": None}
     with pytest.raises(ConfigError) as told:
         make_stage(gates=dict.fromkeys((*unmeasured, "stop_rate_change"), bound), **changes)
-    assert "gates.win_rate needs a reward or gold; evaluate.gates.retention_perplexity_ratio and" in str(
-        told.value
+    assert (
+        "gates.win_rate needs a reward, gold or a reference; evaluate.gates.retention_perplexity_ratio and"
+        in str(told.value)
     )
     (off,) = re.findall(r"turned off with (.*)\.$", str(told.value))
     assert off.split() == [f"evaluate.gates.{gate}=null" for gate in unmeasured]
