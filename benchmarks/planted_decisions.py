@@ -480,8 +480,14 @@ def summary(case: Case, decision: Decision | None, code: int, seconds: float, lo
     }
 
 
-def decide(name: str, directory: Path, seed: int, budget: str, *, embedded: bool) -> Row:
-    """Make a case's data for a seed, and decide."""
+def decide(
+    name: str, directory: Path, seed: int, budget: str, overrides: Sequence[str], *, embedded: bool
+) -> Row:
+    """Make a case's data for a seed, and decide.
+
+    Args:
+        overrides: keys of the decision, which win over the case's.
+    """
     case = (EMBEDDED if embedded else CASES)[name]
     common = [*EMBEDDED_COMMON]
     if not embedded:
@@ -494,6 +500,7 @@ def decide(name: str, directory: Path, seed: int, budget: str, *, embedded: bool
     arguments = [
         *common, f"seed={seed}", f"budget={budget}", "run_name=choice",
         *case.keys, "+experiment=candidates.yaml", f"decide.only=[{','.join(case.only)}]",
+        *overrides,
     ]  # fmt: skip
     start = time.monotonic()
     with (place / "log.txt").open("w", encoding="utf-8") as log:
@@ -532,6 +539,7 @@ def main() -> int:
     parser.add_argument("--cases", help="names with commas between them; all, if none is given")
     parser.add_argument("--budget", default="3m", help="of each decision")
     parser.add_argument("--embedded", action="store_true", help="on the model that is installed with rlhf")
+    parser.add_argument("--overrides", nargs="*", default=[], help="keys of every decision: sft.epochs=10")
     given = parser.parse_args()
     cases = EMBEDDED if given.embedded else CASES
     names = given.cases.split(",") if given.cases else [*cases]
@@ -544,7 +552,9 @@ def main() -> int:
     )
     for seed in range(given.first, given.first + given.seeds):
         for name in names:
-            found = decide(name, given.directory, seed, given.budget, embedded=given.embedded)
+            found = decide(
+                name, given.directory, seed, given.budget, given.overrides, embedded=given.embedded
+            )
             results.setdefault(name, {})[str(seed)] = found
             print(
                 f"{name}, seed {seed}: {'right' if found['right'] else 'WRONG'}, {found['came']}", flush=True

@@ -39,7 +39,7 @@ def test_a_recipe_says_what_all_means_and_what_is_compared() -> None:
     assert "ppo" not in build("recipe=grpo").needed()
     sft = build("recipe=sft")
     assert sft.needed() == ["prepare", "sft", "evaluate"]
-    assert (sft.stages["evaluate"].start, dict(sft.stages["evaluate"])["subject"]) == ("base", "sft")
+    assert [dict(sft.stages["evaluate"])[key] for key in ("init", "subject")] == ["base", "sft"]
     assert build().needed() == ["prepare", "sft", "reward", "generate", "ppo", "evaluate"]
 
 
