@@ -279,7 +279,8 @@ class Bisection:
         try:
             gap = self.tell_apart()
         except NoScoresError as error:
-            return self.end(None, [f"{self.bad.name} cannot be judged like {self.good.name}: {error}."])
+            why = str(error).rstrip(".")
+            return self.end(None, [f"{self.bad.name} cannot be judged like {self.good.name}: {why}."])
         first = self.in_short(gap)
         if gap.low > 0:
             return self.end(None, [first])

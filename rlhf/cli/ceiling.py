@@ -288,4 +288,4 @@ def rows_of(
     for name in base.section.policies:
         if name != base.subject:
             gain = Gain(difference([base.scores(name)], [own]))
-            yield [f"(policy {name})", "-", gain.word, gain.words]
+            yield [f"(policy {name})", "its own answers, no trial", gain.word, gain.words]

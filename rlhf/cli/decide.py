@@ -42,7 +42,7 @@ from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import DecideConfig
 from rlhf.report.decision import decision_page
 from rlhf.tracking.progress import clock
-from rlhf.tracking.redaction import redacted_text
+from rlhf.tracking.redaction import redacted
 
 LATE = 0.05
 """Share of the budget by which the judgement may exceed it. Then further finalists are left out. One that
@@ -172,7 +172,7 @@ class Decision:
         except BaseException as error:  # raised again: also a signal or a crash ends it, and the page says so
             again = f"It was interrupted. With run_name={self.directory.name}, t{CONTINUE[1:]}"
             why = f"It ended with an error: {error if isinstance(error, ConfigError) else repr(error)}"
-            self.ended = again if isinstance(error, KeyboardInterrupt) else redacted_text(why)
+            self.ended = again if isinstance(error, KeyboardInterrupt) else why
             with suppress(OSError):  # the disk may be full, and the error says it
                 self.write()
             raise
@@ -582,7 +582,7 @@ class Decision:
         own = told.as_json()
         if self.leaks and own["sentences"]:
             own["sentences"].append(self.leaks_told)
-        content = own | {
+        content = redacted(own | {
             "name": self.directory.name,
             "ended": self.ended,
             "questions": {
@@ -594,7 +594,7 @@ class Decision:
                 each.as_json() | ({} if self.has_page(each.run) else {"run": None})
                 for each in self.pilots.log.pilots
             ],
-        }
+        })  # fmt: skip
         replace_text(self.directory / "decision.json", json.dumps(content, indent=2, allow_nan=False))
         replace_text(self.directory / "report.html", decision_page(content))
         return told

@@ -37,7 +37,7 @@ from rlhf.pipeline.store import Store, read_manifest
 from rlhf.report.judges import KINDS, faults, no_judge
 from rlhf.rewards.kinds import parts_of, stage_of
 from rlhf.tracking.progress import clock
-from rlhf.tracking.redaction import RedactingConsole
+from rlhf.tracking.redaction import RedactingConsole, redacted
 from rlhf.tracking.tables import Cells, shown
 
 CONTINUE = "The same command continues: finished trials and the last checkpoint are kept."
@@ -303,8 +303,8 @@ class Trials:
             self.console.print(shown(table))
         self.console.print("\n".join(lines))
         texts = [f"# {title}", *filter(None, lines), *([table.markdown()] if table.rows else [])]
-        replace_text(self.directory / f"{self.command}.md", "\n\n".join(texts) + "\n")
-        replace_text(self.directory / f"{self.command}.json", json.dumps(content, indent=2))
+        replace_text(self.directory / f"{self.command}.md", redacted("\n\n".join(texts)) + "\n")
+        replace_text(self.directory / f"{self.command}.json", json.dumps(redacted(content), indent=2))
         self.console.print(f"Written to {self.directory / self.command}.md and .json.")
 
     def finish(self, work: Callable[[], int]) -> int:

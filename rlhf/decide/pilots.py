@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf.disk import replace_text
 from rlhf.tracking.position import FILE_NAME
+from rlhf.tracking.redaction import redacted
 
 Part = Literal["choosing", "sealed"]
 Ended = Literal["done", "stopped", "failed", "running"]
@@ -76,7 +77,7 @@ class PilotLog:
             running: a pilot that begins. If its process is killed, the next process counts the time.
         """
         pilots = self.pilots if running is None else [*self.pilots, running]
-        replace_text(self.path, "".join(json.dumps(each.as_json()) + "\n" for each in pilots))
+        replace_text(self.path, "".join(json.dumps(redacted(each.as_json())) + "\n" for each in pilots))
 
     def _broken_off(self, pilot: Pilot) -> Pilot:
         """A pilot whose process ended without a word, about when its run last wrote its position."""

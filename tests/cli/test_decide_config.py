@@ -17,7 +17,7 @@ from rlhf.cli.decide import Decision, continues
 from rlhf.cli.pilots import Pilots, pilot_arguments, share_of
 from rlhf.config import ConfigError, validated
 from rlhf.decide.candidate import Candidate, Result, State
-from rlhf.decide.pilots import PilotLog, Trial
+from rlhf.decide.pilots import Pilot, PilotLog, Trial
 from rlhf.pipeline.experiment import build_experiment, build_settings
 from rlhf.pipeline.settings import CandidateConfig, DecideConfig
 from rlhf.rewards.kinds import parts_of
@@ -309,6 +309,25 @@ def test_where_base_is_the_best_option_there_is_one_gain_with_one_interval(tmp_p
     decision.judge(finalists, base)
     for each in finalists:
         assert each.gain is not None and each.gain_over_base == each.gain
+
+
+def test_a_secret_in_an_error_stands_in_no_file_of_a_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as where a reward function fails and says how it connects."""
+    monkeypatch.setenv("DB_PASSWORD", "planted-pass-1234")
+    decision = decision_in(tmp_path, "decide.only=[base,sft]", "evaluate.gold=vader")
+    decision.directory.mkdir(parents=True)
+    why = "cannot connect with planted-pass-1234"
+    sft = decision.candidates["sft"]
+    sft.state, sft.why = State.FAILED, why
+    decision.pilots.log.add(
+        Pilot(Trial("sft", 0.25, "choosing", 0), "demo-sft-25", 0.0, 1.0, 1.0, "failed", why)
+    )
+    decision.write()
+    written = [path.read_text() for path in decision.directory.iterdir() if path.is_file()]
+    assert len(written) >= 3 and any("cannot connect" in each for each in written)
+    assert not any("planted-pass" in each for each in written)
 
 
 def test_a_decision_is_not_swept(tmp_path: Path) -> None:
