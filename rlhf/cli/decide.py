@@ -254,7 +254,8 @@ class Decision:
             self.sealed_seconds * asked * config.seeds + longest * (config.seeds - 1) for asked in (3, 2)
         )
         most = max(0.0, JUDGING * self.pilots.budget - one)
-        self.pilots.reserve = one + min(each_more * (config.finalists - 1), most)
+        others = min(config.finalists, sum(each.is_possible for each in self.candidates.values())) - 1
+        self.pilots.reserve = one + min(each_more * max(0, others), most)
 
     def climb(self) -> None:
         """The rungs: train the candidates that are left to a larger share, and drop the worse ones."""
@@ -436,17 +437,14 @@ class Decision:
         """
         assert self.untrained is not None
         budget = self.pilots.budget
-        found = [each for each in self.candidates.values() if each.is_trained and each.chosen is not None]
+        trained = [each for each in self.candidates.values() if each.is_trained]
+        found = [each for each in trained if each.chosen is not None]
         if self.config.seeds == 1:
             self.drop_twins(found)
         open_ones = [each for each in found if each.is_open]
         ranked = sorted(open_ones or found, key=lambda each: -each.mean)
         most = self.config.finalists if open_ones else 1
-        possible = [
-            each
-            for each in self.candidates.values()
-            if each.is_trained and each.state is not State.IMPOSSIBLE
-        ]
+        possible = [each for each in trained if each.state is not State.IMPOSSIBLE]
         if not ranked and any(each.state is State.FAILED for each in possible):
             whys = [f"{each.title}: {each.why}" for each in possible]
             raise ConfigError("\n".join(["No candidate could be trained and judged.", *whys]))

@@ -110,6 +110,11 @@ class Candidate:
         return self.state in (State.WAITING, State.RUNNING, State.LATE, State.CUT) and self.chosen is not None
 
     @property
+    def is_possible(self) -> bool:
+        """Whether it may become a finalist, also if it has no pilot yet."""
+        return self.is_trained and (self.is_open or self.state in (State.WAITING, State.LATE))
+
+    @property
     def asking_cost(self) -> float:
         """What decides between equal options without training: seconds; 0 for the base model, because the
         others add to what it is asked, and seconds are noisy."""

@@ -370,18 +370,36 @@ def test_only_a_single_verifiers_scores_lie_between_0_and_1(
 
 
 @pytest.mark.parametrize(
-    ("budget", "reserve"),
+    ("only", "budget", "reserve"),
     [
-        ("2h", 350.0),  # 50 s for the best option without training, and twice as much for each of 3 finalists
-        ("900s", 300.0),  # a third of the budget
-        ("60s", 150.0),  # one finalist
+        # 50 s for the best option without training, and twice as much for each of 3 finalists
+        ("base,sft,sft_lora,sft_prefix,sft_prompt", "2h", 350.0),
+        ("base,sft,sft_lora,sft_prefix,sft_prompt", "900s", 300.0),  # a third of the budget
+        ("base,sft,sft_lora,sft_prefix,sft_prompt", "60s", 150.0),  # one finalist
+        ("base,sft,sft_lora", "2h", 250.0),  # there are only two
+        ("base,sft", "2h", 150.0),
+        ("base,few_shot", "2h", 150.0),
     ],
 )
-def test_the_judgement_leaves_time_for_pilots(tmp_path: Path, budget: str, reserve: float) -> None:
-    decision = decision_in(tmp_path, "decide.only=[base,sft]", f"budget={budget}")
+def test_the_judgement_leaves_time_for_pilots(tmp_path: Path, only: str, budget: str, reserve: float) -> None:
+    decision = decision_in(tmp_path, f"decide.only=[{only}]", f"budget={budget}")
     decision.sealed_seconds = 50.0
     decision.reserve_for([])
     assert decision.pilots.reserve == pytest.approx(reserve)
+
+
+def test_no_time_is_reserved_for_who_cannot_be_a_finalist(tmp_path: Path) -> None:
+    decision = decision_in(tmp_path, "decide.only=[base,sft,sft_lora,sft_prefix]", "budget=2h")
+    decision.sealed_seconds = 50.0
+    sft, lora, prefix = [each for each in decision.candidates.values() if each.is_trained]
+    sft.state, lora.state, prefix.state = State.RUNNING, State.WORSE, State.CUT  # the last one had no pilot
+    for each in (sft, lora):
+        each.chosen = Result("ab", {"a": 0.5}, {}, "run", ())
+    decision.reserve_for([])
+    assert decision.pilots.reserve == pytest.approx(150.0)
+    prefix.chosen = sft.chosen  # it was cut after a pilot, and may be asked
+    decision.reserve_for([])
+    assert decision.pilots.reserve == pytest.approx(250.0)
 
 
 def test_best_of_n_by_the_right_answers_is_no_option(tmp_path: Path) -> None:
