@@ -195,8 +195,9 @@ class Decision:
         """Prepare the data, and find out what each candidate's first pilot takes, or why it cannot run.
 
         Raises:
-            ConfigError: no option without training can run.
+            ConfigError: no option without training can run, or nothing judges.
         """
+        self.pilots.check_judge(next(iter(self.candidates)))
         errors = {}
         for name, each in self.candidates.items():
             try:

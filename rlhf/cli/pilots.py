@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from rlhf.decide.pace import Pace
 from rlhf.decide.pilots import Ended, Pilot, PilotLog, Trial
 from rlhf.decide.words import percent
 from rlhf.evaluation.references import QUALITIES
+from rlhf.pipeline.auto import MIN_JUDGE_PAIRS
 from rlhf.pipeline.experiment import Experiment, build_experiment, stage_class
 from rlhf.pipeline.recipe import AT_SUBSTITUTE, kind_of, with_instances
 from rlhf.pipeline.settings import DecideConfig
@@ -58,6 +59,20 @@ FORGETTING = ("retention_perplexity_ratio", "question_accuracy_change")
 RETENTION_FIX = "Set evaluate.retention=[samples:retention_sentences,samples:retention_questions]"
 TIMED = ("seconds_p50", "seconds_p95", "cost_per_thousand")
 """Figures that need decide.num_timed."""
+
+
+def no_judge(whys: Iterable[str]) -> ConfigError:
+    """The error of a decision that nothing can judge.
+
+    Args:
+        whys: sentences on what was named and cannot judge.
+    """
+    why = " ".join(["there is no judge that no candidate learned from.", *whys])
+    fix = (
+        "Give evaluate.gold (a function, a verifier, a language model), evaluate.reference (a column of the "
+        f"prompts with the right answers), or {MIN_JUDGE_PAIRS:,} pairs or more."
+    )
+    return ConfigError(Complaint("recipe=decide", why, fix))
 
 
 class Pilots:
@@ -397,6 +412,19 @@ class Pilots:
             found.prompts, found.scores, own, run, found.answers, found.costs, self.score_range == 1.0
         )
 
+    def check_judge(self, name: str) -> None:
+        """Check that something may judge, as far as that is known before anything runs.
+
+        Raises:
+            ConfigError: no score and no reference is named.
+        """
+        try:
+            evaluate = vars(self.experiment(name).stages["evaluate"])
+        except ConfigError:  # `Decision.check_candidates` meets it again, and says it
+            return
+        if all(evaluate[key] is None for key in (*KINDS, "reference")):
+            raise no_judge(())
+
     def find_judge(self, artifact: Path) -> None:
         """Note what judges, as the first pilot found it.
 
@@ -409,13 +437,7 @@ class Pilots:
             run = Finished(RunFiles(artifact.parents[1]), experiment).results
             sources = {kind: getattr(run.chain["evaluate"], kind) for kind in KINDS}
             whys = [f"evaluate.{kind}: {why}" for kind in KINDS for why in faults(run, kind, sources[kind])]
-            raise ConfigError(
-                Complaint(
-                    "recipe=decide", " ".join(["there is no judge that no candidate learned from.", *whys]),
-                    "Give evaluate.gold (a function, a verifier, a language model), evaluate.reference (a "
-                    "column of the prompts with the right answers), or 1,000 pairs or more.",
-                )
-            )  # fmt: skip
+            raise no_judge(whys)
         evaluate = self.experiment(next(iter(self.config.tried))).stages["evaluate"]
         source = getattr(evaluate, self.kind, None)
         parts = [] if source is None else parts_of(source)

@@ -249,6 +249,7 @@ def test_a_judge_that_is_the_reward_is_refused(tmp_path: Path) -> None:
     """Without a gold score or references nothing judges."""
     told = Decisions(tmp_path).decide("evaluate.gold=null", code=2)
     assert "there is no judge that no candidate learned from" in told.err
+    assert not [*tmp_path.glob("runs/*/summary.json")]  # before any pilot
 
 
 def test_a_second_reward_model_that_ranks_by_chance_is_no_judge(tmp_path: Path) -> None:
