@@ -80,9 +80,9 @@ class Pace:
         return sum(self._overheads) / len(self._overheads) if self._overheads else 0.0
 
     def factor(self, kind: str) -> float:
-        """Time over predicted time of stages of this kind; of all stages while there was none of it."""
+        """Time over predicted time of stages of this kind. While there was none of it, that of all stages, but
+        at least 1: answers may end early, which makes no training shorter."""
         if kind in self._predicted:
-            taken, predicted = self._taken[kind], self._predicted[kind]
-        else:
-            taken, predicted = sum(self._taken.values()), sum(self._predicted.values())
-        return (PRIOR_SECONDS + taken) / (PRIOR_SECONDS + predicted)
+            return (PRIOR_SECONDS + self._taken[kind]) / (PRIOR_SECONDS + self._predicted[kind])
+        taken, predicted = sum(self._taken.values()), sum(self._predicted.values())
+        return max(1.0, (PRIOR_SECONDS + taken) / (PRIOR_SECONDS + predicted))

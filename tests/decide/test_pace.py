@@ -48,6 +48,14 @@ def test_the_pace_by_hand() -> None:
     assert pace.seconds({"sft": 4.0, "ppo": 7.0}) == pytest.approx(6 + 8 + 9)
 
 
+def test_short_answers_do_not_make_training_faster() -> None:
+    """A model that ends its answers early is asked in a quarter of the predicted time, and trains no faster."""
+    pace = Pace()
+    pace.add({"evaluate": 125.0}, {"evaluate": 37.0}, seconds=38.0)
+    assert pace.factor("evaluate") < 0.35
+    assert pace.factor("sft") == 1.0
+
+
 def test_named_instances_are_of_their_kind_and_overheads_are_averaged() -> None:
     pace = Pace()
     pace.add({"sft": 5.0}, {"sft": 15.0}, seconds=17.0)
