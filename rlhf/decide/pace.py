@@ -80,8 +80,8 @@ class Pace:
         return sum(self._overheads) / len(self._overheads) if self._overheads else 0.0
 
     def factor(self, kind: str) -> float:
-        """Time over predicted time of stages of this kind. While there was none of it, that of all stages, but
-        at least 1: answers may end early, which makes no training shorter."""
+        """Time over predicted time of stages of this kind. While there was none of it, that of all stages,
+        but at least 1: answers may end early, which makes no training shorter."""
         if kind in self._predicted:
             return (PRIOR_SECONDS + self._taken[kind]) / (PRIOR_SECONDS + self._predicted[kind])
         taken, predicted = sum(self._taken.values()), sum(self._predicted.values())

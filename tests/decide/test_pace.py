@@ -49,7 +49,7 @@ def test_the_pace_by_hand() -> None:
 
 
 def test_short_answers_do_not_make_training_faster() -> None:
-    """A model that ends its answers early is asked in a quarter of the predicted time, and trains no faster."""
+    """A model that ends its answers early is asked in less time, and trains no faster."""
     pace = Pace()
     pace.add({"evaluate": 125.0}, {"evaluate": 37.0}, seconds=38.0)
     assert pace.factor("evaluate") < 0.35
