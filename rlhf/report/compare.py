@@ -60,6 +60,8 @@ WITH_INTERVAL = (
     *(metric for metric, _ in QUALITIES.values()),
 )  # fmt: skip
 """Metrics whose intervals the table shows."""
+INTERVAL = "  95% interval"
+"""The words of a row with the intervals of the row before."""
 MARKERS = "o^svDPX<>*"
 PROMPTED_COLOUR, TUNED_COLOUR = "#d55e00", "#0072b2"
 """Colours that the colour-blind can distinguish (Okabe and Ito 2008)."""
@@ -118,7 +120,7 @@ def comparison_rows(
         yield [row_of(metric)[0], *(cell_text(metric, value) for value in values)]
         lows, highs = ([metrics.get(f"{metric}_{end}/{name}") for name in names] for end in ("low", "high"))
         if metric in (*several, *WITH_INTERVAL) and any(low is not None for low in lows):
-            yield ["  95% interval", *(_interval(metric, *ends) for ends in zip(lows, highs, strict=True))]
+            yield [INTERVAL, *(_interval(metric, *ends) for ends in zip(lows, highs, strict=True))]
 
 
 def _interval(metric: str, low: float | None, high: float | None) -> str:

@@ -111,18 +111,23 @@ def test_the_page_shows_what_evaluate_shares_with_compare(tmp_path: Path) -> Non
     told = {
         "rouge_l": 0.25, "pass_at_4": 0.5, "pass_at_4_low": 0.375, "pass_at_4_high": 0.625,
         "seconds_p50": 0.75, "cost_per_thousand": 0.0625, "gain": 0.125, "gain_low": 0.0625,
-        "gain_high": 0.1875, "break_even": 1234.5,
+        "gain_high": 0.1875, "break_even": 1234.5, "break_even_low": 900.0, "break_even_high": None,
     }  # fmt: skip
     summary["stages"]["evaluate"]["metrics"] |= {f"evaluate/{name}/ppo": each for name, each in told.items()}
     path.write_text(json.dumps(summary), encoding="utf-8")
     table = compared_table(read_run(run))
     assert table is not None
     shown = {row[0]: row[-1] for row in table.rows}
-    assert shown["ROUGE-L"] == "0.250" and shown["pass@4"] == "0.500" and shown["latency p50, s"] == "0.75"
-    assert shown["gain over the best untrained"] == "+0.125" and shown["cost of 1000"] == "0.0625"
-    assert shown["pays off: best untrained"] == "1,235"
-    words = [row[0] for row in table.rows]
-    assert len(words) - words.count("  95% interval") == len({*words} - {"  95% interval"})  # none twice
+    assert (
+        shown["ROUGE-L"] == "0.250"
+        and shown["pass@4"] == "0.500 (0.38 to 0.62)"
+        and shown["latency p50, s"] == "0.75"
+    )
+    assert (
+        shown["gain over the best untrained"] == "+0.125 (0.06 to 0.19)" and shown["cost of 1000"] == "0.0625"
+    )
+    assert shown["pays off: best untrained"] == "1,235 (900 to never)"  # JSON has no infinity
+    assert len(shown) == len(table.rows)  # none twice
 
 
 @pytest.mark.parametrize(

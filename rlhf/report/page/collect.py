@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from rlhf.evaluation.sampled import INTERVAL_SUFFIXES, Sampled, add_suffix, rewa
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.recipe import kind_of
 from rlhf.printable import printable
-from rlhf.report.compare import comparison_cells, comparison_rows
+from rlhf.report.compare import INTERVAL, comparison_cells, comparison_rows
 from rlhf.report.page.curves import (
     Bounds,
     Chart,
@@ -482,7 +483,7 @@ def comparison_table(run: RunFacts) -> Table | None:
     """The table of `compare`, as on the terminal; None if it was not part of the run."""
     stage = run.stage("compare")
     metrics = {} if stage is None else stage.metrics
-    cells = comparison_cells({name: value for name, value in metrics.items() if value is not None})
+    cells = comparison_cells(dict(finite_or_never(metrics)))
     return Table(list(cells.headings), cells.rows) if cells.rows else None
 
 
@@ -515,6 +516,22 @@ def compared_table(run: RunFacts) -> Table | None:
     table = policy_table(run, COMPARED_METRICS)
     if table is None or run.evaluation is None:
         return None
-    metrics = {name: value for name, value in run.evaluation.metrics.items() if value is not None}
+    metrics = dict(finite_or_never(run.evaluation.metrics))
     shown = {metric for metric, _ in (*COMPARED_METRICS, *FORGETTING_METRICS)}
-    return Table(table.headings, [*table.rows, *comparison_rows(metrics, policies_of(run), shown)])
+    rows = [*table.rows]
+    for words, *cells in comparison_rows(metrics, policies_of(run), shown):
+        if words == INTERVAL:
+            both = zip(rows[-1][1:], cells, strict=True)
+            cells = [cell if ends == "-" else f"{cell} ({ends.replace('..', ' to ')})" for cell, ends in both]
+            words = rows.pop()[0]
+        rows.append([words, *cells])
+    return Table(table.headings, rows)
+
+
+def finite_or_never(metrics: Mapping[str, float | None]) -> Iterator[tuple[str, float]]:
+    """The metrics that have a value. JSON knows no infinity, so a break-even without one is "never"."""
+    for name, value in metrics.items():
+        if value is not None:
+            yield name, value
+        elif name.startswith("break_even"):
+            yield name, math.inf
