@@ -118,14 +118,9 @@ def test_the_page_shows_what_evaluate_shares_with_compare(tmp_path: Path) -> Non
     table = compared_table(read_run(run))
     assert table is not None
     shown = {row[0]: row[-1] for row in table.rows}
-    assert (
-        shown["ROUGE-L"] == "0.250"
-        and shown["pass@4"] == "0.500 (0.38 to 0.62)"
-        and shown["latency p50, s"] == "0.75"
-    )
-    assert (
-        shown["gain over the best untrained"] == "+0.125 (0.06 to 0.19)" and shown["cost of 1000"] == "0.0625"
-    )
+    assert shown["ROUGE-L"] == "0.250" and shown["pass@4"] == "0.500 (0.38 to 0.62)"
+    assert shown["latency p50, s"] == "0.75" and shown["cost of 1000"] == "0.0625"
+    assert shown["gain over the best untrained"] == "+0.125 (0.06 to 0.19)"
     assert shown["pays off: best untrained"] == "1,235 (900 to never)"  # JSON has no infinity
     assert len(shown) == len(table.rows)  # none twice
 
