@@ -126,9 +126,8 @@ class EvaluateStage(ComparisonStage):
         other = f"another KEY.subject than {self.start}" if self.subject == self.start else ""
         base = "base in KEY.policies" if "base" not in self.policies else ""
         reward = "" if self.reward else "a reward"
-        score = (
-            "" if self.gold or self.judge or self.reference else reward and "a reward, gold or a reference"
-        )
+        scored = self.reward or self.gold or self.judge or self.reference
+        score = "" if scored else "a score: KEY.gold, KEY.reference, KEY.judge or KEY.reward"
         needs = {
             "win_rate": (start, other, score),
             "win_rate_learned": (start, other, reward),

@@ -25,7 +25,7 @@ from rlhf.cli.run_files import RunFiles
 from rlhf.cli.trials import CONTINUE
 from rlhf.config import Complaint, ConfigError
 from rlhf.costs.price import cost_of
-from rlhf.decide.candidate import Candidate, Result, State, figures_of, read_answers, table
+from rlhf.decide.candidate import Candidate, Result, State, figures_of, read_answers, table, twins
 from rlhf.decide.pace import budget_seconds
 from rlhf.decide.pilots import Trial, count_looks
 from rlhf.decide.words import Judgement, Told, cannot_run, off_limits, percent
@@ -183,6 +183,7 @@ class Decision:
         continued = f", of which {clock(spent)} are spent" if self.pilots.log.pilots else ""
         self.say(f"Candidates: {', '.join(self.candidates)}. Budget: {budget}{continued}.")
         self.check_candidates()
+        self.check_seconds = self.pilots.spent - spent
         self.ask_untrained()
         self.climb()
         self.judge_finalists()
@@ -398,7 +399,8 @@ class Decision:
             what = "to ask it the sealed questions" if trial.part == "sealed" else percent(trial.share)
             each.state = State.CUT
             each.why = f"{what} would take about {clock(expected)}, and {left}"
-            self.say(f"{each.title} is dropped: {each.why}.")
+            stays = f"stays at {percent(each.share)}" if each.share is not None else "is dropped"
+            self.say(f"{each.title} {stays if trial.part == 'choosing' else 'is dropped'}: {each.why}.")
             return None
         try:
             found = self.pilots.run(trial, each, predicted, expected, until, others_wait=others_wait)
@@ -451,13 +453,14 @@ class Decision:
             raise ConfigError("\n".join(["No candidate could be trained and judged.", *whys]))
         if possible and not ranked:
             first = min(possible, key=lambda each: self.pilots.pace.seconds(each.planned))
-            takes = clock(self.pilots.pace.seconds(first.planned))
-            spent, judging = clock(self.pilots.spent), clock(self.pilots.reserve)
+            takes, spent = self.pilots.pace.seconds(first.planned), self.pilots.spent
+            judging = self.pilots.reserve
+            enough = math.ceil(1.1 * (spent + self.check_seconds + takes + judging))
             raise ConfigError(
-                f"budget={clock(budget)}: no candidate could be trained in it. {spent} are spent, "
-                f"{percent(first.first_share)} of {first.title} takes about {takes}, and the sealed "
-                f"questions about {judging}. Raise it above their sum, or leave out what takes long, such as "
-                "'~decide.candidates.NAME'."
+                f"budget={clock(budget)}: no candidate could be trained in it. {clock(spent)} are spent, "
+                f"{percent(first.first_share)} of {first.title} takes about {clock(takes)}, and the sealed "
+                f"questions about {clock(judging)}. Raise it above their sum: with the checks once more, to "
+                f"about {enough}s. Or leave out what takes long, such as '~decide.candidates.NAME'."
             )
         asked = "; ".join(each.title for each in [*ranked[:most], self.untrained])
         self.say(f"\nThe sealed questions judge: {asked}.")
@@ -486,16 +489,10 @@ class Decision:
         self.judge(judged, self.untrained)
 
     def drop_twins(self, found: Sequence[Candidate]) -> None:
-        """Leave out who gave the same answers to the choosing questions as one whose training took less, such
-        as a policy whose best step is the model that it started from."""
-        by_answers = dict[tuple[str, ...], Candidate]()
-        for each in sorted(found, key=lambda each: each.train_seconds):
-            if each.is_open and each.chosen is not None:
-                twin = by_answers.setdefault(tuple(each.chosen.answers), each)
-                if twin is not each:
-                    each.state = State.BEHIND
-                    each.why = f"it answers as {twin.title} does, whose training took less"
-                    self.say(f"{each.title} is dropped: {each.why}.")
+        """Leave out who answers as another one does, whose training took less."""
+        for each, twin in twins(found):
+            each.state, each.why = State.BEHIND, f"it answers as {twin.title} does, whose training took less"
+            self.say(f"{each.title} is dropped: {each.why}.")
 
     def ask_sealed(self, each: Candidate, until: float) -> bool:
         """Ask a candidate the sealed questions, for each seed. Whether all could be asked."""

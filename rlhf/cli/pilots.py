@@ -343,7 +343,7 @@ class Pilots:
         takes = f"about {clock(expected)}" if predicted else "all of it is in the store"
         self.say(
             f"{each.title}{length}{sealed}: {takes}. {clock(start)} of {clock(self.budget)} spent. State: "
-            f"status run_name={run}"
+            f"python -m rlhf status run_name={run}"
         )
         self.log.write(Pilot(trial, run, start, 0.0, expected, "running"))
         left = until + OVERSHOOT * self.budget - start
@@ -407,10 +407,11 @@ class Pilots:
             for key, value in metrics.items()
             if key.endswith(f"/{asks}") and value is not None
         }
-        found = read_answers(artifact / "responses.jsonl", asks, self.kind)
+        found, base = (read_answers(artifact / "responses.jsonl", name, self.kind) for name in (asks, "base"))
         return Result(
-            found.prompts, found.scores, own, run, found.answers, found.costs, self.score_range == 1.0
-        )
+            found.prompts, found.scores, own, run, found.answers, found.costs, base.costs,
+            self.score_range == 1.0,
+        )  # fmt: skip
 
     def check_judge(self, name: str) -> None:
         """Check that something may judge, as far as that is known before anything runs.

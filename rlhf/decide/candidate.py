@@ -57,6 +57,8 @@ class Result(NamedTuple):
     answers: Sequence[str]
     costs: Mapping[str, float] = {}
     """Question -> money that its answer costs; only for those that were timed."""
+    base_costs: Mapping[str, float] = {}
+    """The same of the base model's answers, which were timed beside them."""
     is_share: bool = False
     """Whether scores lie between 0 and 1."""
 
@@ -146,9 +148,12 @@ class Candidate:
     @property
     def costs(self) -> dict[str, float]:
         """Sealed question -> money that its answer costs: with several seeds, the mean."""
-        asked = [each.costs for each in self.sealed]
-        both = [prompt for prompt in asked[0] if all(prompt in each for each in asked)] if asked else []
-        return {prompt: sum(each[prompt] for each in asked) / len(asked) for prompt in both}
+        return _means([each.costs for each in self.sealed])
+
+    @property
+    def base_costs(self) -> dict[str, float]:
+        """The same of the base model's answers, which were timed beside them."""
+        return _means([each.base_costs for each in self.sealed])
 
     @property
     def figures(self) -> dict[str, float]:
@@ -184,9 +189,28 @@ class Candidate:
         }
 
 
+def _means(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each key that all have."""
+    both = [key for key in values[0] if all(key in each for each in values)] if values else []
+    return {key: sum(each[key] for each in values) / len(values) for key in both}
+
+
 def figures_of(candidates: Iterable[Candidate]) -> dict[str, dict[str, float]]:
     """Candidate -> the figures of its final evaluation."""
     return {each.name: each.figures for each in candidates}
+
+
+def twins(found: Iterable[Candidate]) -> list[tuple[Candidate, Candidate]]:
+    """Open candidates that gave the same answers to the choosing questions as one whose training took less,
+    with that one. Such as a policy whose best step is the model that it started from."""
+    by_answers = dict[tuple[str, ...], Candidate]()
+    asked = [each for each in found if each.is_open and each.chosen is not None]
+    pairs = list[tuple[Candidate, Candidate]]()
+    for each in sorted(asked, key=lambda each: each.train_seconds):
+        answers = () if each.chosen is None else tuple(each.chosen.answers)
+        twin = by_answers.setdefault(answers, each)
+        pairs += [(each, twin)] if twin is not each else []
+    return pairs
 
 
 def finite(value: float | None) -> float | None:

@@ -78,7 +78,9 @@ class Told:
         if self.winner is not None:
             lines += self.about(self.winner)
         elif self.untrained.gain_over_base is not None:
-            lines.append(f"{untrained} over the base model: {in_words(self.untrained.gain_over_base)}.")
+            gain = self.untrained.gain_over_base
+            unsure = "" if gain.low > 0 else " So it is not shown to be better than that."
+            lines.append(f"{untrained} over the base model: {in_words(gain)}.{unsure}")
         lines += [
             f"{self.candidates[name].title}: {in_words(gain)} over {untrained}."
             for name, gain in gains.items()
@@ -219,7 +221,8 @@ class Told:
         the sealed questions that were timed cost."""
         if self.untrained is None or not each.is_trained:
             return None
-        own, other = each.costs, self.untrained.costs
+        is_base = self.untrained.config.asks == "base"  # timed in the same run, so under the same load
+        own, other = each.costs, each.base_costs if is_base else self.untrained.costs
         timed = [prompt for prompt in own if prompt in other]
         if not timed:
             return None

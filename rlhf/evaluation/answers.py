@@ -164,7 +164,7 @@ def paired_gain(own: Answers, other: Answers, kind: str) -> Sampled:
     """
     own_B, other_B = both_scored(own.scores[kind], other.scores[kind])
     gain_B = own_B.double() - other_B.double()
-    return difference(gain_B) if kind in SHARES else mean(gain_B)
+    return difference(gain_B) if kind in QUALITIES else mean(gain_B)  # these lie between 0 and 1
 
 
 def agreement(policies: Sequence[Answers]) -> dict[str, float]:

@@ -104,6 +104,7 @@ def test_a_gain_is_paired_by_question() -> None:
     gain = paired_gain(own, other, "rouge_l")
     assert gain.value == pytest.approx(0.2) and gain.rows == 3
     assert gain.high - gain.low < 2.0
+    assert gain.low < 0.2 < gain.high  # three equal differences are not certainty
     own.scores["gold"], other.scores["gold"] = torch.tensor([5.0, 1.0, 3.0]), torch.tensor([4.0, 0.0, 2.0])
     assert paired_gain(own, other, "gold")[:3] == pytest.approx((1.0, 1.0, 1.0))  # the same for each question
 

@@ -188,6 +188,27 @@ def test_a_break_even_has_the_interval_of_the_saving_per_answer(config: DecideCo
     assert found.rows == 3
 
 
+def test_the_saving_over_base_is_that_of_answers_that_were_timed_together(config: DecideConfig) -> None:
+    """Base alone was timed under another load."""
+    made = sure(Made(config, {"sft": scores(0.75)}, untrained="base").measured("base"), "sft")
+    costing(made, "base", 9.0, 9.0)
+    costing(made, "sft", 3e-4, 1e-4)
+    (own,) = made.candidates["sft"].sealed
+    made.candidates["sft"].sealed = [own._replace(base_costs={"a": 5e-4, "b": 3e-4})]
+    told = made.told()
+    found = told.pays_off(told.candidates["sft"])
+    assert found is not None and found.value == pytest.approx(0.2 / 2e-4) and found.rows == 2
+
+
+def test_a_best_option_that_is_not_shown_to_be_better_than_base_is_told(config: DecideConfig) -> None:
+    made = sure(Made(config, {"sft": scores(0.5)}), "sft")
+    for low, is_shown in ((-0.125, False), (0.125, True)):
+        made.candidates["few_shot"].gain_over_base = Sampled(0.25, low, 0.5, 40)
+        lines = made.told().sentences()
+        (line,) = [each for each in lines if each.startswith("few-shot over the base model: ")]
+        assert line.endswith("not shown to be better than that.") is not is_shown
+
+
 def test_a_saving_that_is_not_sure_may_never_pay_off(config: DecideConfig) -> None:
     made = Made(config, {"sft": scores(0.75)}).measured("few_shot", cost_per_thousand=0.3)
     made.measured("sft", **FINE, **COSTS)

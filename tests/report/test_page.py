@@ -102,6 +102,17 @@ def test_each_of_several_rewards_has_a_row(tmp_path: Path) -> None:
     assert rows["learned alone"][-1] == "1.28" and rows["length alone"][-1] == "-25"
 
 
+def test_the_advice_of_gates_is_no_setting_that_the_reader_changed(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    path = run / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    keys = ("evaluate.gates.win_rate.advice", "evaluate.gates.win_rate.min", "sft.epochs")
+    summary["changed"] = [{"key": key, "default": "a", "value": "b"} for key in keys]
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    changed = read_run(run).changed
+    assert changed is not None and [each["key"] for each in changed] == [*keys[1:]]
+
+
 def test_the_page_shows_what_evaluate_shares_with_compare(tmp_path: Path) -> None:
     """As the terminal does: scores by a reference, several answers per question, time and cost, and the gain
     over the best option without training."""

@@ -424,13 +424,19 @@ def test_a_score_must_be_a_number(published: dict[str, Path], tmp_path: Path) ->
         run_stage(make_stage(gold=f"python:{__name__}:no_number"), published, tmp_path / "run")
 
 
+A_SCORE = "needs a score: evaluate.gold, evaluate.reference, evaluate.judge or evaluate.reward"
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"policies": ["base", "ppo"]}, r"^evaluate\.gates\.win_rate needs sft in evaluate.policies"),
         ({"subject": "sft"}, "win_rate needs another evaluate.subject than sft"),
         ({"policies": ["base", "sft"]}, r"^evaluate\.subject=ppo is not in evaluate\.policies=\[base,sft\]"),
-        ({"gold": None}, "win_rate needs a reward, gold or a reference"),
+        (
+            {"gold": None},
+            "win_rate needs a score: evaluate.gold, evaluate.reference, evaluate.judge or evaluate.reward",
+        ),
         ({"policies": ["sft", "sft", "ppo"]}, r"^evaluate\.policies: two candidates are called sft, or"),
         ({"policies": []}, "it must name at least one"),
     ],
@@ -451,10 +457,7 @@ def test_all_gates_that_nothing_can_measure_are_told_at_once() -> None:
     changes: dict[str, Any] = {"policies": ["sft", "ppo"], "gold": None}
     with pytest.raises(ConfigError) as told:
         make_stage(gates=dict.fromkeys((*unmeasured, "stop_rate_change"), bound), **changes)
-    assert (
-        "gates.win_rate needs a reward, gold or a reference; evaluate.gates.retention_perplexity_ratio and"
-        in str(told.value)
-    )
+    assert f"gates.win_rate {A_SCORE}; evaluate.gates.retention_perplexity_ratio and" in str(told.value)
     (off,) = re.findall(r"turned off with (.*)\.$", str(told.value))
     assert off.split() == [f"evaluate.gates.{gate}=null" for gate in unmeasured]
     make_stage(gates=dict.fromkeys(unmeasured) | {"stop_rate_change": bound}, **changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -190,7 +191,7 @@ def read_run(directory: Path) -> RunFacts:
         outcome=summary.get("outcome"),
         stages=stages,
         gates=summary["gates"],
-        changed=summary.get("changed"),
+        changed=changed_keys(summary),
         bounds={
             stage: {metric: (low, high) for metric, (low, high) in each.items()}
             for stage, each in summary.get("bounds", {}).items()
@@ -274,6 +275,12 @@ def _manifest(path: Path) -> dict[str, Any]:
     return {
         name: cleaned(manifest[name]) for name in ("hardware", "created", "git_revision") if manifest[name]
     }
+
+
+def changed_keys(summary: Mapping[str, Any]) -> list[Change] | None:
+    """The keys that differ from the defaults, without the advice of gates, which a recipe words anew."""
+    changed: list[Change] | None = summary.get("changed")
+    return changed and [each for each in changed if not re.search(r"\.gates\..*\.advice$", each["key"])]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
