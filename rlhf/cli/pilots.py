@@ -75,6 +75,12 @@ def no_judge(whys: Iterable[str]) -> ConfigError:
     return ConfigError(Complaint("recipe=decide", why, fix))
 
 
+def no_verifier(key: str, source: str) -> ConfigError:
+    """The error of a reward that does not check answers, where a candidate needs one that does."""
+    why = f"{source} is no verifier, which checks answers against right ones."
+    return ConfigError(Complaint(key, why, "Give one, such as ppo.reward=verify:number."))
+
+
 class Pilots:
     """Runs the pilots of one decision, and knows how long they take."""
 
@@ -236,11 +242,12 @@ class Pilots:
                 why = "it reads the right answers, which nobody has when the model is used."
                 raise ConfigError(Complaint("evaluate.reward", why, "Give one that reads only the answer."))
         if "verifier" in self.config.candidates[name].needs:
+            if self.compose(name)[kind_of(model)]["reward"] == "learned":  # before pairs are missed
+                raise no_verifier("ppo.reward", "learned")
             rewards = keyed_parts(self.experiment(name).stages[model].reads().rewards)
             for key, part in rewards:
                 if not is_verifier(part):
-                    why = f"{part.source} is no verifier, which checks answers against right ones."
-                    raise ConfigError(Complaint(key, why, "Give one, such as ppo.reward=verify:number."))
+                    raise no_verifier(key, part.source)
 
     def check_limits(self, name: str) -> None:
         """Check that what has a limit is measured for a candidate that trains.
