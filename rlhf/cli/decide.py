@@ -183,7 +183,7 @@ class Decision:
         continued = f", of which {clock(spent)} are spent" if self.pilots.log.pilots else ""
         self.say(f"Candidates: {', '.join(self.candidates)}. Budget: {budget}{continued}.")
         self.check_candidates()
-        self.check_seconds = self.pilots.spent - spent
+        self.check_seconds = self.pilots.spent - self.pilots.log.spent
         self.ask_untrained()
         self.climb()
         self.judge_finalists()

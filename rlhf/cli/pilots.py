@@ -242,10 +242,11 @@ class Pilots:
                 why = "it reads the right answers, which nobody has when the model is used."
                 raise ConfigError(Complaint("evaluate.reward", why, "Give one that reads only the answer."))
         if "verifier" in self.config.candidates[name].needs:
-            if self.compose(name)[kind_of(model)]["reward"] == "learned":  # before pairs are missed
+            section = self.compose(name).get(kind_of(model), {})  # `base` has none
+            if section.get("reward") == "learned":  # told before the pairs are missed
                 raise no_verifier("ppo.reward", "learned")
-            rewards = keyed_parts(self.experiment(name).stages[model].reads().rewards)
-            for key, part in rewards:
+            stage = self.experiment(name).stages.get(model)
+            for key, part in () if stage is None else keyed_parts(stage.reads().rewards):
                 if not is_verifier(part):
                     raise no_verifier(key, part.source)
 

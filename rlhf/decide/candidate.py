@@ -204,12 +204,11 @@ def twins(found: Iterable[Candidate]) -> list[tuple[Candidate, Candidate]]:
     """Open candidates that gave the same answers to the choosing questions as one whose training took less,
     with that one. Such as a policy whose best step is the model that it started from."""
     by_answers = dict[tuple[str, ...], Candidate]()
-    asked = [each for each in found if each.is_open and each.chosen is not None]
     pairs = list[tuple[Candidate, Candidate]]()
-    for each in sorted(asked, key=lambda each: each.train_seconds):
-        answers = () if each.chosen is None else tuple(each.chosen.answers)
-        twin = by_answers.setdefault(answers, each)
-        pairs += [(each, twin)] if twin is not each else []
+    for each in sorted(found, key=lambda each: each.train_seconds):
+        if each.is_open and each.chosen is not None:
+            twin = by_answers.setdefault(tuple(each.chosen.answers), each)
+            pairs += [(each, twin)] if twin is not each else []
     return pairs
 
 

@@ -402,6 +402,29 @@ def test_no_time_is_reserved_for_who_cannot_be_a_finalist(tmp_path: Path) -> Non
     assert decision.pilots.reserve == pytest.approx(250.0)
 
 
+@pytest.mark.parametrize(
+    ("asks", "given", "said"),
+    [
+        ("grpo", (), r"^ppo\.reward: learned is no verifier"),
+        ("grpo", ("ppo.reward=verify:number", "ppo.score.normalize=none"), ""),
+        ("sft", (), ""),  # it reads no reward, so none is missing
+        ("base", (), ""),
+    ],
+)
+def test_a_candidate_that_needs_a_verifier(
+    tmp_path: Path, asks: str, given: tuple[str, ...], said: str
+) -> None:
+    """Told before the pairs are missed that a reward model would need."""
+    mine = f"+decide.candidates.mine={{title: Mine, asks: {asks}, needs: [verifier]}}"
+    data = ("sft.data=mine.jsonl", "ppo.prompts=mine.jsonl", "evaluate.reward=null", "evaluate.reference=a")
+    decision = decision_in(tmp_path, mine, "decide.only=[base,mine]", "grpo.init=base", *data, *given)
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            decision.pilots.check_needs("mine")
+    else:
+        decision.pilots.check_needs("mine")
+
+
 def test_best_of_n_by_the_right_answers_is_no_option(tmp_path: Path) -> None:
     decision = decision_in(
         tmp_path, "decide.only=[base,best_of_n]", "ppo.reward=verify:exact", "ppo.score.normalize=none"
