@@ -259,8 +259,26 @@ def run_all(base: Judged, trials: Trials) -> int:
     table = Cells(["part", "replaced by", "", heading], [*rows_of(base, own, found, results)])
     parts = [dict(zip(("part", "by", "result", "gain"), row, strict=True)) for row in table.rows]
     content = {"run": str(base.files.directory), "judge": base.kind, "parts": parts}
-    trials.write(f"Ceilings of {base.name}", [], table, content)
+    trials.write(f"Ceilings of {base.name}", [conclusion(base.evaluation, results)], table, content)
     return DONE
+
+
+def conclusion(evaluation: str, results: Mapping[str, Gain | str]) -> str:
+    """Where to look first.
+
+    Args:
+        evaluation: the stage that judged.
+        results: part -> gain, or why it could not be measured.
+    """
+    gains = {part: gain for part, gain in results.items() if isinstance(gain, Gain)}
+    better = {part: gain for part, gain in gains.items() if gain.word == "restores"}
+    if better:
+        first = max(better, key=lambda part: better[part].value.value)
+        return f"Look first at {first}: the best that is to be had in its place restores the most."
+    told = "No replacement is shown to be better than what the run has."
+    if all(gain.word == "is worse" for gain in gains.values()):
+        return told
+    return f"{told} More prompts would tell more ({evaluation}.num_prompts)."
 
 
 def unlearned(base: Judged, trials: Trials) -> str:

@@ -111,6 +111,9 @@ class Decision:
             each: Candidate(each, own, self.pilots.is_trained(each))
             for each, own in self.config.tried.items()
         }
+        if all(each.is_trained for each in self.candidates.values()):
+            key = "decide.candidates" if self.config.only is None else "decide.only"
+            raise ConfigError(f"{key}: none is without training, which is what training must beat. Add base.")
         self.untrained: Candidate | None = None
         """The best option without training."""
         self.judgement: Judgement | None = None
@@ -208,8 +211,7 @@ class Decision:
                 errors[name] = error
                 each.state, each.why = State.IMPOSSIBLE, " ".join(str(error).split())
         if all(each.is_trained or each.state is State.IMPOSSIBLE for each in self.candidates.values()):
-            untrained = [error for name, error in errors.items() if not self.candidates[name].is_trained]
-            raise next(iter(untrained), ConfigError("decide.candidates: none is without training. Add base."))
+            raise next(error for name, error in errors.items() if not self.candidates[name].is_trained)
         self.say("\n".join(cannot_run(self.candidates.values()) or ["All of them can run."]))
         self.write()
 

@@ -30,10 +30,12 @@ stopped, or dead (killed). Without a name: the newest run. Exit codes: 0, or 2 i
 """
 LS_HELP = """python -m rlhf ls [runs_dir=DIR]
 
-All runs, the newest first: how each is, when it last wrote, and its verdict.
+All runs and decisions, the newest first: how each is, when it last wrote, and its verdict.
 """
 TRIAL = "trial.json"
 """File in the run directory of every trial of a sweep."""
+DECISION = "decision.json"
+"""File in the directory of every decision."""
 SILENT_SECONDS = 120.0
 """Seconds without a new position after which a run on another host is `silent`: it may be dead."""
 
@@ -159,7 +161,7 @@ def no_such_run(root: Path, name: str, names: Sequence[str]) -> ConfigError:
     Args:
         names: those of the runs.
     """
-    if (root / name / "decision.json").is_file():
+    if (root / name / DECISION).is_file():
         pilots = [each for each in names if each.startswith(f"{name}-")]
         return ConfigError(
             f"run_name={name} is a decision: see {root / name / 'report.html'}. Its pilots are runs: name "
@@ -205,16 +207,23 @@ def ls(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     keys = read("ls", arguments, {"runs_dir": defaults["runs_dir"]}, LS_HELP)
     if keys is None:
         return DONE
-    states = [state_of(path) for path in runs_in(Path(keys["runs_dir"]))]
-    rows = [
-        [
-            state.directory.name, state.status, f"{_written(state.directory):%Y-%m-%d %H:%M}",
-            ", ".join(state.stages), re.split(r"\.(?:\s|$)", state.verdict or "")[0],
-        ]
-        for state in states
-    ]  # fmt: skip
+    root = Path(keys["runs_dir"])
+    directories = {*runs_in(root), *(path.parent for path in root.glob(f"*/{DECISION}"))}
+    rows = [line_of(path) for path in sorted(directories, key=_written, reverse=True)]
     Console().print(shown(Cells(["run", "", "last wrote", "stages", "verdict"], rows)), highlight=False)
     return DONE
+
+
+def line_of(directory: Path) -> list[str]:
+    """What `ls` says of a run, or of a decision: its result, or why it ended early."""
+    if decision := _read(directory / DECISION):
+        how = "not decided" if decision.get("outcome") is None else "decided"
+        stages, told = "decide", next(iter(decision.get("sentences", ())), decision.get("ended", ""))
+    else:
+        state = state_of(directory)
+        how, stages, told = state.status, ", ".join(state.stages), state.verdict or ""
+    written = f"{_written(directory):%Y-%m-%d %H:%M}"
+    return [directory.name, how, written, stages, re.split(r"\.(?:\s|$)", told)[0]]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -226,5 +235,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _written(directory: Path) -> datetime:
-    paths = (directory / name for name in ("summary.json", FILE_NAME))
+    paths = (directory / name for name in ("summary.json", FILE_NAME, DECISION))
     return datetime.fromtimestamp(max(path.stat().st_mtime for path in paths if path.exists()))

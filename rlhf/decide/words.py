@@ -82,7 +82,7 @@ class Told:
             unsure = "" if gain.low > 0 else " So it is not shown to be better than that."
             lines.append(f"{untrained} over the base model: {in_words(gain)}.{unsure}")
         lines += [
-            f"{self.candidates[name].title}: {in_words(gain)} over {untrained}."
+            f"{self.candidates[name].title}: {in_words(gain)} over {untrained}.{self.why_not(name, found)}"
             for name, gain in gains.items()
             if name != found.winner
         ]
@@ -113,6 +113,18 @@ class Told:
                 "are wider, because their error is halved."
             )
         return lines
+
+    def why_not(self, name: str, found: Decision) -> str:
+        """Why a finalist with a larger gain is not shipped; empty if its gain is not larger, or not shown."""
+        each = found.finalists[name]
+        if self.winner is None or not each.claimed:
+            return ""
+        if each.gain.value <= found.finalists[self.winner.name].gain.value:
+            return ""
+        return (
+            f" It is not shown to be better than {self.winner.title}, which costs less: training and "
+            f"decide.requests={self.config.requests:g} answers."
+        )
 
     def headline(self, judgement: Judgement, untrained: str) -> str:
         """What to do."""
@@ -148,9 +160,11 @@ class Told:
                 why = "no finalist is known to be within its limits"
             return f"Do not train: {why}. Use {untrained}."
         if found.outcome is Outcome.NO_TRAINING:
-            than = "better" if found.at_most < 0 else "as good"
+            if found.at_most < 0:
+                loss = f"{-found.at_most:.3g}"
+                return f"Do not train: {untrained} is better, by at least {loss} in {self.judge}."
             return (
-                f"Do not train: {untrained} is {than}. No finalist gains more than {found.at_most:+.3g} in "
+                f"Do not train: {untrained} is as good. No finalist gains more than {found.at_most:+.3g} in "
                 f"{self.judge}, and decide.smallest_gain={self.config.smallest_gain:g}."
             )
         more = (

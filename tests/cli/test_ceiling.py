@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from helpers.chains import Chain, Outcome, run_main
-from rlhf.cli.ceiling import Gain
+from rlhf.cli.ceiling import Gain, conclusion
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import Run
 
@@ -101,6 +101,33 @@ def test_a_replacement_that_restores_is_the_first_row(chain: Chain) -> None:
     rows = [*parts_of(chain, "ceiling-run1").values()][:4]
     gains = [float(each["gain"].partition(" ")[0]) for each in rows]
     assert gains == sorted(gains, reverse=True)
+
+
+def test_the_last_line_says_where_to_look_first(chain: Chain) -> None:
+    out = say(chain, "run1").out
+    best = next(iter(parts_of(chain, "ceiling-run1").values()))
+    line = "No replacement is shown to be better than what the run has."
+    if best["result"] == "restores":
+        line = f"Look first at {best['part']}: "
+    assert line in out
+    assert line in (chain.directory / "runs" / "ceiling-run1" / "ceiling.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("gains", "told"),
+    [
+        ({"sft": (0.1, 0.0, 0.2), "reward": (0.3, 0.2, 0.4), "prompts": (0.2, 0.1, 0.3)}, "at reward:"),
+        ({"sft": (0.5, -0.1, 1.1), "reward": (0.3, 0.2, 0.4)}, "at reward:"),
+        ({"sft": (0.5, -0.1, 1.1), "reward": (-0.3, -0.4, -0.2)}, "(evaluate.num_prompts)."),
+        ({"sft": (-0.3, -0.4, -0.2)}, "is shown to be better than what the run has."),
+        ({}, "is shown to be better than what the run has."),
+    ],
+)
+def test_only_what_is_shown_is_where_to_look(gains: dict[str, tuple[float, float, float]], told: str) -> None:
+    results = {part: Gain(Sampled(*gain, 8)) for part, gain in gains.items()}
+    line = conclusion("evaluate", results | {"policy gradient": "cannot run: no prompts"})
+    assert told in line
+    assert told == "at reward:" or line.endswith(told)
 
 
 def test_the_best_answers_are_compared_with_those_of_the_policy(chain: Chain) -> None:

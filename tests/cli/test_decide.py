@@ -125,6 +125,17 @@ def test_what_the_judge_likes_is_shipped_and_the_other_is_dropped(decided: tuple
     assert "Ship SFT, all parameters" in page
 
 
+def listed(decisions: Decisions) -> str:
+    """The line of the decision in what `ls` prints."""
+    lines = run_main(decisions.directory, ["ls"], decisions.directory).out.splitlines()
+    return next(line for line in lines if line.startswith("choice "))
+
+
+def test_it_is_listed_among_the_runs(decided: tuple[Decisions, Outcome]) -> None:
+    line = listed(decided[0])
+    assert "decided" in line and "not decided" not in line and "Ship SFT, all parameters: its" in line
+
+
 def test_its_command_makes_the_very_model_that_was_judged(
     decided: tuple[Decisions, Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +184,8 @@ def test_a_killed_decision_continues(decided: tuple[Decisions, Outcome], tmp_pat
     assert "Interrupted. The same command continues" in stopped.err
     page = (tmp_path / "runs" / "choice" / "report.html").read_text()
     assert "It was interrupted. With run_name=choice, the same command continues" in page
+    line = listed(decisions)
+    assert "not decided" in line and "It was interrupted" in line
     decisions.decide()
     assert decisions.result["sentences"][0] == decided[0].result["sentences"][0]
     pilots = decisions.result["pilots"]
@@ -231,8 +244,15 @@ def test_an_error_is_told_also_if_the_page_cannot_be_written(tmp_path: Path) -> 
     """As on a full disk."""
     decisions = Decisions(tmp_path)
     (tmp_path / "runs" / "choice" / "decision.json").mkdir(parents=True)
+    told = decisions.decide("evaluate.gold=null", code=2)
+    assert "there is no judge that no candidate learned from" in told.err
+
+
+def test_candidates_without_an_untrained_one_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    decisions = Decisions(tmp_path)
     told = decisions.decide("decide.only=[sft]", code=2)
-    assert told.err.startswith("Error: decide.candidates: none is without training. Add base.")
+    assert told.err.startswith("Error: decide.only: none is without training, which is what training must")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_cannot_run_is_listed_with_its_reason(tmp_path: Path) -> None:

@@ -81,12 +81,13 @@ class Made:
         self.candidates[name].sealed = [Result((), {}, metrics, f"demo-{name}-sealed", (), costs)]
         return self
 
-    def told(self, looks: int = 1, **options: Any) -> Told:
-        """What is told after the judgement, whose states are set as the command sets them."""
+    def told(self, looks: int = 1, cost: Mapping[str, float] | None = None, **options: Any) -> Told:
+        """What is told after the judgement, whose states are set as the command sets them. Without `cost` all
+        cost the same."""
         figures = {name: self.candidates[name].figures for name in self.gains}
         refused = over_limits(figures, self.config.limits.ranges)
         options = {"smallest_gain": self.config.smallest_gain, "score_range": None} | options
-        costs = dict.fromkeys(self.gains, 1.0)
+        costs = cost or dict.fromkeys(self.gains, 1.0)
         found = judge(self.gains, scores(0.5), cost=costs, refused=refused, **options)
         for name in self.gains:
             each = self.candidates[name]
@@ -258,11 +259,21 @@ def test_without_a_gain_worth_having_nothing_is_trained(config: DecideConfig) ->
     assert "Do not train" in page_of(told)
 
 
+def test_why_a_larger_gain_is_not_shipped_is_told(config: DecideConfig) -> None:
+    gains = {"sft": alternating(0.75, 0.3), "dpo": scores(0.78, 0.3), "ppo": scores(0.7, 0.3)}
+    told = sure(Made(config, gains), *gains).told(cost={"sft": 1.0, "dpo": 2.0, "ppo": 3.0})
+    lines = told.sentences()
+    assert lines[0].startswith("Ship SFT: its gold score is +0.250")
+    why = " It is not shown to be better than SFT, which costs less: training and decide.requests=10000"
+    why += " answers."
+    assert [line.endswith(why) for line in lines if line.startswith(("DPO: +", "PPO: +"))] == [True, False]
+    dearer = sure(Made(config, gains), *gains).told(cost={"sft": 2.0, "dpo": 1.0, "ppo": 3.0})
+    assert why.partition(" SFT")[0] not in "\n".join(dearer.sentences())
+
+
 def test_an_option_without_training_that_is_better_is_not_called_as_good(config: DecideConfig) -> None:
     told = sure(Made(config, {"sft": scores(0.25)}), "sft").told()
-    assert told.sentences()[0].startswith(
-        "Do not train: few-shot is better. No finalist gains more than -0.25"
-    )
+    assert told.sentences()[0] == "Do not train: few-shot is better, by at least 0.25 in gold score."
 
 
 def test_a_gain_that_is_shown_is_not_put_in_doubt(config: DecideConfig) -> None:
