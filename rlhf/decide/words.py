@@ -115,11 +115,12 @@ class Told:
         return lines
 
     def why_not(self, name: str, found: Decision) -> str:
-        """Why a finalist with a larger gain is not shipped; empty if its gain is not larger, or not shown."""
-        each = found.finalists[name]
-        if self.winner is None or not each.claimed:
+        """Why the finalist with the largest gain is not shipped; empty for the others, because the judgement
+        compares the winner with this one only."""
+        gains = {other: each.gain.value for other, each in found.finalists.items() if each.claimed}
+        if self.winner is None or name != max(gains, key=lambda other: gains[other]):
             return ""
-        if each.gain.value <= found.finalists[self.winner.name].gain.value:
+        if gains[name] <= gains[self.winner.name]:
             return ""
         return (
             f" It is not shown to be better than {self.winner.title}, which costs less: training and "

@@ -271,6 +271,17 @@ def test_why_a_larger_gain_is_not_shipped_is_told(config: DecideConfig) -> None:
     assert why.partition(" SFT")[0] not in "\n".join(dearer.sentences())
 
 
+def test_only_the_best_one_was_compared_with_the_winner(config: DecideConfig) -> None:
+    """PPO is cheaper than the winner and has a larger gain, but is shown to be behind DPO."""
+    best = scores(0.85)
+    gains = {"sft": alternating(0.8, 0.3), "dpo": best, "ppo": best - 0.02 + scores(0.0, 0.01)}
+    told = sure(Made(config, gains), *gains).told(cost={"sft": 2.0, "dpo": 3.0, "ppo": 1.0})
+    lines = told.sentences()
+    assert lines[0].startswith("Ship SFT: ")
+    ends = {line[:3]: line.endswith("answers.") for line in lines if line.startswith(("DPO: +", "PPO: +"))}
+    assert ends == {"DPO": True, "PPO": False}
+
+
 def test_an_option_without_training_that_is_better_is_not_called_as_good(config: DecideConfig) -> None:
     told = sure(Made(config, {"sft": scores(0.25)}), "sft").told()
     assert told.sentences()[0] == "Do not train: few-shot is better, by at least 0.25 in gold score."
