@@ -261,8 +261,8 @@ class ComparisonStage(Stage):
         ranks them; few-shot has examples. Questions that `prepare` has not measured fit the context."""
         if view.prepared is None:
             if missing := [name for name in self.packages() if find_spec(name) is None]:
-                why, fix = f"it needs {', '.join(missing)}.", "Install: pip install -e '.[compare]'"
-                yield Complaint(f"stage={self.name}", why, fix)
+                why = f"it needs {', '.join(missing)} (pip install -e '.[compare]')."
+                yield Complaint(f"stage={self.name}", why)
                 return
             for name in filter(is_directory, self.models):
                 artifact = tuned_artifact(name, self.name)

@@ -46,8 +46,8 @@ def _function(source: str, args: Mapping[str, Any]) -> Function:
     packages = {"trl": "trl", "math-verify": "math_verify"}
     missing = [name for name, module in packages.items() if not find_spec(module)]
     if missing:
-        why, fix = f"it needs {' and '.join(missing)}.", "Install: pip install -e '.[trl]'"
-        raise ConfigError(Complaint(source, why, fix))
+        why = f"it needs {' and '.join(missing)} (pip install -e '.[trl]')."
+        raise ConfigError(Complaint(source, why))
     from trl import rewards
 
     name = source.removeprefix("trl:")

@@ -269,8 +269,8 @@ def verifier_digest(source: str, args: Mapping[str, Any]) -> dict[str, str]:
     entry = _entry(source)
     missing = [name for name in entry.packages if not find_spec(name.replace("-", "_"))]
     if missing:
-        why, fix = f"it needs {' and '.join(missing)}.", "Install: pip install -e '.[verify]'"
-        raise ConfigError(Complaint(source, why, fix))
+        why = f"it needs {' and '.join(missing)} (pip install -e '.[verify]')."
+        raise ConfigError(Complaint(source, why))
     digests = {name: importlib.metadata.version(name) for name in entry.packages}
     if entry.args is SchemaArgs:
         schema = _schema(source, args["schema_file"])

@@ -265,6 +265,14 @@ def test_what_cannot_run_is_listed_with_its_reason(tmp_path: Path) -> None:
     assert states["dpo"][0] == states["grpo"][0] == "cannot run" and "reward.pairs" in states["dpo"][1]
 
 
+def test_how_to_install_what_a_candidate_lacks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.compare.stage.find_spec", lambda name: None)
+    told = Decisions(tmp_path).decide("decide.only=[base,few_shot]", "budget=1s")
+    assert "few-shot cannot run: stage=evaluate: it needs bm25s (pip install -e '.[compare]').\n" in told.out
+
+
 def test_a_judge_that_is_the_reward_is_refused(tmp_path: Path) -> None:
     """Without a gold score or references nothing judges."""
     told = Decisions(tmp_path).decide("evaluate.gold=null", code=2)

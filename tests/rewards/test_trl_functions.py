@@ -56,6 +56,6 @@ def test_without_trl_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(trl_functions, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError,
-        match=r"^trl:accuracy_reward: it needs trl and math-verify. Install: pip install -e '\.\[trl\]'$",
+        match=r"^trl:accuracy_reward: it needs trl and math-verify \(pip install -e '\.\[trl\]'\)\.$",
     ):
         reward_digest("trl:accuracy_reward")

@@ -141,6 +141,6 @@ def test_the_schemas_content_and_packages_are_in_the_key(schema: dict[str, Any],
     assert reward_digest("verify:exact") == {}
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"verify:math: it needs math-verify. Install: pip install -e '\.\[verify\]'"
+        ConfigError, match=r"verify:math: it needs math-verify \(pip install -e '\.\[verify\]'\)\."
     ):
         reward_digest("verify:math")

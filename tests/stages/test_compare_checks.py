@@ -135,7 +135,7 @@ def test_a_missing_package_is_told_before_the_run(monkeypatch: pytest.MonkeyPatc
     check(compare_stage(), View({}))
     monkeypatch.setattr("rlhf.stages.compare.CompareStage.packages", lambda stage: ["no_such_package"])
     with pytest.raises(
-        ConfigError, match=r"stage=compare: it needs no_such_package. Install: pip install -e '\.\[compare\]'"
+        ConfigError, match=r"stage=compare: it needs no_such_package \(pip install -e '\.\[compare\]'\)\."
     ):
         check(compare_stage(), View({}))
 
